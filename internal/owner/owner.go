@@ -1,0 +1,144 @@
+// Package owner tells which of the processes that share a database are alive.
+//
+// Each opener of the database is an [Owner]: it has an ID and holds an
+// operating-system lock on a file beside the database that is named after that
+// ID. The kernel drops the lock when the process ends, however it ends, so
+// there are no leases to renew and no heartbeats to miss.
+package owner
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/uuid"
+)
+
+// errLocked is returned by lock if somebody else holds the lock.
+var errLocked = errors.New("locked by another owner")
+
+// An Owner is one opener of a database. Its methods may be called
+// concurrently, but none after Release.
+type Owner struct {
+	ID string // a UUID
+
+	prefix string   // of the paths of owner files; "" for a sole owner
+	file   *os.File // locked
+}
+
+// New returns a new owner of the database in the file with that path, which
+// need not exist. With an empty path, and on systems that can't lock files, it
+// returns one that takes itself to be the only one.
+func New(database string) (*Owner, error) {
+	if database == "" || !canLock {
+		return &Owner{ID: uuid.NewString()}, nil
+	}
+	prefix := database + "-owner-"
+	for {
+		o := &Owner{ID: uuid.NewString(), prefix: prefix}
+		f, err := os.OpenFile(o.Path(), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		err = lock(f)
+		if err == nil && names(o.Path(), f) {
+			o.file = f
+			return o, nil
+		}
+		// Before it was locked, somebody took it for the file of a dead owner.
+		f.Close()
+		if err != nil && !errors.Is(err, errLocked) {
+			os.Remove(f.Name())
+			return nil, err
+		}
+	}
+}
+
+// Path returns the path of the owner's file, "" for a sole owner.
+func (o *Owner) Path() string {
+	if o.prefix == "" {
+		return ""
+	}
+	return o.prefix + o.ID
+}
+
+// Release ends the ownership: from now on the owner counts as dead.
+// It does nothing when called again.
+func (o *Owner) Release() error {
+	if o.file == nil {
+		return nil
+	}
+	err := errors.Join(os.Remove(o.Path()), o.file.Close())
+	o.file = nil
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Others returns the IDs of the owners that have a file beside the database,
+// o's own excepted; none if the directory can't be read.
+func (o *Owner) Others() []string {
+	if o.prefix == "" {
+		return nil
+	}
+	entries, _ := os.ReadDir(filepath.Dir(o.prefix))
+	var ids []string
+	for _, e := range entries {
+		id, ok := strings.CutPrefix(e.Name(), filepath.Base(o.prefix))
+		if ok && valid(id) && id != o.ID {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// Dead reports whether the owner with that ID is dead. If it is, the caller
+// holds its lock until it calls done, with true if nothing is left that could
+// tell others of that owner: its file is then removed.
+//
+// Whatever is no ID of an owner is dead; o itself is not. In doubt, the owner
+// is alive.
+func (o *Owner) Dead(id string) (done func(forget bool), dead bool) {
+	if id == o.ID {
+		return nil, false
+	}
+	nothing := func(bool) {}
+	if o.prefix == "" || !valid(id) {
+		return nothing, true
+	}
+	path := o.prefix + id
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nothing, errors.Is(err, fs.ErrNotExist)
+	}
+	if lock(f) != nil {
+		f.Close()
+		return nil, false
+	}
+	return func(forget bool) {
+		if forget && names(path, f) {
+			os.Remove(path)
+		}
+		f.Close()
+	}, true
+}
+
+// valid reports whether id is one that New has made. Only such an ID may
+// become part of a path.
+func valid(id string) bool {
+	u, err := uuid.Parse(id)
+	return err == nil && u.String() == id
+}
+
+// names reports whether path still leads to f.
+func names(path string, f *os.File) bool {
+	at, err := os.Lstat(path)
+	if err != nil {
+		return false
+	}
+	is, err := f.Stat()
+	return err == nil && os.SameFile(at, is)
+}

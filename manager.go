@@ -1,0 +1,439 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// A Manager runs operations and answers for them. All its methods may be
+// called from any number of goroutines.
+//
+// It needs no care while it lives: a finished operation leaves its memory as
+// soon as the final state is stored.
+type Manager struct {
+	// Immutable.
+	db        Persistence
+	log       *slog.Logger
+	ctx       context.Context // the parent of every function's context
+	cancel    context.CancelCauseFunc
+	writer    *writer
+	follower  *follower
+	drained   chan struct{} // closed once nothing is submitted any more and all is stored
+	closeOnce sync.Once
+	closeErr  error // set by closeOnce
+
+	// functions counts the goroutines that run functions, and the one that
+	// retries recovery. Add only while holding mu and not closed.
+	functions sync.WaitGroup
+
+	mu      sync.Mutex       // guards what follows; taken before any task.mu
+	tasks   map[string]*task // the live operations by ID
+	refuses bool             // Submit returns ErrClosed
+	closed  bool             // no function is started any more
+}
+
+// New returns a manager that keeps its operations in db, or in a
+// [NewMemoryStore] of its own if db is nil.
+//
+// Before it returns, every PENDING or RUNNING operation in db whose process is
+// gone is marked as FAILED with the error "Task failed due to system restart".
+// If that fails, so does New.
+func New(db Persistence, opts ...Option) (*Manager, error) {
+	m := newManager(db, opts)
+	if err := m.recover(); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("task: recovery: %w", err)
+	}
+	return m, nil
+}
+
+// NewManager is [New] for a program that starts even when its database can't
+// be read just now: a failed recovery is logged and tried again in the
+// background until it succeeds or the manager is closed.
+func NewManager(db Persistence, opts ...Option) *Manager {
+	m := newManager(db, opts)
+	if err := m.recover(); err != nil {
+		m.log.Error("task: recovery failed, will be tried again", "err", err)
+		m.functions.Go(m.keepRecovering)
+	}
+	return m
+}
+
+func newManager(db Persistence, opts []Option) *Manager {
+	if db == nil {
+		db = NewMemoryStore()
+	}
+	m := &Manager{
+		db:      db,
+		log:     slog.Default(),
+		tasks:   make(map[string]*task),
+		drained: make(chan struct{}),
+	}
+	m.ctx, m.cancel = context.WithCancelCause(context.Background())
+	for _, opt := range opts {
+		if opt != nil {
+			opt(m)
+		}
+	}
+	m.follower = newFollower(m)
+	m.writer = newWriter(m)
+	go m.writer.run()
+	return m
+}
+
+// Submit stores a new operation, has fn called in a goroutine of its own, and
+// returns the operation as it then is: PENDING, or further if it is quick.
+//
+// When Submit returns an error, fn is never called. It does so if name is
+// empty, fn is nil or the metadata is not JSON, after Close or Shutdown
+// ([ErrClosed]), and if the operation can't be stored. With an SQLite store
+// that is told after 20 seconds at the latest: up to 10 in which an earlier
+// write gives up, and 10 for this one.
+//
+// Submissions that arrive while a commit is under way share the next one.
+func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
+	t, err := m.newTask(name, fn, opts)
+	if err != nil {
+		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
+	}
+	if err := m.store(t); err != nil {
+		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
+	}
+	return t.snapshot(), nil
+}
+
+func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
+	if name == "" {
+		return nil, errors.New("the name is empty")
+	}
+	if fn == nil {
+		return nil, errors.New("the function is nil")
+	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	created := now.UTC().Truncate(time.Microsecond)
+	t := &task{
+		manager: m,
+		fn:      fn,
+		began:   now,
+		saved:   make(chan error, 1),
+		done:    make(chan struct{}),
+		op: Operation{
+			ID:        id.String(),
+			Name:      validUTF8(name),
+			State:     StatePending,
+			CreatedAt: created,
+			UpdatedAt: created,
+			manager:   m,
+		},
+	}
+	for _, opt := range opts {
+		if opt == nil {
+			continue
+		}
+		if err := opt(t); err != nil {
+			return nil, err
+		}
+	}
+	t.first = t.op
+	return t, nil
+}
+
+// store commits the row of a new task. The writer then has it started.
+func (m *Manager) store(t *task) error {
+	m.mu.Lock()
+	if m.refuses {
+		m.mu.Unlock()
+		return ErrClosed
+	}
+	// It is live before it is stored: whoever finds its row finds the task.
+	m.tasks[t.first.ID] = t
+	m.writer.save(t)
+	m.mu.Unlock()
+	return <-t.saved
+}
+
+// admit lets a task whose row is committed run.
+func (m *Manager) admit(t *task) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		t.finish(outcome{state: StateFailed, err: errTextShutdown})
+		return
+	}
+	m.functions.Go(func() { t.run(m.ctx) })
+}
+
+// forget drops a task that has nothing left to store.
+func (m *Manager) forget(t *task) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.tasks, t.first.ID)
+	m.checkDrained()
+}
+
+// checkDrained closes drained when the time has come. The caller holds m.mu.
+func (m *Manager) checkDrained() {
+	if m.refuses && len(m.tasks) == 0 {
+		select {
+		case <-m.drained:
+		default:
+			close(m.drained)
+		}
+	}
+}
+
+// live returns the live operation with that ID, or nil.
+func (m *Manager) live(id string) *task {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.tasks[id]
+}
+
+// present makes what callers get of op, a copy of their own.
+func (m *Manager) present(op *Operation) *Operation {
+	c := *op
+	c.Metadata = roundTrip(c.Metadata)
+	c.Result = roundTrip(c.Result)
+	c.manager = m
+	return &c
+}
+
+// Get returns the operation with that ID, live from memory and finished from
+// the database, and whether there is one. An error of the database is logged.
+func (m *Manager) Get(id string) (*Operation, bool) {
+	op, err := m.get(id)
+	if err != nil {
+		if !errors.Is(err, ErrNotFound) {
+			m.log.Error("task: get", "id", id, "err", err)
+		}
+		return nil, false
+	}
+	return op, true
+}
+
+func (m *Manager) get(id string) (*Operation, error) {
+	if t := m.live(id); t != nil {
+		return t.snapshot(), nil
+	}
+	return m.stored(id)
+}
+
+// stored returns the operation as it is in the database.
+func (m *Manager) stored(id string) (*Operation, error) {
+	op, err := m.db.Get(id)
+	if err != nil {
+		return nil, err
+	}
+	if op == nil {
+		return nil, ErrNotFound
+	}
+	return m.present(op), nil
+}
+
+// List returns up to limit operations after skipping offset, the newest
+// submission first: those of this manager as they are now, the others as they
+// are stored. The page is empty, not nil, past the end of the history and if
+// limit is 0. A negative limit or offset is an error.
+func (m *Manager) List(limit, offset int) ([]*Operation, error) {
+	if limit < 0 {
+		return nil, fmt.Errorf("task: list: negative limit %d", limit)
+	}
+	if offset < 0 {
+		return nil, fmt.Errorf("task: list: negative offset %d", offset)
+	}
+	if limit == 0 {
+		return []*Operation{}, nil
+	}
+	rows, err := m.db.List(limit, offset)
+	if err != nil {
+		return nil, fmt.Errorf("task: list: %w", err)
+	}
+	ops := make([]*Operation, 0, len(rows))
+	for _, row := range rows {
+		if row != nil {
+			ops = append(ops, m.current(row))
+		}
+	}
+	return ops, nil
+}
+
+// current returns the operation of a stored row as it is now.
+func (m *Manager) current(row *Operation) *Operation {
+	if !row.State.Finished() {
+		// Either it is live, or another manager's, or it has finished since
+		// the row was read. The last is found in the database by now.
+		if op, err := m.get(row.ID); err == nil {
+			return op
+		}
+	}
+	return m.present(row)
+}
+
+// Cancel cancels the operation with that ID. A RUNNING one has its context
+// cancelled with the cause [ErrCancelled], and Cancel returns at once; the
+// operation becomes CANCELLED when its function returns an error, and DONE if
+// it returns none. A PENDING one becomes CANCELLED without its function ever
+// being called, and Cancel returns once that is stored, or with an error when
+// storing it fails; that is then tried again for as long as the manager lives.
+//
+// Cancel returns [ErrNotFound] if there is no such operation or it has already
+// finished, and an error that wraps [errors.ErrUnsupported] if another manager
+// runs it.
+func (m *Manager) Cancel(id string) error {
+	t := m.live(id)
+	if t == nil {
+		return fmt.Errorf("task: cancel %s: %w", id, m.whyNotLive(id))
+	}
+	failed := t.stop()
+	if failed == nil {
+		return nil
+	}
+	select {
+	case <-t.done:
+		return nil
+	case <-failed:
+		return fmt.Errorf("task: cancel %s: %s", id, t.snapshot().Error)
+	}
+}
+
+// whyNotLive tells why this manager can't cancel an operation.
+func (m *Manager) whyNotLive(id string) error {
+	op, err := m.stored(id)
+	switch {
+	case err != nil:
+		return err
+	case op.State.Finished():
+		return fmt.Errorf("already %s: %w", op.State, ErrNotFound)
+	default:
+		return fmt.Errorf("another manager runs it, and only that one can cancel it: %w", errors.ErrUnsupported)
+	}
+}
+
+// Wait waits until the operation with that ID has finished and returns it,
+// with a nil error whatever its final state. If ctx is done first, it returns
+// the operation as it is and ctx's error. It returns [ErrNotFound] if there is
+// no such operation, and [ErrClosed] if its final state could not be stored
+// before the manager was closed.
+//
+// An operation of another manager on the same database is looked at every 100
+// milliseconds, and marked as FAILED if that manager's process has died.
+//
+// A Func that waits for an operation which can't start before it ends waits
+// for ever; that is not detected.
+func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
+	t := m.live(id)
+	if t == nil {
+		op, err := m.stored(id)
+		if err != nil {
+			return nil, fmt.Errorf("task: wait for %s: %w", id, err)
+		}
+		if op.State.Finished() {
+			return op, nil
+		}
+		return m.follower.wait(ctx, op)
+	}
+	select {
+	case <-t.done:
+	default:
+		select {
+		case <-t.done:
+		case <-ctx.Done():
+			return t.snapshot(), ctx.Err()
+		}
+	}
+	if t.err != nil {
+		return t.snapshot(), fmt.Errorf("task: wait for %s: %w", id, t.err)
+	}
+	return t.snapshot(), nil
+}
+
+// updateProgress reports progress from outside an operation's function.
+func (m *Manager) updateProgress(id string, progress int) error {
+	t := m.live(id)
+	if t == nil {
+		return fmt.Errorf("task: update progress of %s: %w", id, ErrNotFound)
+	}
+	t.report(progress)
+	return nil
+}
+
+// refuse makes Submit return ErrClosed from now on.
+func (m *Manager) refuse() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.refuses = true
+	m.checkDrained()
+}
+
+// Shutdown lets the manager run dry: Submit returns [ErrClosed] from now on,
+// and Shutdown returns nil once every operation has finished, with the manager
+// closed. If ctx is done first it returns ctx's error, and the operations go
+// on; call Close to end them.
+func (m *Manager) Shutdown(ctx context.Context) error {
+	m.refuse()
+	select {
+	case <-m.drained:
+		return m.Close()
+	case <-m.writer.stopped: // closed by somebody else
+		return m.Close()
+	default:
+	}
+	select {
+	case <-m.drained:
+	case <-m.writer.stopped:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return m.Close()
+}
+
+// Close ends the manager: Submit returns [ErrClosed] from now on, the context
+// of every function is cancelled with that cause, and Close returns once all
+// functions have returned and all final states are stored. Operations whose
+// function then returns an error, and those that never started, are FAILED
+// with the error "Task failed due to system shutdown", followed by that error.
+//
+// Close waits for functions without a limit. It tries for 5 seconds more to
+// store what is not stored yet (a write under way is waited for) and returns
+// an error that names each operation it had to leave; the next manager to
+// start finds them interrupted.
+//
+// Get, List and Wait go on working, and the store stays open. Calling Close
+// again does nothing and returns the same.
+func (m *Manager) Close() error {
+	m.closeOnce.Do(func() { m.closeErr = m.close() })
+	return m.closeErr
+}
+
+func (m *Manager) close() error {
+	m.refuse()
+	m.mu.Lock()
+	m.closed = true
+	m.mu.Unlock()
+	m.cancel(ErrClosed)
+	m.functions.Wait()
+	return m.writer.close()
+}
+
+// alive reports whether m may still run and store operations.
+func (m *Manager) alive() bool {
+	if m == nil {
+		return false
+	}
+	select {
+	case <-m.writer.stopped:
+		return false
+	default:
+		return true
+	}
+}

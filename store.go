@@ -1,0 +1,308 @@
+package task
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"sync"
+	"time"
+)
+
+// A Persistence stores operations for a [Manager].
+//
+// The manager calls Save and Update from one goroutine at a time, and List and
+// Get from any number of them, also while a write is under way. Every method
+// should return within some seconds, with an error if it can't do its work.
+//
+// What the manager passes belongs to the store from then on. Its Metadata and
+// Result are nil or a [json.RawMessage] that nobody modifies. What the store
+// returns belongs to the caller: no later call may change it. Its Metadata and
+// Result may be anything that encodes to the same JSON.
+//
+// A store may have further abilities, which the manager uses when they are
+// there: see [BatchWriter] and [Recoverer].
+type Persistence interface {
+	// Save stores a new operation. On return it is durable, as far as the
+	// store promises that. If there is an operation with the same ID already,
+	// Save leaves that as it is and returns an error.
+	Save(op *Operation) error
+
+	// Update stores the present state of an operation that is stored and not
+	// finished: everything but its ID, Name and CreatedAt. If it is not stored
+	// or is DONE, FAILED or CANCELLED already, Update changes nothing and
+	// returns an error that wraps [ErrNotFound]. On any other error the
+	// operation should be as it was; the manager tries again.
+	Update(op *Operation) error
+
+	// List returns operations by order of their Save, the last one first,
+	// skipping the first offset of them and returning at most limit, fewer
+	// only where the history ends. Updates do not change the order, and no two
+	// operations share a place in it.
+	List(limit, offset int) ([]*Operation, error)
+
+	// Get returns the operation with that ID, or an error that wraps
+	// [ErrNotFound] if there is none.
+	Get(id string) (*Operation, error)
+}
+
+// A BatchWriter is a [Persistence] that can store many operations at the cost
+// of one.
+type BatchWriter interface {
+	Persistence
+
+	// WriteBatch does what Save does for each of saves, then what Update does
+	// for each of updates, in that order. It returns an error for each of them
+	// in the same order, nil where it succeeded: an operation that can't be
+	// stored must not keep the others from being stored. On return they are
+	// durable. No two of the updates are of the same operation, except that
+	// one which finishes it may follow one which does not.
+	WriteBatch(saves, updates []*Operation) []error
+}
+
+// writeBatch uses the store's WriteBatch if it has one, and else Save and
+// Update in turn.
+func writeBatch(db Persistence, saves, updates []*Operation) []error {
+	if db, ok := db.(BatchWriter); ok {
+		return db.WriteBatch(saves, updates)
+	}
+	errs := make([]error, 0, len(saves)+len(updates))
+	for _, op := range saves {
+		errs = append(errs, db.Save(op))
+	}
+	for _, op := range updates {
+		errs = append(errs, db.Update(op))
+	}
+	return errs
+}
+
+// A Recoverer is a [Persistence] that knows which process runs an operation,
+// so that several managers can share it.
+type Recoverer interface {
+	Persistence
+
+	// Recover finishes every PENDING or RUNNING operation whose process is
+	// gone: its State becomes FAILED and its Error reason. It yields each once
+	// that is stored, and ends with an error if it can't go on. It leaves
+	// alone what this store, or another that is alive, has stored.
+	Recover(reason string) iter.Seq2[*Operation, error]
+}
+
+// recoverOrphans uses the store's Recover if it has one. A store without it is
+// taken to have one manager: whatever is unfinished in its whole history and
+// not live in there is an orphan.
+func recoverOrphans(db Persistence, reason string, live func(id string) bool) iter.Seq2[*Operation, error] {
+	if db, ok := db.(Recoverer); ok {
+		return db.Recover(reason)
+	}
+	return func(yield func(*Operation, error) bool) {
+		const limit = 1000
+		for offset := 0; ; {
+			page, err := db.List(limit, offset)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			if len(page) == 0 { // a short page may be the store's own limit
+				return
+			}
+			offset += len(page)
+			for _, op := range page {
+				if op == nil || op.State.Finished() || live(op.ID) {
+					continue
+				}
+				op, err := failOrphan(db, op.ID, reason)
+				if op == nil && err == nil {
+					continue
+				}
+				if !yield(op, err) || err != nil {
+					return
+				}
+			}
+		}
+	}
+}
+
+// failOrphan marks an operation as failed that was not live a moment ago. It
+// returns nil if the operation has finished or has been deleted before that.
+func failOrphan(db Persistence, id, reason string) (*Operation, error) {
+	op, err := db.Get(id)
+	if errors.Is(err, ErrNotFound) || err == nil && (op == nil || op.State.Finished()) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	failed := *op
+	failed.State = StateFailed
+	failed.Error = reason
+	failed.UpdatedAt = latest(time.Now().UTC().Truncate(time.Microsecond), op.UpdatedAt, op.StartedAt, op.CreatedAt)
+	if err := db.Update(&failed); errors.Is(err, ErrNotFound) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("%s: %w", id, err)
+	}
+	return &failed, nil
+}
+
+func latest(times ...time.Time) time.Time {
+	return slices.MaxFunc(times, time.Time.Compare)
+}
+
+// A MemoryStore is a [Persistence] that forgets everything with its process.
+// It keeps all unfinished operations and the 10,000 that finished last.
+//
+// Several managers may share one. An operation whose manager has been closed,
+// or that was stored by other code, counts as one whose process is gone.
+type MemoryStore struct {
+	mu       sync.RWMutex // guards what follows
+	rows     map[string]*memoryRow
+	order    []*memoryRow // by order of Save; may hold rows that are gone
+	finished []*memoryRow // by order of finishing
+}
+
+type memoryRow struct {
+	op   Operation // Metadata and Result are json.RawMessage or nil
+	gone bool
+}
+
+const maxFinished = 10_000
+
+// NewMemoryStore returns an empty store.
+func NewMemoryStore() *MemoryStore {
+	return &MemoryStore{rows: make(map[string]*memoryRow)}
+}
+
+// Save implements [Persistence].
+func (s *MemoryStore) Save(op *Operation) error {
+	row, err := newMemoryRow(op)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rows[op.ID] != nil {
+		return fmt.Errorf("operation %s is already stored", op.ID)
+	}
+	s.rows[op.ID] = row
+	s.order = append(s.order, row)
+	s.retire(row)
+	return nil
+}
+
+// Update implements [Persistence].
+func (s *MemoryStore) Update(op *Operation) error {
+	with, err := newMemoryRow(op)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	row := s.rows[op.ID]
+	if row == nil || row.op.State.Finished() {
+		return ErrNotFound
+	}
+	with.op.Name, with.op.CreatedAt = row.op.Name, row.op.CreatedAt
+	row.op = with.op
+	s.retire(row)
+	return nil
+}
+
+// newMemoryRow returns a copy of op that shares nothing with it.
+func newMemoryRow(op *Operation) (*memoryRow, error) {
+	row := &memoryRow{op: *op}
+	for _, v := range []*any{&row.op.Metadata, &row.op.Result} {
+		raw, err := rawJSON(*v)
+		if err != nil {
+			return nil, err
+		}
+		*v = rawOrNil(raw)
+	}
+	return row, nil
+}
+
+// rawJSON returns a value of an operation as JSON, and what the manager has
+// encoded already as it is.
+func rawJSON(v any) ([]byte, error) {
+	if raw, ok := v.(json.RawMessage); ok {
+		return raw, nil
+	}
+	return encode(v)
+}
+
+// retire makes room for a row if it is finished. The caller holds s.mu.
+func (s *MemoryStore) retire(row *memoryRow) {
+	if !row.op.State.Finished() {
+		return
+	}
+	s.finished = append(s.finished, row)
+	if len(s.finished) <= maxFinished {
+		return
+	}
+	oldest := s.finished[0]
+	s.finished[0] = nil
+	s.finished = s.finished[1:]
+	oldest.gone = true
+	delete(s.rows, oldest.op.ID)
+	if len(s.order) > 2*len(s.rows) {
+		s.order = slices.DeleteFunc(s.order, func(r *memoryRow) bool { return r.gone })
+	}
+}
+
+// List implements [Persistence].
+func (s *MemoryStore) List(limit, offset int) ([]*Operation, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	ops := make([]*Operation, 0, max(0, min(limit, len(s.rows))))
+	for _, row := range slices.Backward(s.order) {
+		if len(ops) == limit {
+			break
+		}
+		if row.gone {
+			continue
+		}
+		if offset > 0 {
+			offset--
+			continue
+		}
+		op := row.op
+		ops = append(ops, &op)
+	}
+	return ops, nil
+}
+
+// Get implements [Persistence].
+func (s *MemoryStore) Get(id string) (*Operation, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	row := s.rows[id]
+	if row == nil {
+		return nil, ErrNotFound
+	}
+	op := row.op
+	return &op, nil
+}
+
+// Recover implements [Recoverer].
+func (s *MemoryStore) Recover(reason string) iter.Seq2[*Operation, error] {
+	return func(yield func(*Operation, error) bool) {
+		for _, id := range s.orphans() {
+			op, err := failOrphan(s, id, reason)
+			if op != nil && !yield(op, err) {
+				return
+			}
+		}
+	}
+}
+
+func (s *MemoryStore) orphans() (ids []string) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, row := range s.order {
+		if !row.gone && !row.op.State.Finished() && !row.op.manager.alive() {
+			ids = append(ids, row.op.ID)
+		}
+	}
+	return ids
+}

@@ -200,12 +200,11 @@ func (m *Manager) live(id string) *task {
 }
 
 // present makes what callers get of op, a copy of their own.
-func (m *Manager) present(op *Operation) *Operation {
-	c := *op
-	c.Metadata = roundTrip(c.Metadata)
-	c.Result = roundTrip(c.Result)
-	c.manager = m
-	return &c
+func (m *Manager) present(op Operation) *Operation {
+	op.Metadata = roundTrip(op.Metadata)
+	op.Result = roundTrip(op.Result)
+	op.manager = m
+	return &op
 }
 
 // Get returns the operation with that ID, live from memory and finished from
@@ -237,7 +236,7 @@ func (m *Manager) stored(id string) (*Operation, error) {
 	if op == nil {
 		return nil, ErrNotFound
 	}
-	return m.present(op), nil
+	return m.present(*op), nil
 }
 
 // List returns up to limit operations after skipping offset, the newest
@@ -276,7 +275,7 @@ func (m *Manager) current(row *Operation) *Operation {
 			return op
 		}
 	}
-	return m.present(row)
+	return m.present(*row)
 }
 
 // Cancel cancels the operation with that ID. A RUNNING one has its context

@@ -187,7 +187,7 @@ func (t *task) snapshot() *Operation {
 	t.mu.Lock()
 	op := t.op
 	t.mu.Unlock()
-	return t.manager.present(&op)
+	return t.manager.present(op)
 }
 
 // report is the update function of a Func.

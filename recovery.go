@@ -88,7 +88,7 @@ func (f *follower) wait(ctx context.Context, op *Operation) (*Operation, error) 
 	if w.err != nil {
 		return nil, fmt.Errorf("task: wait for %s: %w", op.ID, w.err)
 	}
-	return f.manager.present(w.op), nil
+	return f.manager.present(*w.op), nil
 }
 
 func (f *follower) join(id string) *followed {

@@ -280,8 +280,10 @@ func (w *writer) note(errs []error) {
 			w.manager.log.Error("task: storing failed, will be tried again", "err", failed)
 		}
 		w.trouble = true
-		w.backoff = min(max(2*w.backoff, minBackoff), maxBackoff)
-		w.retryAt = time.Now().Add(w.backoff)
+		if now := time.Now(); !now.Before(w.retryAt) {
+			w.backoff = min(max(2*w.backoff, minBackoff), maxBackoff)
+			w.retryAt = now.Add(w.backoff)
+		}
 	case w.trouble && len(w.unstored) == 0:
 		w.manager.log.Info("task: storing works again")
 		w.trouble = false

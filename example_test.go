@@ -1,0 +1,141 @@
+package task_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+func ExampleManager_Submit() {
+	manager := task.NewManager(nil) // in memory; see OpenSQLite
+	defer manager.Close()
+
+	op, err := manager.Submit("create pool", func(ctx context.Context, update func(int)) (any, error) {
+		update(25)
+		// Perform work, report progress, watch ctx ...
+		update(75)
+		return map[string]int{"disks": 4}, nil
+	}, task.WithMetadata(map[string]string{"pool": "tank"}))
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	op, err = manager.Wait(context.Background(), op.ID)
+	if err != nil {
+		log.Fatal(err)
+	}
+	var result struct{ Disks int }
+	if err := op.DecodeResult(&result); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s: %s, %d%%, %d disks\n", op.Name, op.State, op.Progress, result.Disks)
+	// Output: create pool: DONE, 100%, 4 disks
+}
+
+func ExampleManager_Cancel() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	op, err := manager.Submit("scrub", func(ctx context.Context, update func(int)) (any, error) {
+		<-ctx.Done() // an endless scrub
+		return nil, context.Cause(ctx)
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := manager.Cancel(op.ID); err != nil { // or op.Cancel()
+		log.Fatal(err)
+	}
+	op, _ = manager.Wait(context.Background(), op.ID)
+	fmt.Println(op.State)
+
+	err = manager.Cancel(op.ID)
+	fmt.Println(errors.Is(err, task.ErrNotFound))
+	// Output:
+	// CANCELLED
+	// true
+}
+
+func ExampleManager_Get() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	op, err := manager.Submit("resilver", func(context.Context, func(int)) (any, error) {
+		return nil, errors.New("disk ada3 does not answer")
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	manager.Wait(context.Background(), op.ID)
+
+	op, exists := manager.Get(op.ID)
+	if !exists {
+		log.Fatal("not found")
+	}
+	switch op.State {
+	case task.StateRunning:
+		fmt.Printf("Progress: %d%%\n", op.Progress)
+	case task.StateDone:
+		fmt.Printf("Completed: %v\n", op.Result)
+	case task.StateFailed:
+		fmt.Printf("Failed: %s\n", op.Error)
+	}
+	// Output: Failed: disk ada3 does not answer
+}
+
+func ExampleManager_List() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	for _, name := range []string{"first", "second", "third"} {
+		op, err := manager.Submit(name, func(context.Context, func(int)) (any, error) { return nil, nil })
+		if err != nil {
+			log.Fatal(err)
+		}
+		manager.Wait(context.Background(), op.ID)
+	}
+
+	ops, err := manager.List(2, 0) // limit 2, offset 0
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, op := range ops {
+		fmt.Printf("%s - %s (%d%%)\n", op.Name, op.State, op.Progress)
+	}
+	// Output:
+	// third - DONE (100%)
+	// second - DONE (100%)
+}
+
+func ExampleManager_Wait() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	finish := make(chan bool)
+	op, err := manager.Submit("replicate", func(_ context.Context, update func(int)) (any, error) {
+		update(60)
+		<-finish
+		return nil, nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	// Look at it after at most 10 milliseconds.
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	op, err = manager.Wait(ctx, op.ID)
+	fmt.Println(op.State, errors.Is(err, context.DeadlineExceeded))
+
+	// Wait for as long as it takes.
+	close(finish)
+	op, err = manager.Wait(context.Background(), op.ID)
+	fmt.Println(op.State, err)
+	// Output:
+	// RUNNING true
+	// DONE <nil>
+}

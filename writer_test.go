@@ -1,0 +1,470 @@
+package task_test
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// A hookStore asks hook before every Save and Update, which can block it, and
+// fail it by returning an error.
+type hookStore struct {
+	task.Persistence
+	mu   sync.Mutex // guards hook
+	hook func(save bool, op *task.Operation) error
+}
+
+func (s *hookStore) set(hook func(save bool, op *task.Operation) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hook = hook
+}
+
+func (s *hookStore) ask(save bool, op *task.Operation) error {
+	s.mu.Lock()
+	hook := s.hook
+	s.mu.Unlock()
+	if hook == nil {
+		return nil
+	}
+	return hook(save, op)
+}
+
+func (s *hookStore) Save(op *task.Operation) error {
+	if err := s.ask(true, op); err != nil {
+		return err
+	}
+	return s.Persistence.Save(op)
+}
+
+func (s *hookStore) Update(op *task.Operation) error {
+	if err := s.ask(false, op); err != nil {
+		return err
+	}
+	return s.Persistence.Update(op)
+}
+
+var errDisk = errors.New("disk full")
+
+// failFinals fails every write of a final state.
+func failFinals(save bool, op *task.Operation) error {
+	if op.State.Finished() {
+		return errDisk
+	}
+	return nil
+}
+
+// TestStoredBeforeTold: no function starts before its row is stored, and no
+// Wait returns before its final state is.
+func TestStoredBeforeTold(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		var all sync.WaitGroup
+		for i := range 200 {
+			all.Go(func() {
+				op, err := m.Submit("ordered", func(ctx context.Context, _ func(int)) (any, error) {
+					self, _ := task.FromContext(ctx)
+					if _, err := db.Get(self.ID); err != nil {
+						t.Errorf("started before it was stored: %v", err)
+					}
+					if i%3 == 0 {
+						return nil, errDisk
+					}
+					return i, nil
+				})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				told, err := m.Wait(t.Context(), op.ID)
+				if err != nil {
+					t.Error(err)
+				}
+				if stored, err := db.Get(op.ID); err != nil || stored.State != told.State {
+					t.Errorf("told %s before it was stored: %v, %v", told.State, stored, err)
+				}
+			})
+		}
+		all.Wait()
+	})
+}
+
+func TestSubmitFails(t *testing.T) {
+	stored := errors.New("no answer, though it is stored")
+	for name, answer := range map[string]error{"not stored": errDisk, "stored after all": stored} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				memory := task.NewMemoryStore()
+				db := &hookStore{Persistence: memory}
+				m := newManager(t, db)
+				db.set(func(save bool, op *task.Operation) error {
+					if save && answer == stored {
+						memory.Save(op)
+					}
+					if save {
+						return answer
+					}
+					return nil
+				})
+				op, err := m.Submit("x", func(context.Context, func(int)) (any, error) {
+					t.Error("the function was called")
+					return nil, nil
+				})
+				if op != nil || !errors.Is(err, answer) {
+					t.Errorf("Submit: %v, %v", op, err)
+				}
+				synctest.Wait()
+				ops, err := m.List(10, 0)
+				if err != nil || answer == errDisk && len(ops) > 0 {
+					t.Errorf("List: %v, %v", ops, err)
+				}
+				if answer == stored && (len(ops) != 1 || ops[0].State != task.StateFailed || !strings.Contains(ops[0].Error, answer.Error())) {
+					t.Errorf("List: %v", ops)
+				}
+				if err := m.Shutdown(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+// TestFinalStateFails: while its final state can't be stored, an operation is
+// shown RUNNING with the reason; it is stored when the trouble is over.
+func TestFinalStateFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore(), hook: failFinals}
+		m := newManager(t, db)
+		started := time.Now()
+		op := submit(t, m, func(context.Context, func(int)) (any, error) { return "precious", nil })
+		synctest.Wait()
+		// Nobody knows yet that the result is not at fault, so the other
+		// writes of this operation must fail as well.
+		db.set(func(bool, *task.Operation) error { return errDisk })
+		for range 60 {
+			time.Sleep(time.Second)
+			got, ok := m.Get(op.ID)
+			if !ok || got.State != task.StateRunning || !strings.Contains(got.Error, "DONE") || !strings.Contains(got.Error, errDisk.Error()) {
+				t.Fatalf("while it can't be stored: %+v", got)
+			}
+			if err := m.Cancel(op.ID); err != nil {
+				t.Fatalf("Cancel: %v", err)
+			}
+			if _, err := m.Submit("x", untilCancelled); !errors.Is(err, errDisk) {
+				t.Fatalf("Submit: %v", err)
+			}
+		}
+		db.set(nil)
+		if got := wait(t, m, op.ID); got.State != task.StateDone || got.Result != "precious" || got.Error != "" {
+			t.Errorf("afterwards: %+v", got)
+		}
+		if took := time.Since(started); took > 62*time.Second {
+			t.Errorf("stored %v after the trouble was over", took-60*time.Second)
+		}
+	})
+}
+
+func TestCloseReportsWhatIsNotStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore()}
+		m := newManager(t, db)
+		a, b := submit(t, m, untilCancelled), submit(t, m, untilCancelled)
+		waiting := make(chan error)
+		go func() {
+			_, err := m.Wait(t.Context(), a.ID)
+			waiting <- err
+		}()
+		synctest.Wait()
+		db.set(func(bool, *task.Operation) error { return errDisk })
+		started := time.Now()
+		err := m.Close()
+		if took := time.Since(started); took < 5*time.Second || took > 7*time.Second {
+			t.Errorf("Close took %v", took)
+		}
+		if !errors.Is(err, errDisk) || !strings.Contains(err.Error(), a.ID) || !strings.Contains(err.Error(), b.ID) {
+			t.Errorf("Close: %v", err)
+		}
+		if again := m.Close(); again != err {
+			t.Errorf("Close again: %v", again)
+		}
+		if err := <-waiting; !errors.Is(err, task.ErrClosed) || !errors.Is(err, errDisk) {
+			t.Errorf("Wait: %v", err)
+		}
+		if err := m.Shutdown(t.Context()); !errors.Is(err, errDisk) {
+			t.Errorf("Shutdown: %v", err)
+		}
+		if got, ok := m.Get(a.ID); !ok || got.State != task.StateRunning || got.Error == "" {
+			t.Errorf("Get: %+v", got)
+		}
+		db.set(nil)
+		m = newManager(t, db) // as a store without further abilities it has one manager
+		if got, _ := m.Get(a.ID); got.State != task.StateFailed || got.Error != "Task failed due to system restart" {
+			t.Errorf("after a restart: %+v", got)
+		}
+	})
+}
+
+// TestResultAtFault: a final state that alone can't be stored loses its result
+// but nothing else.
+func TestResultAtFault(t *testing.T) {
+	huge := strings.Repeat("x", 1000)
+	limited := func(db task.Persistence) task.Persistence {
+		return &hookStore{Persistence: db, hook: func(_ bool, op *task.Operation) error {
+			if op.Result != nil && len(fmt.Sprintf("%s", op.Result)) > 500 {
+				return errors.New("too large")
+			}
+			return nil
+		}}
+	}
+	check := func(t *testing.T, m *task.Manager) {
+		ops := make([]*task.Operation, 5)
+		for i := range ops {
+			ops[i] = submit(t, m, func(context.Context, func(int)) (any, error) { return huge[:999*(i%2)], nil }, task.WithMetadata(i))
+		}
+		failing := submit(t, m, func(context.Context, func(int)) (any, error) { return huge, errDisk })
+		for i, op := range ops {
+			got := wait(t, m, op.ID)
+			kept := got.Result != nil && got.Error == ""
+			lost := got.Result == nil && strings.Contains(got.Error, "result not kept: too large")
+			if got.State != task.StateDone || i%2 == 0 && !kept || i%2 == 1 && !lost {
+				t.Errorf("%d: %+v", i, got)
+			}
+		}
+		if got := wait(t, m, failing.ID); got.State != task.StateFailed || got.Error != "disk full (result not kept: too large)" {
+			t.Errorf("%+v", got)
+		}
+	}
+	t.Run("four methods", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			m := newManager(t, limited(task.NewMemoryStore()))
+			check(t, m)
+			m.Close()
+		})
+	})
+	t.Run("sqlite", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "tasks.db")
+		m := newManager(t, openSQLite(t, path))
+		sqliteExec(t, path, `CREATE TRIGGER small BEFORE UPDATE ON tasks WHEN length(NEW.result) > 500
+			BEGIN SELECT RAISE(ABORT, 'too large'); END`)
+		check(t, m)
+	})
+}
+
+// TestRowTaken: what the database says holds, when somebody else has finished
+// or deleted an operation meanwhile.
+func TestRowTaken(t *testing.T) {
+	for name, stmt := range map[string]string{
+		"finished": `UPDATE tasks SET state = 'FAILED', error = 'by hand'`,
+		"deleted":  `DELETE FROM tasks`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "tasks.db")
+			m := newManager(t, openSQLite(t, path))
+			fn, started, release := blocker(nil)
+			op := submit(t, m, fn)
+			<-started
+			sqliteExec(t, path, stmt)
+			release()
+			got, err := m.Wait(t.Context(), op.ID)
+			if name == "finished" && (err != nil || got.State != task.StateFailed || got.Error != "by hand") {
+				t.Errorf("Wait: %+v, %v", got, err)
+			}
+			if name == "deleted" && !errors.Is(err, task.ErrNotFound) {
+				t.Errorf("Wait: %+v, %v", got, err)
+			}
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+			if ops, err := m.List(10, 0); err != nil || name == "deleted" && len(ops) > 0 {
+				t.Errorf("List: %v, %v", ops, err)
+			}
+		})
+	}
+}
+
+// TestCancelPending cancels an operation whose row is stored but which has not
+// been started, because the store has not answered yet.
+func TestCancelPending(t *testing.T) {
+	for name, failing := range map[string]bool{"stored": false, "not stored": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				memory := task.NewMemoryStore()
+				answer := make(chan error)
+				db := &hookStore{Persistence: memory, hook: func(save bool, op *task.Operation) error {
+					if save {
+						return <-answer
+					}
+					return nil
+				}}
+				m := newManager(t, db)
+				submitted := make(chan *task.Operation)
+				started := false
+				go func() {
+					op, err := m.Submit("x", func(context.Context, func(int)) (any, error) { started = true; return nil, nil })
+					if err != nil {
+						t.Error(err)
+					}
+					submitted <- op
+				}()
+				synctest.Wait()
+				id := task.OnlyLive(m)
+				cancelled := make(chan error)
+				go func() { cancelled <- m.Cancel(id) }()
+				synctest.Wait()
+				if failing {
+					db.set(failFinals)
+				}
+				answer <- nil
+				op := <-submitted
+				err := <-cancelled
+				if failing {
+					if err == nil || !strings.Contains(err.Error(), errDisk.Error()) {
+						t.Errorf("Cancel: %v", err)
+					}
+					db.set(nil)
+				} else if err != nil {
+					t.Error(err)
+				}
+				if op := wait(t, m, op.ID); op.State != task.StateCancelled || !op.StartedAt.IsZero() || op.Error != "" {
+					t.Errorf("%+v", op)
+				}
+				if started {
+					t.Error("the function was called")
+				}
+				m.Close()
+			})
+		})
+	}
+}
+
+// TestConflation has a thousand functions report as fast as they can.
+func TestConflation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &batchCounter{MemoryStore: task.NewMemoryStore()}
+		m := newManager(t, db)
+		stop := make(chan struct{})
+		var ids []string
+		for range 1000 {
+			op := submit(t, m, func(_ context.Context, update func(int)) (any, error) {
+				for p := 0; ; p++ {
+					select {
+					case <-stop:
+						update(77)
+						return nil, errDisk
+					case <-time.After(20 * time.Millisecond):
+						update(p % 100)
+					}
+				}
+			})
+			ids = append(ids, op.ID)
+		}
+		synctest.Wait()
+		before := db.count()
+		time.Sleep(3 * time.Second)
+		if n := db.count() - before; n < 25 || n > 31 {
+			t.Errorf("%d writes in 3 s", n)
+		}
+		close(stop)
+		for _, id := range ids {
+			if op := wait(t, m, id); op.Progress != 77 {
+				t.Errorf("%+v", op)
+			}
+		}
+		m.Close()
+	})
+}
+
+type batchCounter struct {
+	*task.MemoryStore
+	mu sync.Mutex // guards n
+	n  int
+}
+
+func (s *batchCounter) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}
+
+func (s *batchCounter) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	s.mu.Lock()
+	s.n++
+	s.mu.Unlock()
+	for _, op := range saves {
+		errs = append(errs, s.Save(op))
+	}
+	for _, op := range updates {
+		errs = append(errs, s.Update(op))
+	}
+	return errs
+}
+
+// TestChangesAreStored: what is seen at once is stored soon after.
+func TestChangesAreStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore()}
+		m := newManager(t, db)
+		op := submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+			update(50)
+			task.SetMetadata(ctx, "new")
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		time.Sleep(101 * time.Millisecond)
+		if got, err := db.Get(op.ID); err != nil || got.State != task.StateRunning || got.Progress != 50 || fmt.Sprintf("%s", got.Metadata) != `"new"` {
+			t.Errorf("stored: %+v, %v", got, err)
+		}
+		// A change that can't be stored is tried again.
+		db.set(func(bool, *task.Operation) error { return errDisk })
+		if err := task.UpdateProgress(m, op.ID, 60); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute)
+		if got, _ := m.Get(op.ID); got.State != task.StateRunning || got.Progress != 60 || got.Error != "" {
+			t.Errorf("live: %+v", got)
+		}
+		db.set(nil)
+		time.Sleep(1100 * time.Millisecond)
+		if got, err := db.Get(op.ID); err != nil || got.Progress != 60 {
+			t.Errorf("stored: %+v, %v", got, err)
+		}
+		m.Close()
+		if err := task.UpdateProgress(m, op.ID, 70); !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("updateProgress of a finished one: %v", err)
+		}
+	})
+}
+
+// TestUpdateCost: reporting progress allocates nothing.
+func TestUpdateCost(t *testing.T) {
+	m := newManager(t, nil)
+	op := submit(t, m, func(_ context.Context, update func(int)) (any, error) {
+		p := 0
+		return testing.AllocsPerRun(1000, func() { p++; update(p % 100) }), nil
+	})
+	var allocs float64
+	if err := wait(t, m, op.ID).DecodeResult(&allocs); err != nil || allocs > 0 {
+		t.Errorf("%v allocations, %v", allocs, err)
+	}
+}
+
+// sqliteExec runs a statement on a database from outside.
+func sqliteExec(t testing.TB, path, stmt string) {
+	t.Helper()
+	db, err := sql.Open("sqlite3", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(stmt); err != nil {
+		t.Fatal(err)
+	}
+}

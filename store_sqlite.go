@@ -646,6 +646,9 @@ func (s *SQLiteStore) transact(deadline time.Time, f func(*sql.Conn) error) erro
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	c, err := s.db.Conn(ctx)
+	if errors.Is(err, context.DeadlineExceeded) { // which is no caller's
+		return fmt.Errorf("no connection to the database became free within %v", writeTimeout)
+	}
 	if err != nil {
 		return fmt.Errorf("no connection to the database: %w", err)
 	}

@@ -137,8 +137,12 @@ func (f *follower) poll(ctx context.Context) {
 		}
 		for _, id := range f.ids() {
 			op, err := m.stored(id)
-			if errors.Is(err, ErrNotFound) || err == nil && op.State.Finished() {
+			switch {
+			case errors.Is(err, ErrNotFound), err == nil && op.State.Finished():
 				f.tell(id, op, err)
+			case err != nil && m.ctx.Err() != nil:
+				// The store has been closed after the manager, or nearly so.
+				f.tell(id, nil, fmt.Errorf("%w: %w", ErrClosed, err))
 			}
 		}
 	}

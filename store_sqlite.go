@@ -839,16 +839,7 @@ func (s *SQLiteStore) recoverFrom(o sql.NullString, reason string, yield func(*O
 	for {
 		var ops []*Operation
 		err := s.transact(time.Now().Add(writeTimeout), func(c *sql.Conn) (err error) {
-			now := formatTime(time.Now())
-			rows, err := c.QueryContext(context.Background(), `UPDATE tasks
-				SET state = 'FAILED', error = ?, updated_at = CASE
-					WHEN updated_at GLOB '????-??-?? ??:??:??.??????' AND updated_at > ? THEN updated_at ELSE ? END
-				WHERE rowid IN (SELECT rowid FROM tasks WHERE `+unfinished+` AND CAST(owner AS TEXT) IS ? LIMIT ?)
-				RETURNING `+columns, reason, now, now, o, recoverChunk)
-			if err != nil {
-				return err
-			}
-			ops, err = scanAll(rows)
+			ops, err = failOrphans(c, o, reason)
 			return err
 		})
 		if err != nil {
@@ -864,4 +855,33 @@ func (s *SQLiteStore) recoverFrom(o sql.NullString, reason string, yield func(*O
 			return true
 		}
 	}
+}
+
+// failOrphans marks some operations of a dead owner as failed. It touches no
+// cell that this does not concern: other code may have written it.
+func failOrphans(c *sql.Conn, o sql.NullString, reason string) ([]*Operation, error) {
+	ctx := context.Background()
+	now := time.Now().UTC().Truncate(time.Microsecond)
+	rows, err := c.QueryContext(ctx, `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = max(updated_at, ?)
+		WHERE rowid IN (SELECT rowid FROM tasks WHERE `+unfinished+` AND CAST(owner AS TEXT) IS ? LIMIT ?)
+		RETURNING `+columns, reason, formatTime(now), o, recoverChunk)
+	if err != nil {
+		return nil, err
+	}
+	ops, err := scanAll(rows)
+	if err != nil {
+		return nil, err
+	}
+	for _, op := range ops {
+		// In timeFormat that max is all; other layouts take a closer look.
+		updated := latest(now, op.UpdatedAt, op.StartedAt, op.CreatedAt)
+		if updated.Equal(op.UpdatedAt) {
+			continue
+		}
+		op.UpdatedAt = updated
+		if _, err := c.ExecContext(ctx, `UPDATE tasks SET updated_at = ? WHERE id = ?`, formatTime(updated), op.ID); err != nil {
+			return nil, err
+		}
+	}
+	return ops, nil
 }

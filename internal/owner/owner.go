@@ -42,7 +42,7 @@ func New(database string) (*Owner, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = lock(f)
+		err = lock(f, false)
 		if err == nil && names(o.Path(), f) {
 			o.file = f
 			return o, nil
@@ -96,8 +96,11 @@ func (o *Owner) Others() []string {
 }
 
 // Dead reports whether the owner with that ID is dead. If it is, the caller
-// holds its lock until it calls done, with true if nothing is left that could
+// shares its lock until it calls done, with true if nothing is left that could
 // tell others of that owner: its file is then removed.
+//
+// The lock is shared because several may find the same owner dead at the same
+// time. None of them may take another one's lock for the owner's.
 //
 // Whatever is no ID of an owner is dead; o itself is not. In doubt, the owner
 // is alive.
@@ -114,7 +117,7 @@ func (o *Owner) Dead(id string) (done func(forget bool), dead bool) {
 	if err != nil {
 		return nothing, errors.Is(err, fs.ErrNotExist)
 	}
-	if lock(f) != nil {
+	if lock(f, true) != nil {
 		f.Close()
 		return nil, false
 	}

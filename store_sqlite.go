@@ -30,6 +30,8 @@ type SQLiteStore struct {
 	db    *sql.DB
 	owns  bool         // the store opened db, with writeTimeout as its busy timeout
 	owner *owner.Owner // who runs what this store saves
+	path  string       // of the database file, if owns; "" for none
+	file  os.FileInfo  // what was there
 }
 
 // writeTimeout is how long a write waits for a connection, and then for the
@@ -122,10 +124,10 @@ func openSQLite(path string) (*SQLiteStore, error) {
 // a file, and an error if a database can't be there.
 func resolve(path string) (resolved string, exists bool, err error) {
 	if path == "" {
-		return "", false, errors.New("the path is empty")
+		return "", false, errors.New("the path is empty: choose one, or \":memory:\"")
 	}
 	if strings.ContainsRune(path, 0) {
-		return "", false, errors.New("the path contains a NUL byte")
+		return "", false, errors.New("the path contains a NUL byte: choose another one")
 	}
 	path, err = filepath.Abs(path)
 	if err != nil {
@@ -136,7 +138,7 @@ func resolve(path string) (resolved string, exists bool, err error) {
 		return "", false, fmt.Errorf("there is no directory %s: create it first", filepath.Dir(path))
 	}
 	if err != nil {
-		return "", false, err
+		return "", false, fmt.Errorf("%s: %w: choose another path", filepath.Dir(path), err)
 	}
 	path = filepath.Join(dir, filepath.Base(path))
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
@@ -144,14 +146,14 @@ func resolve(path string) (resolved string, exists bool, err error) {
 	}
 	path, err = filepath.EvalSymlinks(path)
 	if err != nil {
-		return "", false, err
+		return "", false, fmt.Errorf("the symbolic link leads nowhere: %w: remove it, or choose another path", err)
 	}
 	info, err := os.Stat(path)
 	switch {
 	case err != nil:
 		return "", false, err
 	case !info.Mode().IsRegular():
-		return "", false, fmt.Errorf("%s is not a regular file", path)
+		return "", false, fmt.Errorf("%s is not a regular file: choose another path", path)
 	case info.Mode().Perm()&0o222 == 0: // root could write it, but was told not to
 		return "", false, fmt.Errorf("%s is read-only: make it writable, or choose another path", path)
 	}
@@ -186,6 +188,12 @@ func openPool(path string, own *owner.Owner, conns int) (*SQLiteStore, error) {
 	db.SetMaxOpenConns(conns)
 	db.SetMaxIdleConns(conns)
 	s := &SQLiteStore{db: db, owns: true, owner: own}
+	if mode == "rw" {
+		s.path = path
+		if s.file, err = os.Stat(path); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+	}
 	if err := s.init(mode == "rw"); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -214,11 +222,13 @@ func newSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	}
 	s := &SQLiteStore{db: db}
 	var file sql.NullString
-	err := s.read(func() error {
-		return db.QueryRow(`SELECT file FROM pragma_database_list WHERE name = 'main'`).Scan(&file)
-	})
+	if err := s.connect(); err != nil {
+		return nil, err
+	}
+	var seq, name any // nothing of this needs the database to be unlocked
+	err := db.QueryRow(`PRAGMA database_list`).Scan(&seq, &name, &file)
 	if err != nil {
-		return nil, fmt.Errorf("can't ask for its file (is it SQLite?): %w", err)
+		return nil, fmt.Errorf("can't ask for its file (is it SQLite?): %w: use an SQLite database", err)
 	}
 	s.owner, err = owner.New(file.String)
 	if err != nil {
@@ -228,6 +238,14 @@ func newSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
+}
+
+// connect waits until there is a connection: to open one may need the lock.
+func (s *SQLiteStore) connect() error {
+	deadline := time.Now().Add(writeTimeout)
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+	return s.unlocked(deadline, func() error { return s.db.PingContext(ctx) })
 }
 
 // The table as SPEC.md has it, with what this package adds at the end.
@@ -258,7 +276,7 @@ var (
 // init makes the database ready. It changes nothing before it knows that the
 // database can be used.
 func (s *SQLiteStore) init(wal bool) error {
-	missing, err := missing(func(query string) (all []string, err error) {
+	_, err := missing(func(query string) (all []string, err error) {
 		err = s.read(func() error {
 			all, err = texts(s.db, query)
 			return err
@@ -268,17 +286,13 @@ func (s *SQLiteStore) init(wal bool) error {
 	if err != nil {
 		return err
 	}
-	if wal {
-		if err := s.enterWAL(); err != nil {
-			return err
-		}
+	if err := s.transact(time.Now().Add(writeTimeout), complete); err != nil {
+		return fmt.Errorf("can't be written: %w: %s", err, advice)
 	}
-	return s.transact(time.Now().Add(writeTimeout), func(c *sql.Conn) error {
-		if len(missing) == 0 {
-			return nil // it was worth a try whether it can be written
-		}
-		return complete(c)
-	})
+	if wal {
+		return s.enterWAL()
+	}
+	return nil
 }
 
 // complete adds what is missing. The database is locked by now, and looked at
@@ -312,18 +326,20 @@ func (s *SQLiteStore) enterWAL() error {
 	return nil
 }
 
+// advice says what to do about a table tasks that is something else.
+const advice = "use another database, or rename that table"
+
 // missing returns the statements that make the database ready, or an error if
 // a table called tasks is something else. It asks by way of texts, which
 // returns the first column of a query's rows.
 func missing(texts func(query string) ([]string, error)) ([]string, error) {
 	kinds, err := texts(`SELECT type FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE AND type IN ('table', 'view')`)
 	if err != nil {
-		return nil, fmt.Errorf("can't be read as an SQLite database: %w", err)
+		return nil, fmt.Errorf("can't be read as an SQLite database: %w: choose another path, or restore it from a backup", err)
 	}
 	if len(kinds) == 0 {
 		return []string{createTable, createIndex}, nil
 	}
-	const advice = "use another database, or rename that one"
 	if kinds[0] != "table" {
 		return nil, fmt.Errorf("there is a %s called tasks in it: %s", kinds[0], advice)
 	}
@@ -343,8 +359,13 @@ func missing(texts func(query string) ([]string, error)) ([]string, error) {
 	if !slices.Equal(key, []string{"id"}) {
 		return nil, fmt.Errorf("there is a table called tasks in it whose primary key is not id: %s", advice)
 	}
-	if _, err := texts(`SELECT rowid FROM tasks LIMIT 0`); err != nil {
-		return nil, fmt.Errorf("there is a table called tasks in it without a rowid (%w): %s", err, advice)
+	// Of a table, this lists the key by which it is stored if that is not the rowid.
+	stored, err := texts(`SELECT name FROM pragma_index_info('tasks')`)
+	if err != nil {
+		return nil, err
+	}
+	if len(stored) > 0 || slices.Contains(columns, "rowid") {
+		return nil, fmt.Errorf("there is a table called tasks in it without a rowid: %s", advice)
 	}
 	var stmts []string
 	for _, c := range addedColumns {
@@ -456,9 +477,9 @@ func (r *row) operation() *Operation {
 		Metadata:  cellJSON(r.metadata),
 		Result:    cellJSON(r.result),
 		Error:     validUTF8(r.err),
-		CreatedAt: parseTime(r.createdAt),
-		StartedAt: parseTime(r.startedAt),
-		UpdatedAt: parseTime(r.updatedAt),
+		CreatedAt: cellTime(r.createdAt),
+		StartedAt: cellTime(r.startedAt),
+		UpdatedAt: cellTime(r.updatedAt),
 	}
 }
 
@@ -474,12 +495,20 @@ func insert(c *sql.Conn, op *Operation, owner string) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.ExecContext(context.Background(), `INSERT INTO tasks
+	res, err := c.ExecContext(context.Background(), `INSERT INTO tasks
 		(id, name, state, progress, metadata, result, error, created_at, updated_at, started_at, owner)
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		op.ID, op.Name, string(op.State), op.Progress, metadata, result, textCell(op.Error),
 		formatTime(op.CreatedAt), formatTime(op.UpdatedAt), timeCell(op.StartedAt), textCell(owner))
-	return err
+	if err != nil {
+		return err
+	}
+	if n, err := res.RowsAffected(); err != nil {
+		return err
+	} else if n == 0 {
+		return errors.New("a trigger of the database has ignored the new row")
+	}
+	return nil
 }
 
 // update never finishes an operation twice and never makes one again that has
@@ -552,7 +581,15 @@ var timeLayouts = []string{
 	"2006-01-02",
 }
 
-// parseTime returns the zero time for what is none.
+// cellTime returns the zero time for what is none, and for what JSON can't say.
+func cellTime(cell string) time.Time {
+	t := parseTime(cell)
+	if y := t.Year(); y < 0 || y > 9999 {
+		return time.Time{}
+	}
+	return t
+}
+
 func parseTime(cell string) time.Time {
 	if cell == "" {
 		return time.Time{}
@@ -645,7 +682,11 @@ func (s *SQLiteStore) transact(deadline time.Time, f func(*sql.Conn) error) erro
 	// would start a goroutine.
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	c, err := s.db.Conn(ctx)
+	var c *sql.Conn
+	err := s.unlocked(deadline, func() (err error) {
+		c, err = s.db.Conn(ctx) // to open one may need the lock
+		return err
+	})
 	if errors.Is(err, context.DeadlineExceeded) { // which is no caller's
 		return fmt.Errorf("no connection to the database became free within %v", writeTimeout)
 	}
@@ -701,9 +742,49 @@ func inTransaction(c *sql.Conn) bool {
 // opened, by way of the busy timeout.
 func (s *SQLiteStore) unlocked(deadline time.Time, f func() error) error {
 	if s.owns {
+		if err := s.gone(); err != nil {
+			return err
+		}
 		return f()
 	}
-	return retry(deadline, f)
+	var closed error
+	err := retry(deadline, func() error {
+		err := f()
+		if err != nil {
+			if closed = s.closed(); closed != nil {
+				return nil
+			}
+		}
+		return err
+	})
+	return errors.Join(closed, err)
+}
+
+// closed returns an error if the application has closed its database, and
+// that without waiting for a connection or opening one.
+func (s *SQLiteStore) closed() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := s.db.PingContext(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// gone returns an error if the database file is no longer where it was: SQLite
+// would go on with one that nobody will find again.
+func (s *SQLiteStore) gone() error {
+	if s.path == "" {
+		return nil
+	}
+	now, err := os.Stat(s.path)
+	if err == nil && !os.SameFile(now, s.file) {
+		err = fmt.Errorf("%s is another file by now", s.path)
+	}
+	if err != nil {
+		return fmt.Errorf("the database was removed while it was open: %w", err)
+	}
+	return nil
 }
 
 // retry calls f until it succeeds or the deadline has passed.
@@ -724,7 +805,7 @@ func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
 
 // Get implements [Persistence].
 func (s *SQLiteStore) Get(id string) (*Operation, error) {
-	ops, err := s.query(`SELECT `+columns+` FROM tasks WHERE id = ?`, id)
+	ops, err := s.query(`SELECT `+columns+` FROM tasks WHERE id IN (?, CAST(? AS BLOB)) LIMIT 1`, id, id)
 	if err != nil {
 		return nil, err
 	}
@@ -762,21 +843,11 @@ func scanAll(rows *sql.Rows) ([]*Operation, error) {
 
 // read calls f, which only reads, until the database is not locked.
 func (s *SQLiteStore) read(f func() error) error {
-	var closed error
-	err := s.unlocked(time.Now().Add(writeTimeout), func() error {
-		err := f()
-		if err != nil {
-			if closed = s.db.Ping(); closed != nil {
-				return nil
-			}
-		}
-		return err
-	})
-	return errors.Join(closed, err)
+	return s.unlocked(time.Now().Add(writeTimeout), f)
 }
 
 // unfinished repeats the index's own term.
-const unfinished = `state <> 'DONE' AND state IN ('PENDING', 'RUNNING')`
+const unfinished = `state <> 'DONE' AND state IN ('PENDING', 'RUNNING', CAST('PENDING' AS BLOB), CAST('RUNNING' AS BLOB))`
 
 // recoverChunk is how many operations one transaction of Recover changes, so
 // that the writes of the living are not held up by a long history of the dead.
@@ -879,7 +950,8 @@ func failOrphans(c *sql.Conn, o sql.NullString, reason string) ([]*Operation, er
 			continue
 		}
 		op.UpdatedAt = updated
-		if _, err := c.ExecContext(ctx, `UPDATE tasks SET updated_at = ? WHERE id = ?`, formatTime(updated), op.ID); err != nil {
+		if _, err := c.ExecContext(ctx, `UPDATE tasks SET updated_at = ? WHERE id IN (?, CAST(? AS BLOB))`,
+			formatTime(updated), op.ID, op.ID); err != nil {
 			return nil, err
 		}
 	}

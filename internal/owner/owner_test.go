@@ -351,12 +351,13 @@ func TestNewBesideRecovery(t *testing.T) {
 	}
 }
 
-// Of those who find an owner dead, one at a time holds it.
-func TestDeadHasOneHolder(t *testing.T) {
+// However many look at an owner at the same time, none takes another one of
+// them for it.
+func TestDeadToAll(t *testing.T) {
 	needLocks(t)
 	database := filepath.Join(t.TempDir(), "x.db")
 	id := leave(t, database)
-	var holders, held atomic.Int32
+	alive := newOwner(t, database)
 	var all sync.WaitGroup
 	for range 8 {
 		o := newOwner(t, database)
@@ -364,21 +365,15 @@ func TestDeadHasOneHolder(t *testing.T) {
 			for range 200 {
 				done, dead := o.Dead(id)
 				if !dead {
-					continue
+					t.Error("the dead is alive")
+					return
 				}
-				held.Add(1)
-				if n := holders.Add(1); n != 1 {
-					t.Errorf("%d holders", n)
-				}
-				holders.Add(-1)
+				wantDead(t, o, alive.ID, false)
 				done(false)
 			}
 		})
 	}
 	all.Wait()
-	if held.Load() == 0 {
-		t.Error("nobody found it dead")
-	}
 }
 
 func TestWithoutPermission(t *testing.T) {

@@ -24,7 +24,7 @@ type Manager struct {
 	cancel    context.CancelCauseFunc
 	writer    *writer
 	follower  *follower
-	drained   chan struct{} // closed once nothing is submitted any more and all is stored
+	drained   chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
 	closeOnce sync.Once
 	closeErr  error // set by closeOnce
 
@@ -93,8 +93,8 @@ func newManager(db Persistence, opts []Option) *Manager {
 // When Submit returns an error, fn is never called. It does so if name is
 // empty, fn is nil or the metadata is not JSON, after Close or Shutdown
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
-// that is told after 20 seconds at the latest: up to 10 in which an earlier
-// write gives up, and 10 for this one.
+// that is told within about 20 seconds: up to 10 in which an earlier write
+// gives up, and 10 for this one.
 //
 // Submissions that arrive while a commit is under way share the next one.
 func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
@@ -102,7 +102,7 @@ func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation
 	if err != nil {
 		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
-	if err := m.store(t); err != nil {
+	if err := m.enqueue(t); err != nil {
 		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
 	return t.snapshot(), nil
@@ -148,8 +148,8 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	return t, nil
 }
 
-// store commits the row of a new task. The writer then has it started.
-func (m *Manager) store(t *task) error {
+// enqueue has the row of a new task committed. The writer then has it admitted.
+func (m *Manager) enqueue(t *task) error {
 	m.mu.Lock()
 	if m.refuses {
 		m.mu.Unlock()
@@ -178,17 +178,17 @@ func (m *Manager) forget(t *task) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.tasks, t.first.ID)
-	m.checkDrained()
+	if m.refuses && len(m.tasks) == 0 {
+		m.drain()
+	}
 }
 
-// checkDrained closes drained when the time has come. The caller holds m.mu.
-func (m *Manager) checkDrained() {
-	if m.refuses && len(m.tasks) == 0 {
-		select {
-		case <-m.drained:
-		default:
-			close(m.drained)
-		}
+// drain closes drained. The caller holds m.mu.
+func (m *Manager) drain() {
+	select {
+	case <-m.drained:
+	default:
+		close(m.drained)
 	}
 }
 
@@ -268,10 +268,13 @@ func (m *Manager) List(limit, offset int) ([]*Operation, error) {
 
 // current returns the operation of a stored row as it is now.
 func (m *Manager) current(row *Operation) *Operation {
-	if !row.State.Finished() {
-		// Either it is live, or another manager's, or it has finished since
-		// the row was read. The last is found in the database by now.
-		if op, err := m.get(row.ID); err == nil {
+	if t := m.live(row.ID); t != nil {
+		return t.snapshot()
+	}
+	if row.State.live() {
+		// It is another manager's, or it has finished since the row was read:
+		// then that is in the database by now.
+		if op, err := m.stored(row.ID); err == nil {
 			return op
 		}
 	}
@@ -299,6 +302,9 @@ func (m *Manager) Cancel(id string) error {
 	}
 	select {
 	case <-t.done:
+		if t.err != nil {
+			return fmt.Errorf("task: cancel %s: %w", id, t.err)
+		}
 		return nil
 	case <-failed:
 		return fmt.Errorf("task: cancel %s: %s", id, t.snapshot().Error)
@@ -311,7 +317,7 @@ func (m *Manager) whyNotLive(id string) error {
 	switch {
 	case err != nil:
 		return err
-	case op.State.Finished():
+	case !op.State.live():
 		return fmt.Errorf("already %s: %w", op.State, ErrNotFound)
 	default:
 		return fmt.Errorf("another manager runs it, and only that one can cancel it: %w", errors.ErrUnsupported)
@@ -336,7 +342,7 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 		if err != nil {
 			return nil, fmt.Errorf("task: wait for %s: %w", id, err)
 		}
-		if op.State.Finished() {
+		if !op.State.live() {
 			return op, nil
 		}
 		return m.follower.wait(ctx, op)
@@ -371,7 +377,9 @@ func (m *Manager) refuse() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.refuses = true
-	m.checkDrained()
+	if len(m.tasks) == 0 {
+		m.drain()
+	}
 }
 
 // Shutdown lets the manager run dry: Submit returns [ErrClosed] from now on,
@@ -383,17 +391,14 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 	select {
 	case <-m.drained:
 		return m.Close()
-	case <-m.writer.stopped: // closed by somebody else
-		return m.Close()
 	default:
 	}
 	select {
 	case <-m.drained:
-	case <-m.writer.stopped:
+		return m.Close()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	return m.Close()
 }
 
 // Close ends the manager: Submit returns [ErrClosed] from now on, the context
@@ -403,9 +408,10 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 // with the error "Task failed due to system shutdown", followed by that error.
 //
 // Close waits for functions without a limit. It tries for 5 seconds more to
-// store what is not stored yet (a write under way is waited for) and returns
-// an error that names each operation it had to leave; the next manager to
-// start finds them interrupted.
+// store what is not stored yet, and returns an error that names each operation
+// it had to leave. A write that is under way is waited for, so that this can
+// take 20 seconds with a locked SQLite database. Once the store is closed too, the next manager to start marks
+// those as interrupted.
 //
 // Get, List and Wait go on working, and the store stays open. Calling Close
 // again does nothing and returns the same.
@@ -421,7 +427,11 @@ func (m *Manager) close() error {
 	m.mu.Unlock()
 	m.cancel(ErrClosed)
 	m.functions.Wait()
-	return m.writer.close()
+	err := m.writer.close()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.drain()
+	return err
 }
 
 // alive reports whether m may still run and store operations.

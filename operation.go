@@ -129,11 +129,31 @@ func roundTrip(v any) any {
 	if v == nil {
 		return nil
 	}
-	raw, ok := v.(json.RawMessage)
-	if !ok {
-		raw, _ = encode(v)
-	}
+	raw, _ := rawJSON(v)
 	return decode(raw)
+}
+
+// rawJSON returns a value of an operation as JSON; what is encoded already, as
+// it is.
+func rawJSON(v any) (json.RawMessage, error) {
+	if raw, ok := v.(json.RawMessage); ok {
+		return raw, nil
+	}
+	return encode(v)
+}
+
+// encode makes Metadata and Result what stores are given.
+func (op *Operation) encode() error {
+	metadata, err := rawJSON(op.Metadata)
+	if err != nil {
+		return fmt.Errorf("metadata: %w", err)
+	}
+	result, err := rawJSON(op.Result)
+	if err != nil {
+		return fmt.Errorf("result: %w", err)
+	}
+	op.Metadata, op.Result = rawOrNil(metadata), rawOrNil(result)
+	return nil
 }
 
 // rawOrNil keeps an empty json.RawMessage from becoming a non-nil interface.
@@ -173,6 +193,7 @@ type task struct {
 
 	// What follows belongs to the writer's goroutine.
 	doubtful bool  // Save returned an error: there should be no row
+	refused  bool  // a change could not be stored
 	writeErr error // why final could not be stored
 	strikes  int   // see maxStrikes
 }

@@ -130,7 +130,7 @@ func (f *follower) poll(ctx context.Context) {
 			return
 		case <-time.After(pollInterval):
 		}
-		if shared {
+		if shared && m.ctx.Err() == nil {
 			if err := m.recover(); err != nil {
 				m.log.Debug("task: recovery failed", "err", err)
 			}
@@ -138,7 +138,7 @@ func (f *follower) poll(ctx context.Context) {
 		for _, id := range f.ids() {
 			op, err := m.stored(id)
 			switch {
-			case errors.Is(err, ErrNotFound), err == nil && op.State.Finished():
+			case errors.Is(err, ErrNotFound), err == nil && !op.State.live():
 				f.tell(id, op, err)
 			case err != nil && m.ctx.Err() != nil:
 				// The store has been closed after the manager, or nearly so.

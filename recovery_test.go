@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -168,9 +169,19 @@ func recoveryStored(t *testing.T, db task.Persistence) recoveryRows {
 			return rows
 		}
 		for _, op := range page {
-			rows[op.ID] = *op
+			row := *op
+			row.Metadata, row.Result = recoveryJSON(t, op.Metadata), recoveryJSON(t, op.Result)
+			rows[op.ID] = row
 		}
 	}
+}
+
+// recoveryJSON makes values comparable, which stores may hold in any form.
+func recoveryJSON(t *testing.T, v any) json.RawMessage {
+	t.Helper()
+	raw, err := json.Marshal(v)
+	recoveryMust(t, err)
+	return raw
 }
 
 func (rows recoveryRows) unfinished() (ids []string) {

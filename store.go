@@ -1,7 +1,6 @@
 package task
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -12,9 +11,8 @@ import (
 
 // A Persistence stores operations for a [Manager].
 //
-// The manager calls Save and Update from one goroutine at a time, and List and
-// Get from any number of them, also while a write is under way. Every method
-// should return within some seconds, with an error if it can't do its work.
+// All methods may be called from any number of goroutines at once. Each should
+// return within some seconds, with an error if it can't do its work.
 //
 // What the manager passes belongs to the store from then on. Its Metadata and
 // Result are nil or a [json.RawMessage] that nobody modifies. What the store
@@ -109,7 +107,7 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 			}
 			offset += len(page)
 			for _, op := range page {
-				if op == nil || op.State.Finished() || live(op.ID) {
+				if op == nil || !op.State.live() || live(op.ID) {
 					continue
 				}
 				op, err := failOrphan(db, op.ID, reason)
@@ -128,13 +126,16 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 // returns nil if the operation has finished or has been deleted before that.
 func failOrphan(db Persistence, id, reason string) (*Operation, error) {
 	op, err := db.Get(id)
-	if errors.Is(err, ErrNotFound) || err == nil && (op == nil || op.State.Finished()) {
+	if errors.Is(err, ErrNotFound) || err == nil && (op == nil || !op.State.live()) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
 	failed := *op
+	if err := failed.encode(); err != nil {
+		return nil, fmt.Errorf("%s: %w", id, err)
+	}
 	failed.State = StateFailed
 	failed.Error = reason
 	failed.UpdatedAt = latest(time.Now().UTC().Truncate(time.Microsecond), op.UpdatedAt, op.StartedAt, op.CreatedAt)
@@ -209,26 +210,10 @@ func (s *MemoryStore) Update(op *Operation) error {
 	return nil
 }
 
-// newMemoryRow returns a copy of op that shares nothing with it.
+// newMemoryRow returns a copy of op.
 func newMemoryRow(op *Operation) (*memoryRow, error) {
 	row := &memoryRow{op: *op}
-	for _, v := range []*any{&row.op.Metadata, &row.op.Result} {
-		raw, err := rawJSON(*v)
-		if err != nil {
-			return nil, err
-		}
-		*v = rawOrNil(raw)
-	}
-	return row, nil
-}
-
-// rawJSON returns a value of an operation as JSON, and what the manager has
-// encoded already as it is.
-func rawJSON(v any) ([]byte, error) {
-	if raw, ok := v.(json.RawMessage); ok {
-		return raw, nil
-	}
-	return encode(v)
+	return row, row.op.encode()
 }
 
 // retire makes room for a row if it is finished. The caller holds s.mu.
@@ -289,7 +274,7 @@ func (s *MemoryStore) Recover(reason string) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		for _, id := range s.orphans() {
 			op, err := failOrphan(s, id, reason)
-			if op != nil && !yield(op, err) {
+			if (op != nil || err != nil) && !yield(op, err) {
 				return
 			}
 		}
@@ -300,7 +285,7 @@ func (s *MemoryStore) orphans() (ids []string) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	for _, row := range s.order {
-		if !row.gone && !row.op.State.Finished() && !row.op.manager.alive() {
+		if !row.gone && row.op.State.live() && !row.op.manager.alive() {
 			ids = append(ids, row.op.ID)
 		}
 	}

@@ -28,15 +28,19 @@ import (
 type SQLiteStore struct {
 	// Immutable.
 	db    *sql.DB
-	owns  bool         // the store opened db, with writeTimeout as its busy timeout
+	owns  bool         // the store opened db, with busyTimeout
 	owner *owner.Owner // who runs what this store saves
 	path  string       // of the database file, if owns; "" for none
 	file  os.FileInfo  // what was there
 }
 
-// writeTimeout is how long a write waits for a connection, and then for the
-// database to be unlocked, before it gives up.
+// writeTimeout is how long a write waits before it gives up: for a connection,
+// and for the database to be unlocked.
 const writeTimeout = 10 * time.Second
+
+// busyTimeout is the part of it in which SQLite itself waits for locks, in a
+// database that the store opened. What is left is for a connection.
+const busyTimeout = 8 * time.Second
 
 // OpenSQLite opens the SQLite database in the file with that path, creating
 // the file, but no directory, if there is none. The path ":memory:" stands for
@@ -145,8 +149,11 @@ func resolve(path string) (resolved string, exists bool, err error) {
 		return path, false, nil
 	}
 	path, err = filepath.EvalSymlinks(path)
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
 		return "", false, fmt.Errorf("the symbolic link leads nowhere: %w: remove it, or choose another path", err)
+	}
+	if err != nil {
+		return "", false, fmt.Errorf("%w: make sure that you may use that path", err)
 	}
 	info, err := os.Stat(path)
 	switch {
@@ -208,7 +215,7 @@ func dsn(path string, params ...string) string {
 		path = "/" + path
 	}
 	s := "file:" + (&url.URL{Path: path}).EscapedPath() +
-		"?_synchronous=FULL&_stmt_cache_size=16&_busy_timeout=" + strconv.FormatInt(writeTimeout.Milliseconds(), 10)
+		"?_synchronous=FULL&_stmt_cache_size=16&_busy_timeout=" + strconv.FormatInt(busyTimeout.Milliseconds(), 10)
 	for kv := range slices.Chunk(params, 2) {
 		// SQLite knows no + for a space.
 		s += "&" + kv[0] + "=" + strings.ReplaceAll(url.QueryEscape(kv[1]), "+", "%20")
@@ -286,8 +293,16 @@ func (s *SQLiteStore) init(wal bool) error {
 	if err != nil {
 		return err
 	}
-	if err := s.transact(time.Now().Add(writeTimeout), complete); err != nil {
-		return fmt.Errorf("can't be written: %w: %s", err, advice)
+	var refused error
+	err = s.transact(func(c *sql.Conn) error {
+		refused = complete(c)
+		return refused
+	})
+	if refused != nil {
+		return refused
+	}
+	if err != nil {
+		return fmt.Errorf("can't be written: %w: make sure that you may write it and that no other program has it locked", err)
 	}
 	if wal {
 		return s.enterWAL()
@@ -304,7 +319,7 @@ func complete(c *sql.Conn) error {
 	}
 	for _, stmt := range missing {
 		if err := exec(c, stmt); err != nil {
-			return err
+			return fmt.Errorf("can't be written: %w: make sure that you may write it", err)
 		}
 	}
 	return try(c)
@@ -335,7 +350,7 @@ const advice = "use another database, or rename that table"
 func missing(texts func(query string) ([]string, error)) ([]string, error) {
 	kinds, err := texts(`SELECT type FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE AND type IN ('table', 'view')`)
 	if err != nil {
-		return nil, fmt.Errorf("can't be read as an SQLite database: %w: choose another path, or restore it from a backup", err)
+		return nil, fmt.Errorf("can't be read as an SQLite database: %w: make sure that it is one, that you may read and write it, and that no other program has it locked", err)
 	}
 	if len(kinds) == 0 {
 		return []string{createTable, createIndex}, nil
@@ -365,7 +380,7 @@ func missing(texts func(query string) ([]string, error)) ([]string, error) {
 		return nil, err
 	}
 	if len(stored) > 0 || slices.Contains(columns, "rowid") {
-		return nil, fmt.Errorf("there is a table called tasks in it without a rowid: %s", advice)
+		return nil, fmt.Errorf("there is a table called tasks in it without a rowid of SQLite's own: %s", advice)
 	}
 	var stmts []string
 	for _, c := range addedColumns {
@@ -421,7 +436,7 @@ func try(c *sql.Conn) error {
 		err = update(c, op)
 	}
 	if err != nil {
-		return fmt.Errorf("the table tasks in it won't take an operation: %w", err)
+		return fmt.Errorf("the table tasks in it won't take an operation: %w: make sure that you may write it, or %s", err, advice)
 	}
 	return errors.Join(exec(c, "ROLLBACK TO task_trial"), exec(c, "RELEASE task_trial"))
 }
@@ -629,7 +644,6 @@ func (s *SQLiteStore) Update(op *Operation) error {
 // everybody's: if they fail, so does the whole batch. If a statement fails, it
 // may be its operation's fault: all are then tried one by one.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
-	deadline := time.Now().Add(writeTimeout)
 	errs := make([]error, len(saves)+len(updates))
 	write := func(c *sql.Conn, i int) error {
 		if i < len(saves) {
@@ -642,7 +656,7 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 		}
 		return statementError{errs[i]}
 	}
-	err := s.transact(deadline, func(c *sql.Conn) error {
+	err := s.transact(func(c *sql.Conn) error {
 		for i := range errs {
 			if err := write(c, i); err != nil {
 				return err
@@ -658,7 +672,7 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 		return slices.Repeat([]error{err}, len(errs))
 	}
 	for i := range errs {
-		err := s.transact(deadline, func(c *sql.Conn) error { return write(c, i) })
+		err := s.transact(func(c *sql.Conn) error { return write(c, i) })
 		if err == nil {
 			continue
 		}
@@ -677,10 +691,15 @@ type statementError struct{ error }
 func (e statementError) Unwrap() error { return e.error }
 
 // transact calls f in a transaction that may write from its beginning.
-func (s *SQLiteStore) transact(deadline time.Time, f func(*sql.Conn) error) error {
+func (s *SQLiteStore) transact(f func(*sql.Conn) error) error {
+	deadline := time.Now().Add(writeTimeout)
+	forConn := deadline
+	if s.owns {
+		forConn = deadline.Add(-busyTimeout)
+	}
 	// The context is not passed on to statements: for each one go-sqlite3
 	// would start a goroutine.
-	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	ctx, cancel := context.WithDeadline(context.Background(), forConn)
 	defer cancel()
 	var c *sql.Conn
 	err := s.unlocked(deadline, func() (err error) {
@@ -688,7 +707,7 @@ func (s *SQLiteStore) transact(deadline time.Time, f func(*sql.Conn) error) erro
 		return err
 	})
 	if errors.Is(err, context.DeadlineExceeded) { // which is no caller's
-		return fmt.Errorf("no connection to the database became free within %v", writeTimeout)
+		return errors.New("no connection to the database became free in time")
 	}
 	if err != nil {
 		return fmt.Errorf("no connection to the database: %w", err)
@@ -909,7 +928,7 @@ func (s *SQLiteStore) owners() ([]sql.NullString, error) {
 func (s *SQLiteStore) recoverFrom(o sql.NullString, reason string, yield func(*Operation, error) bool) bool {
 	for {
 		var ops []*Operation
-		err := s.transact(time.Now().Add(writeTimeout), func(c *sql.Conn) (err error) {
+		err := s.transact(func(c *sql.Conn) (err error) {
 			ops, err = failOrphans(c, o, reason)
 			return err
 		})

@@ -261,7 +261,7 @@ func TestSQLiteNewFile(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal", "busy_timeout": "10000"} {
+			for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal", "busy_timeout": "8000"} {
 				if got := sqliteTexts(t, c, "PRAGMA "+pragma); got[0] != want {
 					t.Errorf("connection %d: %s = %s, want %s", i, pragma, got[0], want)
 				}

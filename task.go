@@ -69,6 +69,11 @@ func (s State) Finished() bool {
 	return s == StateDone || s == StateFailed || s == StateCancelled
 }
 
+// live is not the same as not Finished: other code may have stored other states.
+func (s State) live() bool {
+	return s == StatePending || s == StateRunning
+}
+
 // A Func is the work of one operation.
 //
 // It should return soon after ctx is done; [context.Cause] then says why,

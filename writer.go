@@ -1,9 +1,11 @@
 package task
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 )
@@ -30,18 +32,25 @@ const (
 	maxBackoff = time.Second
 	closeGrace = 5 * time.Second // how long close goes on trying
 
-	// After so many rounds in which the final state of an operation could not
-	// be stored, but another write of the same operation could both before and
-	// after it, its result is given up.
-	maxStrikes = 3
+	// After so many tries in a row in which the final state of an operation
+	// could not be stored, but another write of the same operation just before
+	// it could, a value is given up that must be at fault.
+	maxStrikes = 5
 )
 
 // A writer stores what its manager's tasks have to store.
+//
+// The way of a task through it: save, saveDone, which has it admitted; touch,
+// as often as it changes; finish, finalDone, and then settle if the final state
+// is stored, adopt if the row is gone or final already, or keep, which has it
+// tried again.
 type writer struct {
 	manager *Manager
 	wake    chan struct{} // holds a token when there may be something to write
-	closing chan struct{}
-	stopped chan struct{}
+	closing chan struct{} // closed by close
+	stopped chan struct{} // closed when the goroutine has ended
+
+	deadline time.Time // set before closing is closed: when to give up
 
 	mu          sync.Mutex // guards what follows; taken last
 	saves       []*task    // first rows to store, in order of submission
@@ -50,10 +59,11 @@ type writer struct {
 	changeSince time.Time  // when the oldest of changes came
 
 	// What follows belongs to the goroutine.
+	refused  []*task // their changes could not be stored
 	unstored []*task // their final states could not be stored
 	backoff  time.Duration
-	retryAt  time.Time
-	trouble  bool // that a write failed has been logged
+	retryAt  time.Time // when to try again to store those
+	trouble  bool      // that a write failed has been logged
 }
 
 func newWriter(m *Manager) *writer {
@@ -107,6 +117,7 @@ func (w *writer) signal() {
 // error that names what could not be stored. No function runs any more, and
 // nothing is submitted.
 func (w *writer) close() error {
+	w.deadline = time.Now().Add(closeGrace)
 	close(w.closing)
 	<-w.stopped
 	var errs []error
@@ -123,18 +134,22 @@ func (w *writer) run() {
 	defer close(w.stopped)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	closing := w.closing
-	var deadline time.Time // once closing
 	for {
 		// Let those who are about to submit or to finish do so first: fewer
 		// and larger writes.
 		runtime.Gosched()
 		runtime.Gosched()
+		closing := w.isClosing()
+		if closing && !time.Now().Before(w.deadline) {
+			w.trouble = true // so that all goes into this last write
+			w.write()
+			w.abandon()
+			return
+		}
 		if w.write() || w.retry() {
 			continue
 		}
-		if closing == nil && (len(w.unstored) == 0 || !time.Now().Before(deadline)) {
-			w.abandon()
+		if closing && len(w.unstored) == 0 {
 			return
 		}
 		if next, ok := w.next(); ok {
@@ -142,14 +157,25 @@ func (w *writer) run() {
 		} else {
 			timer.Stop()
 		}
+		stop := w.closing
+		if closing {
+			stop = nil
+		}
 		select {
 		case <-w.wake:
 		case <-timer.C:
-		case <-closing:
-			closing = nil
-			deadline = time.Now().Add(closeGrace)
+		case <-stop:
 			w.backoff, w.retryAt = 0, time.Time{}
 		}
+	}
+}
+
+func (w *writer) isClosing() bool {
+	select {
+	case <-w.closing:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -158,22 +184,12 @@ func (w *writer) next() (when time.Time, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.changes) > 0 {
-		when, ok = w.changesDue(), true
+		when, ok = w.changeSince.Add(changeDelay), true
 	}
-	if len(w.unstored) > 0 && (!ok || w.retryAt.Before(when)) {
+	if len(w.refused)+len(w.unstored) > 0 && (!ok || w.retryAt.Before(when)) {
 		when, ok = w.retryAt, true
 	}
 	return when, ok
-}
-
-// changesDue returns when changes make a write of their own. The caller holds
-// w.mu.
-func (w *writer) changesDue() time.Time {
-	due := w.changeSince.Add(changeDelay)
-	if w.trouble && due.Before(w.retryAt) {
-		return w.retryAt
-	}
-	return due
 }
 
 // write makes one write of what is due, and reports whether anything was.
@@ -192,7 +208,7 @@ func (w *writer) write() bool {
 		op := *t.final
 		updates = append(updates, &op)
 	}
-	changed := changes[:0]
+	var changed []*task
 	for _, t := range changes {
 		if op := t.takeChange(); op != nil {
 			changed = append(changed, t)
@@ -200,37 +216,64 @@ func (w *writer) write() bool {
 		}
 	}
 
+	if len(rows)+len(updates) == 0 {
+		return true // all changes have been overtaken by final states
+	}
+
 	errs := writeBatch(w.manager.db, rows, updates)
-	w.note(errs)
 	for i, t := range saves {
 		w.saveDone(t, errs[i])
 	}
 	errs = errs[len(saves):]
+	w.note(errs)
 	for i, t := range finals {
 		w.finalDone(t, errs[i])
 	}
 	errs = errs[len(finals):]
 	for i, t := range changed {
-		if errs[i] != nil && !errors.Is(errs[i], ErrNotFound) {
-			t.again()
+		if t.refused = failed(errs[i]); t.refused {
+			w.refuse(t, errs[i])
 		}
 	}
 	return true
 }
 
+// failed reports whether err says that a write should be tried again.
+func failed(err error) bool {
+	return err != nil && !errors.Is(err, ErrNotFound)
+}
+
 // take returns what is due to be written now.
 func (w *writer) take() (saves, finals, changes []*task) {
+	now := time.Now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	saves, w.saves = cut(w.saves, maxBatch)
-	finals, w.finals = cut(w.finals, maxBatch)
+	if w.trouble { // nobody is to wait for one failing write after the other
+		saves, w.saves = w.saves, nil
+		finals, w.finals = w.finals, nil
+	} else {
+		saves, w.saves = cut(w.saves, maxBatch)
+		finals, w.finals = cut(w.finals, maxBatch)
+	}
+	retry := !now.Before(w.retryAt)
 	switch {
-	case len(w.changes) == 0:
-	case !time.Now().Before(w.changesDue()):
+	case retry && now.Sub(w.changeSince) >= changeDelay:
 		changes, w.changes = w.changes, nil
 	case len(saves)+len(finals) > 0:
 		changes, w.changes = cut(w.changes, maxRiders)
 	}
+	if retry {
+		changes = append(changes, w.refused...)
+		w.refused = nil
+		return saves, finals, changes
+	}
+	// What may spoil the write does not ride along.
+	changes = slices.DeleteFunc(changes, func(t *task) bool {
+		if t.refused {
+			w.refused = append(w.refused, t)
+		}
+		return t.refused
+	})
 	return saves, finals, changes
 }
 
@@ -254,40 +297,36 @@ func (t *task) takeChange() *Operation {
 	return &op
 }
 
-// again has a change stored that could not be.
-func (t *task) again() {
+// refuse has a change stored later that could not be.
+func (w *writer) refuse(t *task, err error) {
+	w.postpone(err)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.final == nil && !t.dirty {
+	if !t.dirty { // else it is among the changes again
 		t.dirty = true
-		t.manager.writer.touch(t)
+		w.refused = append(w.refused, t)
 	}
 }
 
-// note logs when trouble with the store begins and when it ends, and sets the
-// time to try again.
+// note logs when trouble with the store ends.
 func (w *writer) note(errs []error) {
-	var failed error
-	for _, err := range errs {
-		if err != nil && !errors.Is(err, ErrNotFound) {
-			failed = err
-			break
-		}
-	}
-	switch {
-	case failed != nil:
-		if !w.trouble {
-			w.manager.log.Error("task: storing failed, will be tried again", "err", failed)
-		}
-		w.trouble = true
-		if now := time.Now(); !now.Before(w.retryAt) {
-			w.backoff = min(max(2*w.backoff, minBackoff), maxBackoff)
-			w.retryAt = now.Add(w.backoff)
-		}
-	case w.trouble && len(w.unstored) == 0:
+	if w.trouble && len(errs) > 0 && len(w.unstored)+len(w.refused) == 0 && !slices.ContainsFunc(errs, failed) {
 		w.manager.log.Info("task: storing works again")
 		w.trouble = false
 		w.backoff = 0
+	}
+}
+
+// postpone sets the time to try again what could not be stored, and logs when
+// trouble begins.
+func (w *writer) postpone(err error) {
+	if !w.trouble {
+		w.manager.log.Error("task: storing failed, will be tried again", "err", err)
+		w.trouble = true
+	}
+	if now := time.Now(); !now.Before(w.retryAt) {
+		w.backoff = min(max(2*w.backoff, minBackoff), maxBackoff)
+		w.retryAt = now.Add(w.backoff)
 	}
 }
 
@@ -331,9 +370,11 @@ func (w *writer) settle(t *task, op *Operation, err error) {
 func (w *writer) adopt(t *task) {
 	op, err := w.manager.db.Get(t.first.ID)
 	switch {
-	case err == nil && op != nil && op.State.Finished():
-		w.manager.log.Error("task: finished by somebody else", "id", t.first.ID, "name", t.first.Name,
-			"state", t.final.State, "stored", op.State)
+	case err == nil && op != nil && !op.State.live():
+		if op.State != t.final.State || !op.UpdatedAt.Equal(t.final.UpdatedAt) { // else it is ours, in spite of an error
+			w.manager.log.Error("task: finished by somebody else", "id", t.first.ID, "name", t.first.Name,
+				"state", t.final.State, "stored", op.State)
+		}
 		w.settle(t, op, nil)
 	case err == nil && op == nil, errors.Is(err, ErrNotFound):
 		if !t.doubtful {
@@ -352,6 +393,7 @@ func (w *writer) adopt(t *task) {
 func (w *writer) keep(t *task, err error) {
 	t.writeErr = err
 	w.unstored = append(w.unstored, t)
+	w.postpone(err)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.op.Error = validUTF8(fmt.Sprintf("%s, which can't be stored yet: %v", t.final.State, err))
@@ -364,9 +406,8 @@ func (w *writer) keep(t *task, err error) {
 // retry tries again to store what could not be stored, and reports whether it
 // was time to.
 //
-// If a final state fails alone, its result is at fault: retrying won't help.
-// To be sure of that, the operation as it is shown is stored along with it:
-// just before, and once more after.
+// If a final state fails alone, a value in it is at fault: trying again won't
+// help. To tell, the operation as it is shown is stored just before it.
 func (w *writer) retry() bool {
 	if len(w.unstored) == 0 || time.Now().Before(w.retryAt) {
 		return false
@@ -379,32 +420,16 @@ func (w *writer) retry() bool {
 		updates = append(updates, t.shown(), &op)
 	}
 	errs := writeBatch(w.manager.db, nil, updates)
-	var suspects []*task
 	for i, t := range tasks {
 		before, err := errs[2*i], errs[2*i+1]
-		if before == nil && err != nil && !errors.Is(err, ErrNotFound) {
-			suspects = append(suspects, t)
-		} else {
-			t.strikes = 0
-		}
 		w.finalDone(t, err)
-	}
-	w.note(errs)
-	if len(suspects) == 0 {
-		return true
-	}
-	updates = updates[:0]
-	for _, t := range suspects {
-		updates = append(updates, t.shown())
-	}
-	for i, err := range writeBatch(w.manager.db, nil, updates) {
-		t := suspects[i]
-		if err != nil {
+		if before != nil || !failed(err) {
 			t.strikes = 0
 		} else if t.strikes++; t.strikes >= maxStrikes {
-			t.dropResult()
+			t.giveUp()
 		}
 	}
+	w.note(errs)
 	return true
 }
 
@@ -417,22 +442,44 @@ func (t *task) shown() *Operation {
 	return &op
 }
 
-// dropResult replaces a final state that the store won't take by one that it
-// should.
-func (t *task) dropResult() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+// giveUp takes the value out of a final state that keeps it from being stored:
+// metadata that came after Submit if there is any, or else the result.
+func (t *task) giveUp() {
 	final := *t.final
-	final.Result = nil
+	what := "metadata"
+	if same(final.Metadata, t.first.Metadata) {
+		what = "result"
+		final.Result = nil
+	}
 	final.Metadata = t.first.Metadata
-	final.Error = validUTF8(joinText(fmt.Sprintf("%.1000s", final.Error), fmt.Sprintf("result not kept: %v", t.writeErr)))
+	final.Error = validUTF8(joinText(final.Error, fmt.Sprintf("%s not kept: %v", what, t.writeErr)))
+	t.mu.Lock()
 	t.final = &final
+	t.mu.Unlock()
 	t.strikes = 0
-	t.manager.log.Error("task: result not kept", "id", t.first.ID, "name", t.first.Name, "err", t.writeErr)
+	t.manager.log.Error("task: value not kept", "id", t.first.ID, "name", t.first.Name, "value", what, "err", t.writeErr)
 }
 
-// abandon lets go of what could not be stored, for close.
+// same compares two values, each nil or a json.RawMessage.
+func same(a, b any) bool {
+	x, _ := rawJSON(a)
+	y, _ := rawJSON(b)
+	return bytes.Equal(x, y)
+}
+
+// abandon lets go of all that is not stored, for close.
 func (w *writer) abandon() {
+	w.mu.Lock()
+	saves, finals := w.saves, w.finals
+	w.mu.Unlock()
+	for _, t := range saves {
+		w.manager.forget(t)
+		t.saved <- ErrClosed
+	}
+	for _, t := range finals {
+		t.writeErr = errors.New("the store took too long")
+		w.unstored = append(w.unstored, t)
+	}
 	for _, t := range w.unstored {
 		t.mu.Lock()
 		t.err = fmt.Errorf("final state not stored: %w: %w", ErrClosed, t.writeErr)

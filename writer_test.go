@@ -5,9 +5,12 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -256,6 +259,177 @@ func TestResultAtFault(t *testing.T) {
 			BEGIN SELECT RAISE(ABORT, 'too large'); END`)
 		check(t, m)
 	})
+}
+
+// TestMetadataAtFault: a result is not given up for what SetMetadata did, and
+// what can't be stored of one operation does not hold up others.
+func TestMetadataAtFault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore(), hook: func(_ bool, op *task.Operation) error {
+			if strings.Contains(fmt.Sprintf("%s", op.Metadata), "bad") {
+				return errors.New("bad metadata")
+			}
+			return nil
+		}}
+		m := newManager(t, db)
+		op := submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+			task.SetMetadata(ctx, "bad")
+			for p := range 50 {
+				update(p)
+				time.Sleep(100 * time.Millisecond)
+			}
+			return "good", errDisk
+		}, task.WithMetadata("first"))
+		for range 10 {
+			time.Sleep(500 * time.Millisecond)
+			wait(t, m, submit(t, m, func(context.Context, func(int)) (any, error) { return nil, nil }).ID)
+		}
+		got := wait(t, m, op.ID)
+		if got.State != task.StateFailed || got.Result != "good" || got.Metadata != "first" || got.Error != "disk full (metadata not kept: bad metadata)" {
+			t.Errorf("%+v", got)
+		}
+		m.Close()
+	})
+}
+
+// TestContradiction has a store that will not update what it shows unfinished.
+func TestContradiction(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var tries atomic.Int64
+		db := &hookStore{Persistence: task.NewMemoryStore(), hook: func(save bool, op *task.Operation) error {
+			if save {
+				return nil
+			}
+			tries.Add(1)
+			return task.ErrNotFound
+		}}
+		m := newManager(t, db)
+		op := submit(t, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+		time.Sleep(time.Minute)
+		if n := tries.Load(); n > 150 {
+			t.Errorf("%d tries in a minute", n)
+		}
+		if err := m.Close(); err == nil || !strings.Contains(err.Error(), op.ID) {
+			t.Errorf("Close: %v", err)
+		}
+	})
+}
+
+// TestStrangeState: what other code makes of an operation holds.
+func TestStrangeState(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	m := newManager(t, openSQLite(t, path))
+	fn, started, release := blocker(nil)
+	op := submit(t, m, fn)
+	<-started
+	sqliteExec(t, path, `UPDATE tasks SET state = 'PAUSED'`)
+	release()
+	for range 2 {
+		if got := wait(t, m, op.ID); got.State != "PAUSED" {
+			t.Errorf("%+v", got)
+		}
+	}
+	if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
+		t.Error(err)
+	}
+}
+
+// TestLogMayAsk: a log handler that asks the manager does not block it.
+func TestLogMayAsk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore(), hook: func(_ bool, op *task.Operation) error {
+			if op.Result != nil {
+				return errDisk
+			}
+			return nil
+		}}
+		asking := &askingHandler{}
+		m := task.NewManager(db, task.WithLogger(slog.New(asking)))
+		asking.set(m)
+		op := submit(t, m, func(context.Context, func(int)) (any, error) { return 1, nil })
+		wait(t, m, op.ID)
+		m.Close()
+		if asking.asked == 0 {
+			t.Error("nothing was logged")
+		}
+	})
+}
+
+// An askingHandler calls Get and List whenever something is logged.
+type askingHandler struct {
+	slog.Handler
+	mu    sync.Mutex // guards what follows
+	m     *task.Manager
+	asked int
+}
+
+func (h *askingHandler) set(m *task.Manager) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.m = m
+}
+
+func (h *askingHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h *askingHandler) Handle(context.Context, slog.Record) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.m != nil {
+		h.asked++
+		ops, err := h.m.List(10, 0)
+		for _, op := range ops {
+			h.m.Get(op.ID)
+		}
+		return err
+	}
+	return nil
+}
+
+// TestCloseIsBounded has a store take 10 seconds to fail, for every write.
+func TestCloseIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &slowStore{MemoryStore: task.NewMemoryStore()}
+		m := newManager(t, db)
+		var all sync.WaitGroup
+		for range 5000 {
+			all.Go(func() { submit(t, m, untilCancelled) })
+		}
+		all.Wait()
+		db.broken.Store(true)
+		started := time.Now()
+		var submits sync.WaitGroup
+		for range 5000 {
+			submits.Go(func() {
+				if _, err := m.Submit("x", untilCancelled); err == nil {
+					t.Error("Submit succeeded")
+				}
+				if took := time.Since(started); took > 21*time.Second {
+					t.Errorf("Submit took %v", took)
+				}
+			})
+		}
+		submits.Wait()
+		started = time.Now()
+		if err := m.Close(); err == nil {
+			t.Error("Close has nothing to report")
+		}
+		if took := time.Since(started); took > 21*time.Second {
+			t.Errorf("Close took %v", took)
+		}
+	})
+}
+
+type slowStore struct {
+	*task.MemoryStore
+	broken atomic.Bool
+}
+
+func (s *slowStore) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	if !s.broken.Load() {
+		return (&batchCounter{MemoryStore: s.MemoryStore}).WriteBatch(saves, updates)
+	}
+	time.Sleep(10 * time.Second)
+	return slices.Repeat([]error{errDisk}, len(saves)+len(updates))
 }
 
 // TestRowTaken: what the database says holds, when somebody else has finished

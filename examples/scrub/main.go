@@ -180,6 +180,9 @@ func summarize(w io.Writer, op *task.Operation, db string) error {
 
 const maxHistory = 1000
 
+// interrupted is the error of a scrub that died with its process.
+const interrupted = "Task failed due to system restart"
+
 // showHistory prints the history in the file db.
 func showHistory(w io.Writer, db string) error {
 	if _, err := os.Stat(db); errors.Is(err, fs.ErrNotExist) {
@@ -205,7 +208,9 @@ func printTable(w io.Writer, ops []*task.Operation) error {
 				end = time.Now()
 			}
 			started = op.StartedAt.Local().Format(time.DateTime)
-			took = end.Sub(op.StartedAt).Round(100 * time.Millisecond).String()
+			if op.Error != interrupted { // else nobody knows when it ended
+				took = end.Sub(op.StartedAt).Round(100 * time.Millisecond).String()
+			}
 		}
 		fmt.Fprintf(tw, "%s\t%s\t%d%%\t%s\t%s\t%s\n",
 			oneLine(op.Name), op.State, op.Progress, started, took, oneLine(op.Error))

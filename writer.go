@@ -185,6 +185,9 @@ func (w *writer) next() (when time.Time, ok bool) {
 	defer w.mu.Unlock()
 	if len(w.changes) > 0 {
 		when, ok = w.changeSince.Add(changeDelay), true
+		if w.retryAt.After(when) { // while there is trouble they wait for that
+			when = w.retryAt
+		}
 	}
 	if len(w.refused)+len(w.unstored) > 0 && (!ok || w.retryAt.Before(when)) {
 		when, ok = w.retryAt, true

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -69,35 +70,98 @@ func failFinals(save bool, op *task.Operation) error {
 // TestStoredBeforeTold: no function starts before its row is stored, and no
 // Wait returns before its final state is.
 func TestStoredBeforeTold(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		var all sync.WaitGroup
-		for i := range 200 {
-			all.Go(func() {
-				op, err := m.Submit("ordered", func(ctx context.Context, _ func(int)) (any, error) {
-					self, _ := task.FromContext(ctx)
-					if _, err := db.Get(self.ID); err != nil {
-						t.Errorf("started before it was stored: %v", err)
-					}
-					if i%3 == 0 {
-						return nil, errDisk
-					}
-					return i, nil
-				})
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				told, err := m.Wait(t.Context(), op.ID)
-				if err != nil {
-					t.Error(err)
-				}
-				if stored, err := db.Get(op.ID); err != nil || stored.State != told.State {
-					t.Errorf("told %s before it was stored: %v, %v", told.State, stored, err)
-				}
-			})
-		}
-		all.Wait()
+	t.Run("sqlite", func(t *testing.T) {
+		db := openSQLite(t, filepath.Join(t.TempDir(), "tasks.db"))
+		storedBeforeTold(t, db, 8, 50)
 	})
+	for seed := range uint64(50) { // each seed makes other interleavings
+		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db := &randomStore{MemoryStore: task.NewMemoryStore(), rand: rand.New(rand.NewPCG(seed, 0))}
+				storedBeforeTold(t, db, 8, 20)
+			})
+		})
+	}
+}
+
+func storedBeforeTold(t *testing.T, db task.Persistence, submitters, each int) {
+	m := newManager(t, db)
+	state := func(id string) task.State {
+		op, err := db.Get(id)
+		if err != nil {
+			return ""
+		}
+		return op.State
+	}
+	var all sync.WaitGroup
+	for i := range submitters * each {
+		all.Go(func() {
+			time.Sleep(time.Duration(i%each) * time.Millisecond)
+			var called atomic.Bool
+			op, err := m.Submit("ordered", func(ctx context.Context, update func(int)) (any, error) {
+				called.Store(true)
+				self, _ := task.FromContext(ctx)
+				if state(self.ID) == "" {
+					t.Error("started before it was stored")
+				}
+				update(i % 100)
+				time.Sleep(time.Duration(i%7) * time.Millisecond)
+				if i%3 == 0 {
+					return nil, errDisk
+				}
+				return i, ctx.Err()
+			})
+			if err != nil {
+				if time.Sleep(10 * time.Millisecond); called.Load() {
+					t.Error("called, though Submit has failed")
+				}
+				return
+			}
+			if state(op.ID) == "" {
+				t.Error("Submit returned before it was stored")
+			}
+			if i%5 == 0 {
+				op.Cancel()
+			}
+			told, err := m.Wait(context.Background(), op.ID)
+			if err != nil {
+				t.Error(err)
+			} else if got := state(op.ID); got != told.State {
+				t.Errorf("told %s while %s was stored", told.State, got)
+			}
+		})
+	}
+	all.Wait()
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A randomStore takes its time, stores batches in parts, and sometimes fails.
+type randomStore struct {
+	*task.MemoryStore
+	rand *rand.Rand // used by the writer only
+}
+
+func (s *randomStore) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	for i, op := range slices.Concat(saves, updates) {
+		time.Sleep(time.Duration(s.rand.IntN(3)) * time.Millisecond)
+		write := s.Update
+		if i < len(saves) {
+			write = s.Save
+		}
+		switch s.rand.IntN(10) {
+		case 0:
+			errs = append(errs, errDisk)
+		case 1: // stored, but nobody learns of it
+			write(op)
+			errs = append(errs, errDisk)
+		default:
+			errs = append(errs, write(op))
+		}
+	}
+	time.Sleep(time.Duration(s.rand.IntN(3)) * time.Millisecond)
+	return errs
 }
 
 func TestSubmitFails(t *testing.T) {

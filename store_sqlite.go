@@ -283,12 +283,12 @@ var (
 // init makes the database ready. It changes nothing before it knows that the
 // database can be used.
 func (s *SQLiteStore) init(wal bool) error {
-	_, err := missing(func(query string) (all []string, err error) {
+	_, err := missing(func(query string) (answer []string, err error) {
 		err = s.read(func() error {
-			all, err = texts(s.db, query)
+			answer, err = texts(s.db, query)
 			return err
 		})
-		return all, err
+		return answer, err
 	})
 	if err != nil {
 		return err
@@ -313,16 +313,16 @@ func (s *SQLiteStore) init(wal bool) error {
 // complete adds what is missing. The database is locked by now, and looked at
 // again: it was not before.
 func complete(c *sql.Conn) error {
-	missing, err := missing(func(query string) ([]string, error) { return texts(c, query) })
+	stmts, err := missing(func(query string) ([]string, error) { return texts(c, query) })
 	if err != nil {
 		return err
 	}
-	for _, stmt := range missing {
+	for _, stmt := range stmts {
 		if err := exec(c, stmt); err != nil {
 			return fmt.Errorf("can't be written: %w: make sure that you may write it", err)
 		}
 	}
-	return try(c)
+	return trial(c)
 }
 
 // enterWAL switches the file to WAL mode. While several processes do that at
@@ -345,10 +345,10 @@ func (s *SQLiteStore) enterWAL() error {
 const advice = "use another database, or rename that table"
 
 // missing returns the statements that make the database ready, or an error if
-// a table called tasks is something else. It asks by way of texts, which
+// a table called tasks is something else. It asks by way of ask, which
 // returns the first column of a query's rows.
-func missing(texts func(query string) ([]string, error)) ([]string, error) {
-	kinds, err := texts(`SELECT type FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE AND type IN ('table', 'view')`)
+func missing(ask func(query string) ([]string, error)) ([]string, error) {
+	kinds, err := ask(`SELECT type FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE AND type IN ('table', 'view')`)
 	if err != nil {
 		return nil, fmt.Errorf("can't be read as an SQLite database: %w: make sure that it is one, that you may read and write it, and that no other program has it locked", err)
 	}
@@ -358,7 +358,7 @@ func missing(texts func(query string) ([]string, error)) ([]string, error) {
 	if kinds[0] != "table" {
 		return nil, fmt.Errorf("there is a %s called tasks in it: %s", kinds[0], advice)
 	}
-	columns, err := texts(`SELECT lower(name) FROM pragma_table_info('tasks')`)
+	columns, err := ask(`SELECT lower(name) FROM pragma_table_info('tasks')`)
 	if err != nil {
 		return nil, err
 	}
@@ -367,7 +367,7 @@ func missing(texts func(query string) ([]string, error)) ([]string, error) {
 		return nil, fmt.Errorf("there is a table called tasks in it that is something else, it has no column %s: %s",
 			strings.Join(lacks, ", "), advice)
 	}
-	key, err := texts(`SELECT lower(name) FROM pragma_table_info('tasks') WHERE pk > 0`)
+	key, err := ask(`SELECT lower(name) FROM pragma_table_info('tasks') WHERE pk > 0`)
 	if err != nil {
 		return nil, err
 	}
@@ -375,7 +375,7 @@ func missing(texts func(query string) ([]string, error)) ([]string, error) {
 		return nil, fmt.Errorf("there is a table called tasks in it whose primary key is not id: %s", advice)
 	}
 	// Of a table, this lists the key by which it is stored if that is not the rowid.
-	stored, err := texts(`SELECT name FROM pragma_index_info('tasks')`)
+	stored, err := ask(`SELECT name FROM pragma_index_info('tasks')`)
 	if err != nil {
 		return nil, err
 	}
@@ -388,7 +388,7 @@ func missing(texts func(query string) ([]string, error)) ([]string, error) {
 			stmts = append(stmts, "ALTER TABLE tasks ADD COLUMN "+c)
 		}
 	}
-	indexes, err := texts(`SELECT name FROM pragma_index_list('tasks')`)
+	indexes, err := ask(`SELECT name FROM pragma_index_list('tasks')`)
 	if err != nil {
 		return nil, err
 	}
@@ -421,9 +421,9 @@ func texts(q querier, query string) ([]string, error) {
 	return all, rows.Err()
 }
 
-// try writes an operation and takes that back: a table that looks right may
+// trial writes an operation and takes that back: a table that looks right may
 // have constraints or triggers that won't let it.
-func try(c *sql.Conn) error {
+func trial(c *sql.Conn) error {
 	id := "00000000-0000-0000-0000-000000000000"
 	now := time.Now().UTC()
 	op := &Operation{ID: id, Name: "trial", State: StatePending, CreatedAt: now, UpdatedAt: now}

@@ -1,0 +1,253 @@
+package task_test
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// BenchmarkSubmit takes operations that do nothing from Submit to their stored
+// final state.
+func BenchmarkSubmit(b *testing.B) {
+	for _, submitters := range []int{1, 64} {
+		b.Run(fmt.Sprintf("submitters=%d", submitters), func(b *testing.B) {
+			m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+			b.ReportAllocs()
+			each(b, submitters, func() {
+				submit(b, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+			})
+			if err := m.Shutdown(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "jobs/s")
+		})
+	}
+}
+
+// each calls f b.N times from n goroutines.
+func each(b *testing.B, n int, f func()) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() {
+			for range (b.N + n - 1 - i) / n {
+				f()
+			}
+		})
+	}
+	all.Wait()
+}
+
+// BenchmarkUpdate reports a new value each time.
+func BenchmarkUpdate(b *testing.B) {
+	m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+	b.ReportAllocs()
+	op := submit(b, m, func(_ context.Context, update func(int)) (any, error) {
+		for i := range b.N {
+			update(i % 100)
+		}
+		return nil, nil
+	})
+	wait(b, m, op.ID)
+}
+
+// BenchmarkUpdateCrowd has a thousand operations report as fast as they can,
+// and counts the commits that makes.
+func BenchmarkUpdateCrowd(b *testing.B) {
+	store := &commitCounter{SQLiteStore: openSQLite(b, filepath.Join(b.TempDir(), "tasks.db"))}
+	m := newManager(b, store)
+	var running, done sync.WaitGroup
+	start := make(chan struct{})
+	running.Add(1000)
+	for range 1000 {
+		done.Add(1)
+		submit(b, m, func(_ context.Context, update func(int)) (any, error) {
+			defer done.Done()
+			running.Done()
+			<-start
+			for i := range b.N {
+				update(i % 100)
+			}
+			return nil, nil
+		})
+	}
+	running.Wait()
+	before := store.commits()
+	b.ResetTimer()
+	close(start)
+	done.Wait()
+	b.StopTimer()
+	b.ReportMetric(float64(store.commits()-before)/b.Elapsed().Seconds(), "commits/s")
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(1000*b.N), "ns/update")
+}
+
+type commitCounter struct {
+	*task.SQLiteStore
+	mu sync.Mutex // guards n
+	n  int
+}
+
+func (s *commitCounter) commits() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}
+
+func (s *commitCounter) WriteBatch(saves, updates []*task.Operation) []error {
+	s.mu.Lock()
+	s.n++
+	s.mu.Unlock()
+	return s.SQLiteStore.WriteBatch(saves, updates)
+}
+
+func BenchmarkGet(b *testing.B) {
+	m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+	live := submit(b, m, untilCancelled)
+	finished := submit(b, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+	wait(b, m, finished.ID)
+	for name, id := range map[string]string{"live": live.ID, "history": finished.ID} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, ok := m.Get(id); !ok {
+					b.Fatal("not found")
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkHistory looks at a history of 1,000,000 operations, beside the same
+// query by hand.
+func BenchmarkHistory(b *testing.B) {
+	path := history(b, 1_000_000, 0)
+	m := newManager(b, openSQLite(b, path))
+	db, err := sql.Open("sqlite3", path+"?_stmt_cache_size=16")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer db.Close()
+	for _, offset := range []int{0, 900_000} {
+		b.Run(fmt.Sprintf("offset=%d", offset), func(b *testing.B) {
+			var ours, bare time.Duration
+			for b.Loop() { // side by side
+				start := time.Now()
+				ops, err := m.List(50, offset)
+				ours += time.Since(start)
+				if err != nil || len(ops) != 50 {
+					b.Fatal(len(ops), err)
+				}
+				start = time.Now()
+				byHand(b, db, 50, offset)
+				bare += time.Since(start)
+			}
+			b.ReportMetric(float64(ours.Nanoseconds())/float64(b.N), "ns/List")
+			b.ReportMetric(float64(bare.Nanoseconds())/float64(b.N), "ns/query")
+			b.ReportMetric(float64(ours)/float64(bare), "List/query")
+		})
+	}
+}
+
+// byHand is what one would write without this package.
+func byHand(b *testing.B, db *sql.DB, limit, offset int) {
+	rows, err := db.Query(`SELECT id, name, state, progress, metadata, result, error, created_at, updated_at, started_at
+		FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id, name, state string
+		var progress int
+		var metadata, result, text sql.NullString
+		var created, updated, started sql.NullTime
+		if err := rows.Scan(&id, &name, &state, &progress, &metadata, &result, &text, &created, &updated, &started); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// BenchmarkNew starts a manager on a history with 1,000 orphans.
+func BenchmarkNew(b *testing.B) {
+	paths := map[int]string{1000: history(b, 1000, 1000), 1_000_000: history(b, 1_000_000, 1000)}
+	took := make(map[int]time.Duration)
+	for b.Loop() { // side by side
+		for rows, path := range paths {
+			sqliteExec(b, path, `UPDATE tasks SET state = 'RUNNING', owner = NULL WHERE rowid % 10 = 1 AND rowid <= 10000 OR name = 'orphan'`)
+			store := openSQLite(b, path)
+			start := time.Now()
+			m, err := task.New(store, quiet)
+			took[rows] += time.Since(start)
+			if err != nil {
+				b.Fatal(err)
+			}
+			m.Close()
+			store.Close()
+		}
+	}
+	for rows, d := range took {
+		b.ReportMetric(float64(d.Milliseconds())/float64(b.N), fmt.Sprintf("ms/%d-rows", rows))
+	}
+}
+
+// history makes a database of n finished operations and some orphans among
+// them.
+func history(b *testing.B, n, orphans int) (path string) {
+	b.Helper()
+	path = filepath.Join(b.TempDir(), "tasks.db")
+	openSQLite(b, path).Close()
+	sqliteExec(b, path, fmt.Sprintf(`INSERT INTO tasks
+		WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < %[1]d)
+		SELECT printf('01a20000-%%04x-7000-8000-%%012x', i %% 65536, i), iif(i %% (%[1]d / max(1, %[2]d)) = 0 AND %[2]d > 0, 'orphan', 'scrub'),
+			iif(i %% (%[1]d / max(1, %[2]d)) = 0 AND %[2]d > 0, 'RUNNING', 'DONE'),
+			100, NULL, '{"files":1000,"bytes":123456789}', NULL,
+			'2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000', NULL FROM n`, n, orphans))
+	return path
+}
+
+// BenchmarkMemory counts what an operation costs while it lives and after.
+func BenchmarkMemory(b *testing.B) {
+	const n = 10_000
+	for b.Loop() {
+		m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+		goroutines := runtime.NumGoroutine()
+		before := heap()
+		var all sync.WaitGroup
+		stop := make(chan struct{})
+		for range 64 {
+			all.Go(func() {
+				for range n / 64 {
+					submit(b, m, func(context.Context, func(int)) (any, error) { <-stop; return nil, nil })
+				}
+			})
+		}
+		all.Wait()
+		count := n / 64 * 64
+		b.ReportMetric(float64(heap()-before)/float64(count), "B/live")
+		b.ReportMetric(float64(runtime.NumGoroutine()-goroutines)/float64(count), "goroutines/live")
+		close(stop)
+		if err := m.Shutdown(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(float64(heap()-before)/float64(count), "B/finished")
+		runtime.KeepAlive(m)
+	}
+}
+
+// heap returns the bytes of heap and stacks in use.
+func heap() int64 {
+	runtime.GC()
+	runtime.GC()
+	var s runtime.MemStats
+	runtime.ReadMemStats(&s)
+	return int64(s.HeapInuse + s.StackInuse)
+}

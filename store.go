@@ -52,9 +52,9 @@ type BatchWriter interface {
 
 	// WriteBatch does what Save does for each of saves, then what Update does
 	// for each of updates, in that order. It returns an error for each of them
-	// in the same order, nil where it succeeded: an operation that can't be
-	// stored must not keep the others from being stored. On return they are
-	// durable. No two of the updates are of the same operation, except that
+	// in the same order, nil where it succeeded, or no errors at all if every
+	// one did: an operation that can't be stored must not keep the others from
+	// being stored. On return they are durable. No two of the updates are of the same operation, except that
 	// one which finishes it may follow one which does not.
 	WriteBatch(saves, updates []*Operation) []error
 }
@@ -62,10 +62,20 @@ type BatchWriter interface {
 // writeBatch uses the store's WriteBatch if it has one, and else Save and
 // Update in turn.
 func writeBatch(db Persistence, saves, updates []*Operation) []error {
+	n := len(saves) + len(updates)
 	if db, ok := db.(BatchWriter); ok {
-		return db.WriteBatch(saves, updates)
+		errs := db.WriteBatch(saves, updates)
+		switch len(errs) {
+		case n:
+			return errs
+		case 0:
+			return make([]error, n)
+		default:
+			err := fmt.Errorf("%T.WriteBatch returned %d errors for %d operations", db, len(errs), n)
+			return slices.Repeat([]error{err}, n)
+		}
 	}
-	errs := make([]error, 0, len(saves)+len(updates))
+	errs := make([]error, 0, n)
 	for _, op := range saves {
 		errs = append(errs, db.Save(op))
 	}

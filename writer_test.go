@@ -496,6 +496,44 @@ func (s *slowStore) WriteBatch(saves, updates []*task.Operation) (errs []error) 
 	return slices.Repeat([]error{errDisk}, len(saves)+len(updates))
 }
 
+// TestWriteBatchAnswers: a store may answer a batch that it has stored with
+// nothing, and one that can't count does not crash the program.
+func TestWriteBatchAnswers(t *testing.T) {
+	for name, test := range map[string]struct {
+		errs []error
+		want string
+	}{
+		"nothing":  {nil, ""},
+		"too many": {make([]error, 7), "7 errors for 1 operations"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db := &answerStore{MemoryStore: task.NewMemoryStore(), errs: test.errs}
+				m := newManager(t, db)
+				op, err := m.Submit("x", func(context.Context, func(int)) (any, error) { return nil, nil })
+				if test.want == "" {
+					if err != nil || wait(t, m, op.ID).State != task.StateDone {
+						t.Errorf("%v, %v", op, err)
+					}
+				} else if err == nil || !strings.Contains(err.Error(), test.want) {
+					t.Errorf("Submit: %v", err)
+				}
+				m.Close()
+			})
+		})
+	}
+}
+
+type answerStore struct {
+	*task.MemoryStore
+	errs []error
+}
+
+func (s *answerStore) WriteBatch(saves, updates []*task.Operation) []error {
+	(&batchCounter{MemoryStore: s.MemoryStore}).WriteBatch(saves, updates)
+	return s.errs
+}
+
 // TestRowTaken: what the database says holds, when somebody else has finished
 // or deleted an operation meanwhile.
 func TestRowTaken(t *testing.T) {

@@ -490,7 +490,7 @@ type slowStore struct {
 
 func (s *slowStore) WriteBatch(saves, updates []*task.Operation) (errs []error) {
 	if !s.broken.Load() {
-		return (&batchCounter{MemoryStore: s.MemoryStore}).WriteBatch(saves, updates)
+		return (&batchCounter{Persistence: s.MemoryStore}).WriteBatch(saves, updates)
 	}
 	time.Sleep(10 * time.Second)
 	return slices.Repeat([]error{errDisk}, len(saves)+len(updates))
@@ -530,7 +530,7 @@ type answerStore struct {
 }
 
 func (s *answerStore) WriteBatch(saves, updates []*task.Operation) []error {
-	(&batchCounter{MemoryStore: s.MemoryStore}).WriteBatch(saves, updates)
+	(&batchCounter{Persistence: s.MemoryStore}).WriteBatch(saves, updates)
 	return s.errs
 }
 
@@ -624,7 +624,7 @@ func TestCancelPending(t *testing.T) {
 // TestConflation has a thousand functions report as fast as they can.
 func TestConflation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		db := &batchCounter{MemoryStore: task.NewMemoryStore()}
+		db := &batchCounter{Persistence: task.NewMemoryStore()}
 		m := newManager(t, db)
 		stop := make(chan struct{})
 		var ids []string
@@ -658,8 +658,9 @@ func TestConflation(t *testing.T) {
 	})
 }
 
+// A batchCounter counts the batches that a store is given.
 type batchCounter struct {
-	*task.MemoryStore
+	task.Persistence
 	mu sync.Mutex // guards n
 	n  int
 }
@@ -674,6 +675,9 @@ func (s *batchCounter) WriteBatch(saves, updates []*task.Operation) (errs []erro
 	s.mu.Lock()
 	s.n++
 	s.mu.Unlock()
+	if db, ok := s.Persistence.(task.BatchWriter); ok {
+		return db.WriteBatch(saves, updates)
+	}
 	for _, op := range saves {
 		errs = append(errs, s.Save(op))
 	}

@@ -550,14 +550,12 @@ func update(c *sql.Conn, op *Operation) error {
 }
 
 func jsonCells(op *Operation) (metadata, result any, err error) {
-	m, err := rawJSON(op.Metadata)
-	if err != nil {
-		return nil, nil, fmt.Errorf("metadata: %w", err)
+	c := *op
+	if err := c.encode(); err != nil {
+		return nil, nil, err
 	}
-	r, err := rawJSON(op.Result)
-	if err != nil {
-		return nil, nil, fmt.Errorf("result: %w", err)
-	}
+	m, _ := c.Metadata.(json.RawMessage)
+	r, _ := c.Result.(json.RawMessage)
 	return textCell(string(m)), textCell(string(r)), nil
 }
 

@@ -107,7 +107,7 @@ func BenchmarkGet(b *testing.B) {
 // BenchmarkHistory looks at a history of 1,000,000 operations, beside the same
 // query by hand.
 func BenchmarkHistory(b *testing.B) {
-	path := history(b, 1_000_000, 0)
+	path := history(b, 1_000_000)
 	m := newManager(b, openSQLite(b, path))
 	db, err := sql.Open("sqlite3", path+"?_stmt_cache_size=16")
 	if err != nil {
@@ -157,41 +157,56 @@ func byHand(b *testing.B, db *sql.DB, limit, offset int) {
 	}
 }
 
-// BenchmarkNew starts a manager on a history with 1,000 orphans.
+// BenchmarkNew starts a manager on a history with 1,000 orphans, which are its
+// newest operations or spread all over it, beside one on as many orphans alone.
 func BenchmarkNew(b *testing.B) {
-	paths := map[int]string{1000: history(b, 1000, 1000), 1_000_000: history(b, 1_000_000, 1000)}
-	took := make(map[int]time.Duration)
-	for b.Loop() { // side by side
-		for rows, path := range paths {
-			sqliteExec(b, path, `UPDATE tasks SET state = 'RUNNING', owner = NULL WHERE rowid % 10 = 1 AND rowid <= 10000 OR name = 'orphan'`)
-			store := openSQLite(b, path)
-			start := time.Now()
-			m, err := task.New(store, quiet)
-			took[rows] += time.Since(start)
-			if err != nil {
-				b.Fatal(err)
+	alone, long := history(b, 1000), history(b, 1_000_000)
+	for _, bm := range []struct{ name, orphans string }{
+		{"newest", "rowid > 999000"},
+		{"scattered", "rowid % 1000 = 0"},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			var ours, beside time.Duration
+			for b.Loop() { // side by side
+				beside += timeNew(b, alone, "true")
+				ours += timeNew(b, long, bm.orphans)
 			}
-			m.Close()
-			store.Close()
-		}
-	}
-	for rows, d := range took {
-		b.ReportMetric(float64(d.Milliseconds())/float64(b.N), fmt.Sprintf("ms/%d-rows", rows))
+			b.ReportMetric(float64(beside.Microseconds())/1000/float64(b.N), "ms/1000-rows")
+			b.ReportMetric(float64(ours.Microseconds())/1000/float64(b.N), "ms/1000000-rows")
+		})
+		sqliteExec(b, long, `UPDATE tasks SET state = 'DONE'`)
 	}
 }
 
-// history makes a database of n finished operations and some orphans among
-// them.
-func history(b *testing.B, n, orphans int) (path string) {
+// timeNew returns how long New takes on a database after its program has died
+// with those operations running.
+func timeNew(b *testing.B, path, orphans string) time.Duration {
+	sqliteExec(b, path, `UPDATE tasks SET state = 'RUNNING' WHERE `+orphans)
+	sqliteExec(b, path, `PRAGMA wal_checkpoint(TRUNCATE)`)
+	store := openSQLite(b, path)
+	defer store.Close()
+	start := time.Now()
+	m, err := task.New(store, quiet)
+	took := time.Since(start)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := m.Close(); err != nil {
+		b.Fatal(err)
+	}
+	return took
+}
+
+// history makes a database of n finished operations.
+func history(b *testing.B, n int) (path string) {
 	b.Helper()
 	path = filepath.Join(b.TempDir(), "tasks.db")
 	openSQLite(b, path).Close()
 	sqliteExec(b, path, fmt.Sprintf(`INSERT INTO tasks
-		WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < %[1]d)
-		SELECT printf('01a20000-%%04x-7000-8000-%%012x', i %% 65536, i), iif(i %% (%[1]d / max(1, %[2]d)) = 0 AND %[2]d > 0, 'orphan', 'scrub'),
-			iif(i %% (%[1]d / max(1, %[2]d)) = 0 AND %[2]d > 0, 'RUNNING', 'DONE'),
+		WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < %d)
+		SELECT printf('01a20000-%%04x-7000-8000-%%012x', i %% 65536, i), 'scrub', 'DONE',
 			100, NULL, '{"files":1000,"bytes":123456789}', NULL,
-			'2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000', NULL FROM n`, n, orphans))
+			'2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000', NULL FROM n`, n))
 	return path
 }
 
@@ -221,6 +236,45 @@ func BenchmarkMemory(b *testing.B) {
 		}
 		b.ReportMetric(float64(heap()-before)/float64(count), "B/finished")
 		runtime.KeepAlive(m)
+	}
+}
+
+// BenchmarkPending has 1,000,000 operations wait behind a limit, cancels some
+// and closes the manager.
+func BenchmarkPending(b *testing.B) {
+	const n = 1_000_000
+	for b.Loop() {
+		m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")), task.WithLimit(1))
+		submit(b, m, untilCancelled)
+		goroutines, before := runtime.NumGoroutine(), heap()
+		cancelled := make(chan string, n/1000)
+		var all sync.WaitGroup
+		for i := range 64 {
+			all.Go(func() {
+				for i := i; i < n; i += 64 {
+					op := submit(b, m, untilCancelled, task.WithLock(fmt.Sprint(i%1000)))
+					if i%1000 == 0 {
+						cancelled <- op.ID
+					}
+				}
+			})
+		}
+		all.Wait()
+		close(cancelled)
+		b.ReportMetric(float64(heap()-before)/n, "B/pending")
+		b.ReportMetric(float64(runtime.NumGoroutine()-goroutines)/n, "goroutines/pending")
+		start := time.Now()
+		for id := range cancelled {
+			if err := m.Cancel(id); err != nil {
+				b.Fatal(err)
+			}
+		}
+		b.ReportMetric(float64(time.Since(start).Microseconds())/(n/1000), "µs/Cancel")
+		start = time.Now()
+		if err := m.Close(); err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(time.Since(start).Seconds(), "s/Close")
 	}
 }
 

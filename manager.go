@@ -34,6 +34,7 @@ type Manager struct {
 
 	mu      sync.Mutex       // guards what follows; taken before any task.mu
 	tasks   map[string]*task // the live operations by ID
+	queue   queue            // those that wait for their turn
 	refuses bool             // Submit returns ErrClosed
 	closed  bool             // no function is started any more
 }
@@ -162,15 +163,45 @@ func (m *Manager) enqueue(t *task) error {
 	return <-t.saved
 }
 
-// admit lets a task whose row is committed run.
+// admit has a task whose row is committed run when it is its turn.
 func (m *Manager) admit(t *task) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed {
+	switch {
+	case m.closed:
 		t.finish(outcome{state: StateFailed, err: errTextShutdown})
-		return
+	case !t.finishing(): // by Cancel
+		m.queue.add(t)
+		m.startNext()
 	}
-	m.functions.Go(func() { t.run(m.ctx) })
+}
+
+// startNext starts every task whose turn it is. The caller holds m.mu.
+func (m *Manager) startNext() {
+	for t := m.queue.next(); t != nil; t = m.queue.next() {
+		m.functions.Go(func() {
+			defer m.release(t)
+			t.run(m.ctx)
+		})
+	}
+}
+
+// release lets others run in the place of a task whose function has returned.
+func (m *Manager) release(t *task) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.queue.done(t)
+	m.startNext()
+}
+
+// withdraw takes a cancelled task out of the queue.
+func (m *Manager) withdraw(t *task) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.closed {
+		m.queue.remove(t)
+		m.startNext()
+	}
 }
 
 // forget drops a task that has nothing left to store.
@@ -300,6 +331,7 @@ func (m *Manager) Cancel(id string) error {
 	if failed == nil {
 		return nil
 	}
+	m.withdraw(t)
 	select {
 	case <-t.done:
 		if t.err != nil {
@@ -407,11 +439,11 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 // function then returns an error, and those that never started, are FAILED
 // with the error "Task failed due to system shutdown", followed by that error.
 //
-// Close waits for functions without a limit. It tries for 5 seconds more to
-// store what is not stored yet, and returns an error that names each operation
-// it had to leave. A write that is under way is waited for, so that this can
-// take 20 seconds with a locked SQLite database. Once the store is closed too, the next manager to start marks
-// those as interrupted.
+// Close waits for functions without a limit. Then it stores what is not stored
+// yet, until that has not got on for 5 seconds, and returns an error that names
+// each operation it had to leave. A write that is under way is waited for, so
+// that this can take 20 seconds with a locked SQLite database. Once the store
+// is closed too, the next manager to start marks those as interrupted.
 //
 // Get, List and Wait go on working, and the store stays open. Calling Close
 // again does nothing and returns the same.
@@ -422,9 +454,7 @@ func (m *Manager) Close() error {
 
 func (m *Manager) close() error {
 	m.refuse()
-	m.mu.Lock()
-	m.closed = true
-	m.mu.Unlock()
+	m.endQueue()
 	m.cancel(ErrClosed)
 	m.functions.Wait()
 	err := m.writer.close()
@@ -432,6 +462,17 @@ func (m *Manager) close() error {
 	defer m.mu.Unlock()
 	m.drain()
 	return err
+}
+
+// endQueue has no function started any more.
+func (m *Manager) endQueue() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.closed = true
+	for _, t := range m.queue.all() {
+		t.finish(outcome{state: StateFailed, err: errTextShutdown})
+	}
+	m.queue = queue{}
 }
 
 // alive reports whether m may still run and store operations.

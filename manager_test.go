@@ -44,9 +44,9 @@ func openSQLite(t testing.TB, path string) *task.SQLiteStore {
 	return store
 }
 
-func newManager(t testing.TB, db task.Persistence) *task.Manager {
+func newManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Manager {
 	t.Helper()
-	m, err := task.New(db, quiet)
+	m, err := task.New(db, append(opts, quiet)...)
 	if err != nil {
 		t.Fatal(err)
 	}

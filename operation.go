@@ -182,6 +182,8 @@ type task struct {
 	// done is closed once the final state is stored, or is known never to be.
 	done chan struct{}
 
+	turn // guarded by manager.mu
+
 	mu     sync.Mutex // guards what follows; manager.mu may be held when taking it
 	op     Operation  // as shown; Metadata and Result are json.RawMessage or nil
 	cancel context.CancelCauseFunc
@@ -351,6 +353,13 @@ func (t *task) finishLocked(end outcome) {
 	final.UpdatedAt = t.now()
 	t.final = &final
 	t.manager.writer.finish(t)
+}
+
+// finishing reports whether it is decided how the operation ends.
+func (t *task) finishing() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.final != nil
 }
 
 // stop is Cancel: of a PENDING operation at once, of a RUNNING one by way of

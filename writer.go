@@ -30,7 +30,7 @@ const (
 
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = time.Second
-	closeGrace = 5 * time.Second // how long close goes on trying
+	closeGrace = 5 * time.Second // how long close goes on trying in vain
 
 	// After so many tries in a row in which the final state of an operation
 	// could not be stored, but another write of the same operation just before
@@ -50,7 +50,7 @@ type writer struct {
 	closing chan struct{} // closed by close
 	stopped chan struct{} // closed when the goroutine has ended
 
-	deadline time.Time // set before closing is closed: when to give up
+	deadline time.Time // when to give up; set before closing is closed, and from then on by the goroutine
 
 	mu          sync.Mutex // guards what follows; taken last
 	saves       []*task    // first rows to store, in order of submission
@@ -366,6 +366,9 @@ func (w *writer) settle(t *task, op *Operation, err error) {
 	t.mu.Unlock()
 	w.manager.forget(t)
 	close(t.done)
+	if w.isClosing() {
+		w.deadline = time.Now().Add(closeGrace)
+	}
 }
 
 // adopt settles a task whose row is gone or final already: what the database

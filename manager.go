@@ -188,6 +188,9 @@ func (m *Manager) startNext() {
 
 // release lets others run in the place of a task whose function has returned.
 func (m *Manager) release(t *task) {
+	if m.queue.limit == 0 && t.key == "" { // nobody waits for it
+		return
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.queue.done(t)

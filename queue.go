@@ -39,7 +39,7 @@ func WithLock(key string) SubmitOption {
 // Manager.mu held, and none takes longer than the logarithm of its length.
 type queue struct {
 	limit   int // how many may run; 0 for any number
-	running int
+	running int // counted only if somebody may wait: see Manager.release
 	last    uint64 // the place of the task that came last
 	ready   line   // those that wait for nothing but the limit
 

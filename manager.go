@@ -201,10 +201,8 @@ func (m *Manager) release(t *task) {
 func (m *Manager) withdraw(t *task) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.closed {
-		m.queue.remove(t)
-		m.startNext()
-	}
+	m.queue.remove(t)
+	m.startNext()
 }
 
 // forget drops a task that has nothing left to store.
@@ -472,10 +470,9 @@ func (m *Manager) endQueue() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	for _, t := range m.queue.all() {
+	for _, t := range m.queue.clear() {
 		t.finish(outcome{state: StateFailed, err: errTextShutdown})
 	}
-	m.queue = queue{}
 }
 
 // alive reports whether m may still run and store operations.

@@ -38,8 +38,8 @@ func WithLock(key string) SubmitOption {
 // A queue decides which operation starts when. Its methods are called with
 // Manager.mu held, and none takes longer than the logarithm of its length.
 type queue struct {
-	limit   int // how many may run; 0 for any number
-	running int // counted only if somebody may wait: see Manager.release
+	limit   int    // how many may run; 0 for any number
+	running int    // counted only if somebody may wait: see Manager.release
 	last    uint64 // the place of the task that came last
 	ready   line   // those that wait for nothing but the limit
 
@@ -115,12 +115,16 @@ func (q *queue) free(key string) {
 	}
 }
 
-// all returns every task in the queue, by order of submission.
-func (q *queue) all() []*task {
+// clear takes all tasks out of the queue, by order of submission.
+func (q *queue) clear() []*task {
 	all := slices.Clone(q.ready)
 	for _, behind := range q.keys {
 		all = append(all, *behind...)
 	}
+	for _, t := range all {
+		t.line = nil
+	}
+	q.ready, q.keys = nil, nil
 	slices.SortFunc(all, func(a, b *task) int { return cmp.Compare(a.place, b.place) })
 	return all
 }

@@ -1,0 +1,296 @@
+package task_test
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/mynt-nas/task"
+)
+
+// What follows is real trouble, with real files. The rules are always the same:
+// the program lives, what was acknowledged is kept, and what can't be stored is
+// an error or is shown as waiting.
+
+// TestDatabaseFull limits the pages of an application's database, which SQLite
+// reports just as it does a full disk.
+func TestDatabaseFull(t *testing.T) {
+	db, err := sql.Open("sqlite3", filepath.Join(t.TempDir(), "app.db")+"?_journal_mode=WAL")
+	recoveryMust(t, err)
+	t.Cleanup(func() { db.Close() })
+	db.SetMaxOpenConns(1) // or the PRAGMA would reach only one of them
+	store, err := task.NewSQLiteStore(db)
+	recoveryMust(t, err)
+	limit := func(pages int) {
+		_, err := db.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages))
+		recoveryMust(t, err)
+	}
+	fullDisk(t, store, func() { limit(100) }, func() { limit(1 << 30) })
+	recoveryMust(t, store.Close())
+}
+
+// fullDisk fills the disk under a store while an operation runs, and makes room
+// again.
+func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
+	m, err := task.New(store, quiet)
+	recoveryMust(t, err)
+	defer m.Close()
+	large := strings.Repeat("large ", 100_000)
+	release := make(chan struct{})
+	held := submit(t, m, func(context.Context, func(int)) (any, error) { <-release; return large, nil })
+	acknowledged := []string{held.ID}
+
+	fill()
+	var called atomic.Int64
+	for {
+		op, err := m.Submit("one more", func(context.Context, func(int)) (any, error) {
+			called.Add(1)
+			return nil, nil
+		}, task.WithMetadata(large[:10_000]))
+		if err != nil {
+			if !strings.Contains(err.Error(), "full") {
+				t.Errorf("Submit: %v", err)
+			}
+			break
+		}
+		acknowledged = append(acknowledged, op.ID)
+		if len(acknowledged) > 10_000 {
+			t.Fatal("the disk never gets full")
+		}
+	}
+	close(release)
+	recoveryMust(t, recoveryUntil(func() bool {
+		op, ok := m.Get(held.ID)
+		return ok && op.Error != ""
+	}))
+	op, _ := m.Get(held.ID)
+	if op.State != task.StateRunning || !strings.Contains(op.Error, "DONE, which can't be stored yet") {
+		t.Errorf("while the disk is full: %s, %q", op.State, op.Error)
+	}
+	if err := m.Cancel(held.ID); err != nil {
+		t.Errorf("Cancel: %v", err)
+	}
+	if ops, err := m.List(20_000, 0); err != nil || len(ops) < len(acknowledged) {
+		t.Errorf("List: %d operations, %v", len(ops), err)
+	}
+
+	clear()
+	if op := wait(t, m, held.ID); op.State != task.StateDone || op.Result != large || op.Error != "" {
+		t.Errorf("in the end it is %s, a result of %d bytes, %q", op.State, len(fmt.Sprint(op.Result)), op.Error)
+	}
+	acknowledged = append(acknowledged, submit(t, m, nothing).ID)
+	recoveryMust(t, m.Shutdown(t.Context()))
+	for _, id := range acknowledged {
+		if op, err := store.Get(id); err != nil || op.State != task.StateDone {
+			t.Errorf("%s: %+v, %v", id, op, err)
+		}
+	}
+	if called.Load() != int64(len(acknowledged)-2) {
+		t.Errorf("%d functions were called, %d acknowledged", called.Load(), len(acknowledged)-2)
+	}
+}
+
+// TestLockedForLong: another process keeps the database locked for longer than
+// the busy timeout, while an operation finishes and one is submitted.
+func TestLockedForLong(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for 9 seconds")
+	}
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	m := newManager(t, openSQLite(t, path))
+	fn, started, release := blocker(nil)
+	held := submit(t, m, fn)
+	<-started
+	waiting := submit(t, m, untilCancelled)
+
+	other, err := sql.Open("sqlite3", path)
+	recoveryMust(t, err)
+	defer other.Close()
+	c, err := other.Conn(t.Context())
+	recoveryMust(t, err)
+	defer c.Close()
+	_, err = c.ExecContext(t.Context(), "BEGIN IMMEDIATE")
+	recoveryMust(t, err)
+
+	release()
+	if _, err := m.Submit("refused", func(context.Context, func(int)) (any, error) {
+		t.Error("called, though Submit has failed")
+		return nil, nil
+	}); err == nil || !strings.Contains(err.Error(), "locked") {
+		t.Errorf("Submit: %v", err)
+	}
+	recoveryMust(t, recoveryUntil(func() bool {
+		op, _ := m.Get(held.ID)
+		return strings.Contains(op.Error, "DONE, which can't be stored yet")
+	}))
+	if err := waiting.Cancel(); err != nil { // which needs no database
+		t.Error(err)
+	}
+	_, err = c.ExecContext(t.Context(), "ROLLBACK")
+	recoveryMust(t, err)
+	if op := wait(t, m, held.ID); op.State != task.StateDone || op.Error != "" {
+		t.Errorf("in the end it is %+v", op)
+	}
+	if op := wait(t, m, waiting.ID); op.State != task.StateCancelled {
+		t.Errorf("the cancelled one is %+v", op)
+	}
+	if ops, err := m.List(10, 0); err != nil || len(ops) != 2 {
+		t.Errorf("List: %v, %v", ops, err)
+	}
+}
+
+// TestDatabaseTakenAway: the file is deleted or replaced under a running
+// operation. No other file gets what was meant for it.
+func TestDatabaseTakenAway(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("this system keeps open files")
+	}
+	t.Parallel()
+	for name, take := range map[string]func(path string) error{
+		"deleted": os.Remove,
+		"replaced": func(path string) error {
+			other, err := task.OpenSQLite(path + "-other")
+			return errors.Join(err, other.Close(), os.Remove(path+"-wal"), os.Remove(path+"-shm"), os.Rename(path+"-other", path))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // both wait for Close to give up
+			path := filepath.Join(t.TempDir(), "tasks.db")
+			m := newManager(t, openSQLite(t, path))
+			fn, started, release := blocker(nil)
+			held := submit(t, m, fn)
+			<-started
+			recoveryMust(t, take(path))
+			release()
+			if _, err := m.Submit("refused", nothing); err == nil || !strings.Contains(err.Error(), "while it was open") {
+				t.Errorf("Submit: %v", err)
+			}
+			if _, err := m.List(10, 0); err == nil {
+				t.Error("List succeeded")
+			}
+			if err := m.Close(); err == nil || !strings.Contains(err.Error(), held.ID) {
+				t.Errorf("Close: %v, want an error that names %s", err, held.ID)
+			}
+			if op, ok := m.Get(held.ID); !ok || op.State != task.StateRunning || op.Error == "" {
+				t.Errorf("the operation is shown as %+v", op)
+			}
+			if name == "replaced" {
+				if ops, err := openSQLite(t, path).List(10, 0); err != nil || len(ops) > 0 {
+					t.Errorf("in the other file: %v, %v", ops, err)
+				}
+			}
+		})
+	}
+}
+
+// TestClockSetBack: a history from the future changes neither the order nor
+// what is live.
+func TestClockSetBack(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	store := openSQLite(t, path)
+	sqliteExec(t, path, `INSERT INTO tasks (id, name, state, created_at, updated_at) VALUES
+		('ffffffff-ffff-7fff-bfff-ffffffffffff', 'from the future', 'DONE', '2126-01-01 00:00:00.000000', '2126-01-01 00:00:00.000000')`)
+	m := newManager(t, store)
+	op := submit(t, m, nothing)
+	done := wait(t, m, op.ID)
+	ops, err := m.List(10, 0)
+	if err != nil || len(ops) != 2 || ops[0].ID != op.ID || done.UpdatedAt.Before(done.CreatedAt) {
+		t.Errorf("List: %+v, %v", ops, err)
+	}
+}
+
+// again names the environment variable that has a test, run once more in a
+// process of its own, do its work there.
+const again = "TASK_TEST_AGAIN"
+
+// anew returns a command that runs the calling test once more.
+func anew(t *testing.T, dir string) *exec.Cmd {
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), again+"="+dir)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// TestSIGTERM: a daemon that closes its manager when it is told to end leaves
+// nothing to recover.
+func TestSIGTERM(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("this system has no such signal")
+	}
+	if dir := os.Getenv(again); dir != "" {
+		daemon(t, filepath.Join(dir, "tasks.db"))
+		return
+	}
+	dir := t.TempDir()
+	cmd := anew(t, dir)
+	out, err := cmd.StdoutPipe()
+	recoveryMust(t, err)
+	recoveryMust(t, cmd.Start())
+	var said strings.Builder
+	for buf := make([]byte, 1); !strings.HasSuffix(said.String(), "ready\n"); {
+		if _, err := out.Read(buf); err != nil {
+			t.Fatalf("%v, after %s", err, &said)
+		}
+		said.Write(buf)
+	}
+	recoveryMust(t, cmd.Process.Signal(syscall.SIGTERM))
+	rest, err := io.ReadAll(out)
+	recoveryMust(t, err)
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("%v: %s%s", err, &said, rest)
+	}
+	if n := procOwnerFiles(t, filepath.Join(dir, "tasks.db")); n > 0 {
+		t.Errorf("%d owner files are left", n)
+	}
+	ops, err := openSQLite(t, filepath.Join(dir, "tasks.db")).List(10, 0)
+	if err != nil || len(ops) != 3 {
+		t.Fatal(ops, err)
+	}
+	for i, want := range []struct {
+		state    task.State
+		progress int
+		err      string
+	}{
+		{task.StateFailed, 0, "Task failed due to system shutdown"}, // it never started
+		{task.StateFailed, 70, "Task failed due to system shutdown: manager closed"},
+		{task.StateDone, 100, ""},
+	} {
+		if ops[i].State != want.state || ops[i].Progress != want.progress || ops[i].Error != want.err {
+			t.Errorf("operation %d is %+v, want %+v", i, ops[i], want)
+		}
+	}
+}
+
+// daemon runs operations until SIGTERM.
+func daemon(t *testing.T, path string) {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	store, err := task.OpenSQLite(path)
+	recoveryMust(t, err)
+	m, err := task.New(store, quiet, task.WithLimit(1))
+	recoveryMust(t, err)
+	wait(t, m, submit(t, m, nothing).ID)
+	reported := make(chan struct{})
+	submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+		update(70)
+		close(reported)
+		return untilCancelled(ctx, update)
+	})
+	<-reported
+	submit(t, m, untilCancelled) // which waits for its turn
+	fmt.Println("ready")
+	<-ctx.Done()
+	recoveryMust(t, errors.Join(m.Close(), store.Close()))
+}

@@ -423,6 +423,11 @@ func texts(q querier, query string) ([]string, error) {
 
 // trial writes an operation and takes that back: a table that looks right may
 // have constraints or triggers that won't let it.
+//
+// The pages that it has touched are written and synced by the COMMIT all the
+// same, and have to be: a process that was killed after writing a commit and
+// before syncing it has left one that everybody sees from now on, but that a
+// loss of power would still take back. See internal/powerloss.
 func trial(c *sql.Conn) error {
 	id := "00000000-0000-0000-0000-000000000000"
 	now := time.Now().UTC()

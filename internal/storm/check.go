@@ -1,0 +1,342 @@
+package main
+
+import (
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	_ "github.com/mattn/go-sqlite3"
+
+	"github.com/mynt-nas/task"
+)
+
+// A process is one that was a worker, as its operations' names tell.
+type process struct{ slot, gen int }
+
+// A fate is what the driver knows of a process.
+type fate struct {
+	killed bool // it may be dead
+	buried bool // it was dead before a New began that has returned
+}
+
+// A row of the database, as text.
+type row struct {
+	id, name, state, progress, metadata, result, err string
+	created, updated, started                        string
+	owner                                            string
+}
+
+func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNNING" }
+
+// A checker compares one database with the workers' journals, through
+// connections of its own and as it grows. Between two looks at a database it
+// keeps no connection: with it, SQLite would never have to rebuild what the
+// dead have left.
+type checker struct {
+	dir     string
+	readers map[process]*reader
+	fates   map[process]*fate
+
+	rows       map[string]row    // as they were seen last
+	last       int64             // the highest rowid seen
+	unfinished map[string]bool   // the IDs of the rows that were
+	owners     map[string]string // the life of each owner, as a prefix of names
+	closed     map[string]bool   // the prefixes of the lives that were closed
+
+	acks tally // acknowledgements
+	bad  []string
+}
+
+// A tally is what the summary counts.
+type tally struct {
+	kills, restarts, submitted, finished, recovered, checks, databases, violations int
+}
+
+func (t *tally) add(u tally) {
+	t.kills += u.kills
+	t.restarts += u.restarts
+	t.submitted += u.submitted
+	t.finished += u.finished
+	t.recovered += u.recovered
+	t.checks += u.checks
+	t.databases += u.databases
+	t.violations += u.violations
+}
+
+func (t tally) String() string {
+	return fmt.Sprintf("%d kills, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d checks, %d databases, violations = %d",
+		t.kills, t.restarts, t.submitted, t.finished, t.recovered, t.checks, t.databases, t.violations)
+}
+
+func newChecker(dir string) *checker {
+	return &checker{
+		dir:        dir,
+		readers:    make(map[process]*reader),
+		fates:      make(map[process]*fate),
+		rows:       make(map[string]row),
+		unfinished: make(map[string]bool),
+		owners:     make(map[string]string),
+		closed:     make(map[string]bool),
+	}
+}
+
+func (c *checker) born(p process) {
+	c.readers[p] = &reader{path: journalPath(c.dir, p.slot, p.gen)}
+	c.fates[p] = new(fate)
+}
+
+func (c *checker) violation(format string, args ...any) {
+	c.acks.violations++
+	if len(c.bad) < 20 {
+		c.bad = append(c.bad, fmt.Sprintf(format, args...))
+	}
+}
+
+// check compares what has been acknowledged since the last check with what is
+// stored, and what is stored with what was. A full check looks at all rows
+// again, and at the structure of the database.
+//
+// The journals are read before the database, which so must have all that is in
+// them.
+func (c *checker) check(full bool) error {
+	c.acks.checks++
+	var news []record
+	for p, r := range c.readers {
+		records, err := r.read()
+		if err != nil {
+			return err
+		}
+		news = append(news, records...)
+		if c.fates[p].buried { // and will say no more
+			delete(c.readers, p)
+		}
+	}
+	for _, r := range news {
+		if r.Kind == closed {
+			c.closed[r.Name] = true
+		}
+	}
+	if err := c.look(full); err != nil {
+		return err
+	}
+	for _, r := range news {
+		c.compare(r)
+	}
+	for id := range c.unfinished {
+		c.checkLiving(c.rows[id])
+	}
+	return nil
+}
+
+// look brings c.rows up to date, in one transaction.
+func (c *checker) look(full bool) error {
+	path := (&url.URL{Path: filepath.ToSlash(databasePath(c.dir))}).EscapedPath()
+	db, err := sql.Open("sqlite3", "file:"+path+"?mode=ro&_busy_timeout=8000")
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	tx, err := db.Begin()
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback()
+	if full {
+		var result string
+		if err := tx.QueryRow(`PRAGMA integrity_check`).Scan(&result); err != nil {
+			return err
+		}
+		if result != "ok" {
+			c.violation("integrity check: %s", result)
+		}
+		n := 0
+		if err := c.query(tx, &n, `1`); err != nil {
+			return err
+		}
+		if n != len(c.rows) {
+			c.violation("%d rows were there, and %d are left", len(c.rows), n)
+		}
+		return nil
+	}
+	if err := c.query(tx, nil, `rowid > ?`, c.last); err != nil {
+		return err
+	}
+	ids, err := json.Marshal(keys(c.unfinished))
+	if err != nil {
+		return err
+	}
+	return c.query(tx, nil, `id IN (SELECT value FROM json_each(?))`, string(ids))
+}
+
+// keys is not an iterator, so that the map may change.
+func keys(m map[string]bool) []string {
+	all := make([]string, 0, len(m))
+	for k := range m {
+		all = append(all, k)
+	}
+	return all
+}
+
+// query has c.saw look at the rows that meet a condition, and counts them.
+func (c *checker) query(tx *sql.Tx, n *int, where string, args ...any) error {
+	rows, err := tx.Query(`SELECT rowid, id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
+		coalesce(error, ''), CAST(created_at AS TEXT), CAST(updated_at AS TEXT), coalesce(CAST(started_at AS TEXT), ''),
+		coalesce(owner, '') FROM tasks WHERE `+where, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var r row
+		var rowid int64
+		if err := rows.Scan(&rowid, &r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result,
+			&r.err, &r.created, &r.updated, &r.started, &r.owner); err != nil {
+			return err
+		}
+		c.last = max(c.last, rowid)
+		c.saw(r)
+		if n != nil {
+			*n++
+		}
+	}
+	return rows.Err()
+}
+
+// saw compares a row with what it was before.
+func (c *checker) saw(r row) {
+	before, known := c.rows[r.id]
+	c.rows[r.id] = r
+	if known {
+		if !before.unfinished() && before != r {
+			c.violation("a finished row has changed:\n\t%+v\n\t%+v", before, r)
+		}
+		if before.name != r.name || before.created != r.created || before.owner != r.owner || before.state == "RUNNING" && r.state == "PENDING" {
+			c.violation("a row has changed as it must not:\n\t%+v\n\t%+v", before, r)
+		}
+	}
+	if r.unfinished() {
+		c.unfinished[r.id] = true
+		return
+	}
+	if known && !before.unfinished() {
+		return
+	}
+	delete(c.unfinished, r.id)
+	if !task.State(r.state).Finished() {
+		c.violation("a row has an unknown state: %+v", r)
+	}
+	if r.err == restartError {
+		c.acks.recovered++
+		c.checkRecovered(r)
+	}
+}
+
+// checkRecovered checks a row that has been marked as interrupted.
+func (c *checker) checkRecovered(r row) {
+	p, life := whose(r.name)
+	switch fate := c.fates[p]; {
+	case fate == nil:
+		c.violation("nobody has submitted %+v", r)
+	case !fate.killed:
+		c.violation("an operation of a living process was marked as interrupted: %+v", r)
+	case c.closed[life]:
+		c.violation("an operation of a closed manager was marked as interrupted: %+v", r)
+	}
+	if r.state != "FAILED" {
+		c.violation("an interrupted operation has not failed: %+v", r)
+	}
+}
+
+// checkLiving checks a row that is unfinished.
+func (c *checker) checkLiving(r row) {
+	p, life := whose(r.name)
+	switch fate := c.fates[p]; {
+	case fate == nil:
+		c.violation("nobody has submitted %+v", r)
+	case fate.buried:
+		c.violation("an unfinished operation belongs to the dead: %+v", r)
+	case c.closed[life]:
+		c.violation("an unfinished operation belongs to a closed manager: %+v", r)
+	}
+	if c.owners[r.owner] == "" {
+		c.owners[r.owner] = life
+	}
+	if r.owner == "" || c.owners[r.owner] != life {
+		c.violation("an operation has the owner of another manager: %+v", r)
+	}
+}
+
+// whose returns who has submitted the operation with that name.
+func whose(name string) (p process, life string) {
+	var n int
+	if _, err := fmt.Sscanf(name, "%d.%d.%d.", &p.slot, &p.gen, &n); err != nil {
+		return process{-1, -1}, ""
+	}
+	return p, strings.Join(strings.Split(name, ".")[:3], ".") + "."
+}
+
+// compare checks that what was acknowledged is stored.
+func (c *checker) compare(r record) {
+	switch r.Kind {
+	case wrong:
+		c.violation("%s", r.Text)
+	case submitted:
+		c.acks.submitted++
+		if got, ok := c.rows[r.ID]; !ok {
+			c.violation("Submit of %s (%s) was acknowledged, but there is no row", r.ID, r.Name)
+		} else if got.name != r.Name {
+			c.violation("submitted as %q: %+v", r.Name, got)
+		}
+	case finished:
+		c.acks.finished++
+		want, err := rowOf(r.Op)
+		got, ok := c.rows[r.Op.ID]
+		want.owner = got.owner
+		if err != nil || !ok || want != got {
+			c.violation("shown as finished (%v):\n\t%+v\nstored (%v):\n\t%+v", err, want, ok, got)
+		}
+	}
+}
+
+// rowOf returns the row that an operation should have, but for the owner.
+func rowOf(op *task.Operation) (row, error) {
+	metadata, err := json.Marshal(op.Metadata)
+	if err != nil {
+		return row{}, err
+	}
+	result, err := json.Marshal(op.Result)
+	if err != nil {
+		return row{}, err
+	}
+	return row{
+		id: op.ID, name: op.Name, state: string(op.State), progress: fmt.Sprint(op.Progress),
+		metadata: cell(metadata), result: cell(result), err: op.Error,
+		created: timeCell(op.CreatedAt), updated: timeCell(op.UpdatedAt), started: timeCell(op.StartedAt),
+	}, nil
+}
+
+func cell(raw []byte) string {
+	if string(raw) == "null" {
+		return ""
+	}
+	return string(raw)
+}
+
+func timeCell(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format("2006-01-02 15:04:05.000000")
+}
+
+// ownerFiles returns the lock files beside the database.
+func (c *checker) ownerFiles() []string {
+	files, _ := filepath.Glob(filepath.Join(c.dir, "*-owner-*")) // which fails for a bad pattern only
+	slices.Sort(files)
+	return files
+}

@@ -1,0 +1,377 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+const (
+	slots       = 3  // workers at a time
+	roundsPerDB = 25 // after which a fresh database is taken, so that checks stay quick
+	fullEvery   = 8  // of how many checks one is full
+	patience    = 2 * time.Minute
+	maxPause    = 400 * time.Millisecond // between two rounds
+)
+
+// A storm is a run of the driver: it starts the workers, kills them, starts
+// them again, and has a checker look at what they leave.
+type storm struct {
+	dir   string
+	seed  uint64
+	kills int       // after so many it ends
+	until time.Time // and not later than this
+
+	wrong  string               // for the workers' config
+	tamper func(*checker) error // called between a kill and the check; may be nil
+
+	rng      *rand.Rand
+	checker  *checker // of the present database
+	workers  [slots]*child
+	gen      int // counts the processes
+	dead     []process
+	starting time.Duration // from the start of a process to its first New's return, at last
+	total    tally
+	bad      []string
+}
+
+// A child is a worker's process, as the driver sees it.
+type child struct {
+	process
+	cmd    *exec.Cmd
+	in     io.WriteCloser
+	stderr string
+	born   time.Time
+	after  int           // how many had died when it was started
+	ready  chan struct{} // closed when its first New has returned
+	gone   chan struct{} // closed when it has ended
+	err    error         // why, set before gone is closed
+}
+
+// run runs the storm. It ends early when a violation is found. The error tells
+// that the storm itself has failed.
+func (s *storm) run() error {
+	s.rng = rand.New(rand.NewPCG(s.seed, 0))
+	for n := 0; !s.over(); n++ {
+		dir := filepath.Join(s.dir, strconv.Itoa(n))
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
+		s.checker = newChecker(dir)
+		s.total.databases++
+		err := s.history()
+		for _, c := range s.workers {
+			s.kill(c)
+		}
+		s.total.add(s.checker.acks)
+		s.bad = append(s.bad, s.checker.bad...)
+		if err != nil {
+			return err
+		}
+		if s.total.violations > 0 {
+			return nil
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *storm) over() bool {
+	return s.total.violations+s.checker.violations() > 0 || s.total.kills >= s.kills || time.Now().After(s.until)
+}
+
+func (c *checker) violations() int {
+	if c == nil {
+		return 0
+	}
+	return c.acks.violations
+}
+
+// history is the life of one database.
+func (s *storm) history() error {
+	s.dead = nil
+	for i := range s.workers {
+		if err := s.start(i); err != nil {
+			return err
+		}
+	}
+	if err := s.awaitReady(s.workers[:]); err != nil {
+		return err
+	}
+	for n := 0; n < roundsPerDB && !s.over(); n++ {
+		s.pause(maxPause)
+		if err := s.round(n); err != nil {
+			return err
+		}
+	}
+	if s.over() && s.checker.violations() > 0 {
+		return nil
+	}
+	return s.end()
+}
+
+// pause waits for a random time.
+func (s *storm) pause(atMost time.Duration) {
+	if atMost > 0 {
+		time.Sleep(time.Duration(s.rng.Int64N(int64(atMost))))
+	}
+}
+
+// round kills some workers, starts them again, and checks.
+func (s *storm) round(n int) error {
+	victims := s.rng.Perm(slots)
+	switch s.rng.IntN(6) {
+	case 0: // all
+	case 1:
+		victims = victims[:2]
+	default:
+		victims = victims[:1]
+	}
+	if err := s.strike(victims); err != nil {
+		return err
+	}
+	for s.rng.IntN(4) == 0 { // again, while they start and recover
+		s.pause(s.starting + s.starting/4)
+		if err := s.strike(victims[:1+s.rng.IntN(len(victims))]); err != nil {
+			return err
+		}
+	}
+	var fresh []*child
+	for _, i := range victims {
+		fresh = append(fresh, s.workers[i])
+	}
+	if err := s.awaitReady(fresh); err != nil {
+		return err
+	}
+	if s.tamper != nil {
+		if err := s.tamper(s.checker); err != nil {
+			return err
+		}
+	}
+	err := s.check(n%fullEvery == fullEvery-1 || s.tamper != nil)
+	s.checkOwnerFiles()
+	return err
+}
+
+// strike kills the workers in those slots, all before the first is replaced.
+func (s *storm) strike(victims []int) error {
+	for _, i := range victims {
+		s.kill(s.workers[i])
+		s.total.kills++
+	}
+	for _, i := range victims {
+		if err := s.start(i); err != nil {
+			return err
+		}
+		s.total.restarts++
+	}
+	return nil
+}
+
+// start starts a worker.
+func (s *storm) start(slot int) error {
+	s.gen++
+	p := process{slot, s.gen}
+	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Wrong: s.wrong})
+	if err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	c := &child{
+		process: p,
+		cmd:     exec.Command(self),
+		stderr:  filepath.Join(s.checker.dir, fmt.Sprintf("stderr-%d.%d", slot, s.gen)),
+		after:   len(s.dead),
+		ready:   make(chan struct{}),
+		gone:    make(chan struct{}),
+	}
+	stderr, err := os.Create(c.stderr)
+	if err != nil {
+		return err
+	}
+	defer stderr.Close() // the child has its own
+	c.cmd.Env = append(os.Environ(), workerVar+"="+string(text), "GORACE=atexit_sleep_ms=0")
+	c.cmd.Stderr = stderr
+	if c.in, err = c.cmd.StdinPipe(); err != nil {
+		return err
+	}
+	out, err := c.cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	c.born = time.Now()
+	if err := c.cmd.Start(); err != nil {
+		return err
+	}
+	s.checker.born(p)
+	s.workers[slot] = c
+	go c.follow(out)
+	return nil
+}
+
+// follow follows the life of a child.
+func (c *child) follow(out io.Reader) {
+	lines := bufio.NewScanner(out)
+	if lines.Scan() {
+		close(c.ready)
+	}
+	io.Copy(io.Discard, out)
+	c.err = c.cmd.Wait()
+	close(c.gone)
+}
+
+// kill returns once the process is dead.
+func (s *storm) kill(c *child) {
+	if c == nil || s.checker.fates[c.process] == nil || s.checker.fates[c.process].killed {
+		return
+	}
+	select {
+	case <-c.gone:
+		s.reportEnd(c)
+	default:
+	}
+	s.checker.fates[c.process].killed = true
+	c.cmd.Process.Kill()
+	<-c.gone
+	c.in.Close()
+	s.dead = append(s.dead, c.process)
+	s.checkStderr(c)
+}
+
+// reportEnd reports that a worker has ended of itself.
+func (s *storm) reportEnd(c *child) {
+	s.checker.violation("worker %d.%d has ended of itself: %v", c.slot, c.gen, c.err)
+}
+
+// checkStderr reports what a worker has said that has ended: it crashed, or
+// the race detector has found something.
+func (s *storm) checkStderr(c *child) {
+	text, err := os.ReadFile(c.stderr)
+	if err != nil || len(text) > 0 {
+		s.checker.violation("worker %d.%d has said (%v): %.10000s", c.slot, c.gen, err, text)
+	}
+}
+
+// awaitReady waits until the managers of these are there. What was dead before
+// any of them was started owns nothing unfinished from now on.
+func (s *storm) awaitReady(children []*child) error {
+	for _, c := range children {
+		select {
+		case <-c.ready:
+			s.starting = time.Since(c.born)
+		case <-c.gone:
+			s.reportEnd(c)
+			s.checkStderr(c)
+			return nil
+		case <-time.After(patience):
+			return fmt.Errorf("worker %d.%d has not begun after %v", c.slot, c.gen, patience)
+		}
+		s.bury(c.after)
+	}
+	return nil
+}
+
+// bury notes that the first n dead must not own anything unfinished.
+func (s *storm) bury(n int) {
+	for _, p := range s.dead[:n] {
+		s.checker.fates[p].buried = true
+	}
+}
+
+// check reports all that is wrong at this moment.
+func (s *storm) check(full bool) error {
+	for _, c := range s.workers {
+		select {
+		case <-c.gone:
+			if !s.checker.fates[c.process].killed {
+				s.reportEnd(c)
+				s.checkStderr(c)
+			}
+		default:
+		}
+	}
+	return s.checker.check(full)
+}
+
+// checkOwnerFiles checks that files of the dead don't pile up: one that lives
+// has at most one, and so has one that died after the last New began.
+func (s *storm) checkOwnerFiles() {
+	files := s.checker.ownerFiles()
+	may := slots
+	for _, p := range s.dead {
+		if !s.checker.fates[p].buried {
+			may++
+		}
+	}
+	if len(files) > may {
+		s.checker.violation("%d owner files, but at most %d owners: %q", len(files), may, files)
+	}
+}
+
+// end ends the history of a database, by killing all workers or by asking them
+// to end, and checks what is left once one more manager has been there.
+func (s *storm) end() error {
+	if s.rng.IntN(2) == 0 {
+		for _, c := range s.workers {
+			io.WriteString(c.in, "stop\n") // it may have died, which check reports
+		}
+		for _, c := range s.workers {
+			select {
+			case <-c.gone:
+			case <-time.After(patience):
+				return fmt.Errorf("worker %d.%d has not ended after %v", c.slot, c.gen, patience)
+			}
+			if c.err != nil {
+				s.reportEnd(c)
+			}
+			s.checker.fates[c.process].killed = true // so nobody else does it
+			s.dead = append(s.dead, c.process)
+			s.checkStderr(c)
+		}
+	} else {
+		for _, c := range s.workers {
+			s.kill(c)
+			s.total.kills++
+		}
+	}
+	if err := s.visit(); err != nil {
+		s.checker.violation("the last manager: %v", err)
+	}
+	s.bury(len(s.dead))
+	if files := s.checker.ownerFiles(); len(files) > 0 {
+		s.checker.violation("owner files are left: %q", files)
+	}
+	if err := s.checker.check(false); err != nil {
+		return err
+	}
+	return s.checker.check(true)
+}
+
+// visit has a manager come and go.
+func (s *storm) visit() error {
+	store, err := task.OpenSQLite(databasePath(s.checker.dir))
+	if err != nil {
+		return err
+	}
+	m, err := task.New(store, task.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
+	return errors.Join(m.Close(), store.Close())
+}

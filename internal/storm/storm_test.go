@@ -1,0 +1,240 @@
+//go:build cgo && unix
+
+package main
+
+import (
+	"database/sql"
+	"iter"
+	"math"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/owner"
+)
+
+func TestMain(m *testing.M) {
+	if text := os.Getenv(workerVar); text != "" {
+		wrongStores["early"] = newEarlyStore
+		wrongStores["forgetful"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &forgetfulStore{SQLiteStore: s} }
+		wrongStores["idle"] = func(_ string, s *task.SQLiteStore) task.Persistence { return idleStore{s} }
+		wrongStores["ruthless"] = func(path string, s *task.SQLiteStore) task.Persistence { return ruthlessStore{s, path} }
+		os.Exit(work(text))
+	}
+	os.Exit(m.Run())
+}
+
+// testDir is t.TempDir, but the directory is kept if the test fails.
+func testDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("", "storm-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("kept in %s", dir)
+		} else if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+func TestStorm(t *testing.T) {
+	s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(10 * time.Second)}
+	if testing.Short() {
+		s.kills = 8
+	}
+	if err := s.run(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("seed %d: %v", s.seed, s.total)
+	for _, text := range s.bad {
+		t.Error(text)
+	}
+	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 {
+		t.Error("nothing was tried")
+	}
+}
+
+// Whatever a worker, its store or anybody else does wrong, the checker finds.
+func TestWrong(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		store  string                     // that the workers use
+		change string                     // what is done to the database, as often as it changes nothing
+		tamper func(*testing.T, *checker) // what else is done
+		want   string
+	}{
+		{name: "confirmed before it is stored", store: "early", want: "was acknowledged, but there is no row"},
+		{name: "final state forgotten", store: "forgetful", want: "shown as finished"},
+		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to the dead"},
+		{name: "recovery of the living", store: "ruthless", want: "Task failed due to system restart"},
+		{
+			name:   "row deleted",
+			change: `DELETE FROM tasks WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE')`,
+			want:   "are left",
+		},
+		{
+			name:   "result changed",
+			change: `UPDATE tasks SET result = '1' WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE' AND result <> '1')`,
+			want:   "a finished row has changed",
+		},
+		{
+			name:   "state changed",
+			change: `UPDATE tasks SET state = 'RUNNING' WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'CANCELLED')`,
+			want:   "a finished row has changed",
+		},
+		{
+			name: "operations of the living failed",
+			change: `UPDATE tasks SET state = 'FAILED', error = 'Task failed due to system restart', updated_at = created_at
+				WHERE state IN ('PENDING', 'RUNNING')`,
+			want: "Task failed due to system restart",
+		},
+		{
+			name:   "row of nobody",
+			change: `INSERT OR IGNORE INTO tasks (id, name, state, owner) VALUES ('x', 'x', 'PENDING', NULL)`,
+			want:   "nobody has submitted",
+		},
+		{
+			name: "index corrupt",
+			change: `PRAGMA writable_schema = ON;
+				UPDATE sqlite_schema SET sql = replace(sql, '''DONE''', '''NONE''') WHERE name = 'tasks_state_not_done'`,
+			want: "integrity check",
+		},
+		{name: "owner files pile up", tamper: leaveOwners, want: "owner files"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), wrong: test.store}
+			done := false
+			s.tamper = func(c *checker) error {
+				if test.change != "" && !done {
+					done = change(t, c, test.change)
+				}
+				if test.tamper != nil {
+					test.tamper(t, c)
+				}
+				return nil
+			}
+			if err := s.run(); err != nil {
+				t.Error(err)
+			}
+			if all := strings.Join(s.bad, "\n"); !strings.Contains(all, test.want) {
+				t.Errorf("found %d violations, but not %q: %s", s.total.violations, test.want, all)
+			}
+		})
+	}
+}
+
+// change runs a statement once the checker has seen enough for it to change
+// anything, and reports whether it did.
+func change(t *testing.T, c *checker, stmt string) bool {
+	if err := c.check(true); err != nil {
+		t.Error(err)
+	}
+	db, err := sql.Open("sqlite3", databasePath(c.dir)+"?_busy_timeout=8000")
+	if err != nil {
+		t.Error(err)
+		return true
+	}
+	defer db.Close()
+	res, err := db.Exec(stmt)
+	if err != nil {
+		t.Error(err)
+		return true
+	}
+	n, err := res.RowsAffected()
+	return err != nil || n > 0
+}
+
+// leaveOwners makes the files of owners that live and own nothing.
+func leaveOwners(t *testing.T, c *checker) {
+	for range 2 * slots {
+		o, err := owner.New(databasePath(c.dir))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		t.Cleanup(func() { o.Release() })
+	}
+}
+
+// An earlyStore confirms what it stores a second later.
+type earlyStore struct {
+	*task.SQLiteStore
+	mu    sync.Mutex // guards what follows
+	queue []func()
+}
+
+func newEarlyStore(_ string, s *task.SQLiteStore) task.Persistence {
+	e := &earlyStore{SQLiteStore: s}
+	go func() {
+		for range time.Tick(time.Second) {
+			e.mu.Lock()
+			queue := e.queue
+			e.queue = nil
+			e.mu.Unlock()
+			for _, write := range queue {
+				write()
+			}
+		}
+	}()
+	return e
+}
+
+func (s *earlyStore) WriteBatch(saves, updates []*task.Operation) []error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.queue = append(s.queue, func() { s.SQLiteStore.WriteBatch(saves, updates) })
+	return nil
+}
+
+// A forgetfulStore confirms some final states that it does not store.
+type forgetfulStore struct {
+	*task.SQLiteStore
+	n int // final states so far; the manager has one goroutine that writes
+}
+
+func (s *forgetfulStore) WriteBatch(saves, updates []*task.Operation) []error {
+	for i, op := range updates {
+		if op.State.Finished() {
+			s.n++
+		}
+		if op.State.Finished() && s.n%10 == 0 {
+			other := *op
+			other.State = task.StateRunning
+			updates[i] = &other
+		}
+	}
+	return s.SQLiteStore.WriteBatch(saves, updates)
+}
+
+// An idleStore recovers nothing.
+type idleStore struct{ *task.SQLiteStore }
+
+func (idleStore) Recover(string) iter.Seq2[*task.Operation, error] {
+	return func(func(*task.Operation, error) bool) {}
+}
+
+// A ruthlessStore recovers what is the living's.
+type ruthlessStore struct {
+	*task.SQLiteStore
+	path string
+}
+
+func (s ruthlessStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		db, err := sql.Open("sqlite3", s.path+"?_busy_timeout=8000")
+		if err == nil {
+			defer db.Close()
+			_, err = db.Exec(`UPDATE tasks SET state = 'FAILED', error = ? WHERE state IN ('PENDING', 'RUNNING')`, reason)
+		}
+		if err != nil {
+			yield(nil, err)
+		}
+	}
+}

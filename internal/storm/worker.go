@@ -1,0 +1,397 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// workerVar names the environment variable that makes a process a worker. It
+// holds its config.
+const workerVar = "TASK_STORM_WORKER"
+
+// A config tells a worker who it is.
+type config struct {
+	Dir   string // of the database and the journals
+	Slot  int    // which of the workers it is
+	Gen   int    // counts the processes that were that worker
+	Seed  uint64
+	Wrong string // the store of wrongStores to use, if not ""
+}
+
+func databasePath(dir string) string { return filepath.Join(dir, "tasks.db") }
+
+// wrongStores make stores with a fault, by which tests show that it is noticed.
+var wrongStores = map[string]func(path string, store *task.SQLiteStore) task.Persistence{}
+
+const (
+	submitters   = 6 // goroutines of a worker that submit
+	maxWaiting   = 8 // operations of one of them that it has not waited for
+	maxEndless   = 2 // operations of one of them that only Close ends
+	maxLifetime  = 3 * time.Second
+	restartError = "Task failed due to system restart"
+	closeError   = "Task failed due to system shutdown"
+)
+
+// A worker is a process that uses the database until it is killed.
+type worker struct {
+	config
+	journal *journal
+	rng     *rand.Rand
+	stop    chan struct{} // closed when the driver wants it to end
+}
+
+// work is a worker's main function. It returns the exit status.
+func work(text string) int {
+	w := &worker{stop: make(chan struct{})}
+	err := json.Unmarshal([]byte(text), &w.config)
+	if err == nil {
+		w.journal, err = openJournal(journalPath(w.Dir, w.Slot, w.Gen))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "storm:", err)
+		return 1
+	}
+	w.rng = rand.New(rand.NewPCG(w.Seed, uint64(w.Gen)))
+	go w.listen()
+	for n := 1; ; n++ {
+		if err := w.live(n); err != nil {
+			fmt.Fprintln(os.Stderr, "storm:", err)
+			return 1
+		}
+		select {
+		case <-w.stop:
+			return 0
+		default:
+		}
+	}
+}
+
+// listen waits for the driver's word to end, or for its death.
+func (w *worker) listen() {
+	in := bufio.NewScanner(os.Stdin)
+	if in.Scan() {
+		close(w.stop)
+	}
+	in.Scan()
+	os.Exit(0)
+}
+
+// A life is the time from one New of a worker to Close.
+type life struct {
+	*worker
+	prefix  string // of the names of its operations
+	manager *task.Manager
+	closing atomic.Bool // Close may have been called
+	quit    atomic.Bool // nothing more is to be submitted
+}
+
+func (w *worker) live(n int) error {
+	l := &life{worker: w, prefix: fmt.Sprintf("%d.%d.%d.", w.Slot, w.Gen, n)}
+	store, err := task.OpenSQLite(databasePath(w.Dir))
+	if err != nil {
+		return err
+	}
+	var db task.Persistence = store
+	if w.Wrong != "" {
+		db = wrongStores[w.Wrong](databasePath(w.Dir), store)
+	}
+	l.manager, err = task.New(db, task.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready") // for the driver
+	var all sync.WaitGroup
+	for i := range submitters {
+		rng := rand.New(rand.NewPCG(w.rng.Uint64(), 0))
+		all.Go(func() { l.submitAll(i, rng) })
+	}
+	select {
+	case <-w.stop:
+	case <-time.After(time.Duration(w.rng.Int64N(int64(maxLifetime)))):
+	}
+	if w.rng.IntN(2) == 0 { // else Close comes upon those who submit
+		l.quit.Store(true)
+		time.Sleep(10 * time.Millisecond)
+	}
+	l.closing.Store(true)
+	if err := l.manager.Close(); err != nil {
+		l.wrong("Close: %v", err)
+	}
+	w.journal.add(record{Kind: closed, Name: l.prefix})
+	l.quit.Store(true)
+	all.Wait()
+	return store.Close()
+}
+
+func (l *life) wrong(format string, args ...any) {
+	l.journal.add(record{Kind: wrong, Text: "worker " + l.prefix + " " + fmt.Sprintf(format, args...)})
+}
+
+// submitAll is one of the goroutines that submit.
+func (l *life) submitAll(i int, rng *rand.Rand) {
+	var waiting, endless []*job
+	for n := 0; !l.quit.Load(); n++ {
+		j := l.newJob(fmt.Sprintf("%s%d.%d", l.prefix, i, n), rng)
+		if j.kind == "endless" && len(endless) == maxEndless {
+			continue
+		}
+		if !l.submit(j, rng) {
+			break
+		}
+		if j.kind == "endless" {
+			endless = append(endless, j)
+			continue
+		}
+		waiting = append(waiting, j)
+		if rng.IntN(3) == 0 || len(waiting) == maxWaiting {
+			l.waitAll(waiting)
+			waiting = nil
+		}
+		if rng.IntN(20) == 0 {
+			l.lookAround(rng)
+		}
+	}
+	for !l.closing.Load() { // or the endless ones won't end
+		time.Sleep(time.Millisecond)
+	}
+	l.waitAll(append(waiting, endless...))
+}
+
+// submit reports whether Submit has accepted the job.
+func (l *life) submit(j *job, rng *rand.Rand) bool {
+	op, err := l.manager.Submit(j.name, j.run, task.WithMetadata(map[string]string{"of": j.name}))
+	if err != nil {
+		if !errors.Is(err, task.ErrClosed) || !l.closing.Load() {
+			l.wrong("Submit of %s: %v", j.name, err)
+		}
+		j.refused.Store(true)
+		if j.began.Load() {
+			l.wrong("%s has run, but Submit returned %v", j.name, err)
+		}
+		return false
+	}
+	j.id = op.ID
+	l.journal.add(record{Kind: submitted, ID: op.ID, Name: op.Name})
+	if j.kind == "cancelled" || rng.IntN(20) == 0 {
+		if rng.IntN(2) == 0 {
+			time.Sleep(time.Duration(rng.Int64N(int64(5 * time.Millisecond))))
+		}
+		j.cancelled.Store(true)
+		if err := l.manager.Cancel(j.id); err != nil && !errors.Is(err, task.ErrNotFound) {
+			l.wrong("Cancel of %s: %v", j.name, err)
+		}
+	}
+	return true
+}
+
+func (l *life) waitAll(jobs []*job) {
+	for _, j := range jobs {
+		op, err := l.manager.Wait(context.Background(), j.id)
+		if err != nil {
+			l.wrong("Wait for %s: %v", j.name, err)
+			continue
+		}
+		l.journal.add(record{Kind: finished, Op: op})
+		if err := j.check(op); err != nil {
+			l.wrong("%s ended as %s, result %v, error %q: %v", j.name, op.State, op.Result, op.Error, err)
+		}
+	}
+}
+
+// lookAround uses the operations of others. What it is shown of them is an
+// acknowledgement too.
+func (l *life) lookAround(rng *rand.Rand) {
+	ops, err := l.manager.List(30, rng.IntN(30))
+	if err != nil {
+		l.wrong("List: %v", err)
+		return
+	}
+	if len(ops) == 0 {
+		return
+	}
+	op := ops[rng.IntN(len(ops))]
+	if strings.HasPrefix(op.Name, l.prefix) {
+		if op, ok := l.manager.Get(op.ID); !ok || op.Error == restartError {
+			l.wrong("Get of its own operation: %v %v", op, ok)
+		}
+		return
+	}
+	if err := l.manager.Cancel(op.ID); !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, task.ErrNotFound) {
+		l.wrong("Cancel of another's operation %s: %v", op.Name, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rng.Int64N(int64(300*time.Millisecond))))
+	defer cancel()
+	op, err = l.manager.Wait(ctx, op.ID)
+	if err != nil && ctx.Err() == nil {
+		l.wrong("Wait for another's operation: %v", err)
+	}
+	if err == nil {
+		l.journal.add(record{Kind: finished, Op: op})
+	}
+}
+
+// A job is one operation and how it has to end.
+type job struct {
+	life  *life
+	name  string
+	kind  string
+	sleep time.Duration
+	id    string // once submitted
+
+	began, cancelled, refused atomic.Bool
+}
+
+// The kinds of jobs, the frequent ones more than once.
+var kinds = []string{"value", "value", "value", "value", "number", "error", "both", "panic", "goexit", "cancelled", "stubborn", "endless"}
+
+func (l *life) newJob(name string, rng *rand.Rand) *job {
+	j := &job{life: l, name: name, kind: kinds[rng.IntN(len(kinds))]}
+	if rng.IntN(3) > 0 {
+		j.sleep = time.Duration(rng.Int64N(int64(20 * time.Millisecond)))
+	}
+	return j
+}
+
+// run is the job's function.
+func (j *job) run(ctx context.Context, update func(int)) (any, error) {
+	j.began.Store(true)
+	if j.refused.Load() {
+		j.life.wrong("%s runs although Submit has returned an error", j.name)
+	}
+	if j.kind == "endless" {
+		for n := 0; ctx.Err() == nil; n++ {
+			update(n % 101)
+			if err := task.SetMetadata(ctx, map[string]any{"of": j.name, "n": n}); err != nil {
+				j.life.wrong("SetMetadata of %s: %v", j.name, err)
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	for n := range 4 {
+		update(25 * n)
+		time.Sleep(j.sleep / 4)
+	}
+	switch j.kind {
+	case "panic":
+		panic(j.name)
+	case "cancelled":
+		select {
+		case <-ctx.Done():
+		case <-time.After(20 * time.Millisecond):
+		}
+		if ctx.Err() == nil {
+			return j.result(), nil
+		}
+	case "stubborn": // a cancel does not impress it
+		return j.result(), nil
+	case "goexit":
+		runtime.Goexit()
+	}
+	if ctx.Err() != nil && j.kind != "error" && j.kind != "both" {
+		return nil, errors.New("stopped: " + j.name)
+	}
+	switch j.kind {
+	case "error":
+		return nil, errors.New(j.name)
+	case "both":
+		return j.result(), errors.New(j.name)
+	}
+	return j.result(), nil
+}
+
+func (j *job) result() any {
+	if j.kind == "number" {
+		return len(j.name)
+	}
+	return map[string]any{"for": j.name, "list": []string{"ä", "<&>", "\x00"}, "none": nil}
+}
+
+// check returns an error if a job can't have ended like that.
+func (j *job) check(op *task.Operation) error {
+	for _, end := range j.ends() {
+		if op.State == end.state && op.Error == end.err && sameJSON(op.Result, end.result) {
+			return nil
+		}
+	}
+	return fmt.Errorf("expected one of %v", j.ends())
+}
+
+// An end is a final state.
+type end struct {
+	state  task.State
+	err    string
+	result any
+}
+
+// ends returns the ways in which a job may have ended.
+func (j *job) ends() (ends []end) {
+	cancelled, closing := j.cancelled.Load(), j.life.closing.Load()
+	if !j.began.Load() {
+		if cancelled {
+			ends = append(ends, end{state: task.StateCancelled})
+		}
+		if closing {
+			ends = append(ends, end{state: task.StateFailed, err: closeError})
+		}
+		return ends
+	}
+	// The function saw its context end only after Cancel or Close was called,
+	// but may also have returned before it.
+	failed := func(text string, result any) {
+		ends = append(ends, end{task.StateFailed, text, result})
+		if cancelled {
+			ends = append(ends, end{task.StateCancelled, text, result})
+		}
+		if closing {
+			ends = append(ends, end{task.StateFailed, closeError + ": " + text, result})
+		}
+	}
+	switch j.kind {
+	case "panic":
+		return []end{{task.StateFailed, "panic: " + j.name, nil}}
+	case "goexit":
+		return []end{{task.StateFailed, "the function called runtime.Goexit", nil}}
+	case "error":
+		failed(j.name, nil)
+		return ends
+	case "both":
+		failed(j.name, j.result())
+		return ends
+	case "stubborn":
+		return []end{{task.StateDone, "", j.result()}}
+	}
+	if j.kind != "endless" {
+		ends = append(ends, end{task.StateDone, "", j.result()})
+	}
+	text := "stopped: " + j.name
+	if cancelled {
+		ends = append(ends, end{task.StateCancelled, text, nil})
+	}
+	if closing {
+		ends = append(ends, end{task.StateFailed, closeError + ": " + text, nil})
+	}
+	return ends
+}
+
+func sameJSON(a, b any) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && string(x) == string(y)
+}

@@ -1,0 +1,464 @@
+//go:build linux && cgo
+
+package powerloss
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+)
+
+// An entry is one of the record's, as testdata/shim.c writes them. The kind
+// ack is not the shim's but the program's own.
+type entry struct {
+	kind byte
+	fd   int32
+	n    int64
+	data []byte
+}
+
+const ack = 'A'
+
+// The header of an entry in the record.
+type header struct {
+	Kind, FD int32
+	N, Len   int64
+}
+
+// appendEntry appends an acknowledgement to the record, by a single write.
+func appendEntry(f *os.File, data []byte) error {
+	var b bytes.Buffer
+	if err := binary.Write(&b, binary.NativeEndian, header{Kind: ack, FD: -1, Len: int64(len(data))}); err != nil {
+		return err
+	}
+	b.Write(data)
+	_, err := f.Write(b.Bytes())
+	return err
+}
+
+func readEntries(path string) ([]entry, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r := bufio.NewReaderSize(f, 1<<20)
+	var entries []entry
+	for {
+		var h header
+		err := binary.Read(r, binary.NativeEndian, &h)
+		if errors.Is(err, io.EOF) {
+			return entries, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		data := make([]byte, h.Len)
+		if _, err := io.ReadFull(r, data); err != nil {
+			return nil, err
+		}
+		entries = append(entries, entry{byte(h.Kind), h.FD, h.N, data})
+	}
+}
+
+// A disk is what the record says of one directory: what is on it for sure, and
+// what may be on it.
+type disk struct {
+	fds   map[int32]*file
+	syncs map[int64]point // that are under way
+	dir   file            // stands for the directory
+	names map[string]*name
+}
+
+// A file is what is synced of it, and what has been done to it since.
+type file struct {
+	data    []byte
+	pending []change
+	past    int // changes that are synced
+}
+
+// A change is a write, or a truncation if data is nil. Of a directory it is the
+// change of a name.
+type change struct {
+	at   int64
+	data []byte
+
+	name string
+	to   *file // nil: unlinked
+}
+
+// A name leads to a file, or to none if that is nil.
+type name struct {
+	synced *file // for sure
+	latest *file // if what was done since is synced; the changes between are the directory's
+}
+
+// A point is a moment in the life of a file.
+type point struct {
+	file *file
+	past int // changes until then
+}
+
+func newDisk() *disk {
+	return &disk{fds: make(map[int32]*file), syncs: make(map[int64]point), names: make(map[string]*name)}
+}
+
+// apply takes in the next entry of the record.
+func (d *disk) apply(e entry) error {
+	f := d.fds[e.fd]
+	switch e.kind {
+	case 'P': // a new process: the descriptors are those of a dead one
+		clear(d.fds)
+		clear(d.syncs)
+	case 'D':
+		d.fds[e.fd] = &d.dir
+	case 'O':
+		d.open(e)
+	case 'C':
+		delete(d.fds, e.fd)
+	case 'W':
+		f.pending = append(f.pending, change{at: e.n, data: e.data})
+	case 'T':
+		f.pending = append(f.pending, change{at: e.n})
+	case 'S':
+		d.syncs[e.n] = point{f, f.past + len(f.pending)}
+	case 'E':
+		d.synced(d.syncs[e.n])
+		delete(d.syncs, e.n)
+	case 'U':
+		d.link(filepath.Base(string(e.data)), nil)
+	case 'R':
+		from, to, _ := strings.Cut(string(e.data), "\x00")
+		d.link(filepath.Base(to), d.names[filepath.Base(from)].latest)
+		d.link(filepath.Base(from), nil)
+	case ack:
+	default:
+		return fmt.Errorf("the record has an entry of kind %c: %s", e.kind, e.data)
+	}
+	return nil
+}
+
+func (d *disk) open(e entry) {
+	base := filepath.Base(string(e.data))
+	n := d.names[base]
+	if n == nil || n.latest == nil {
+		d.link(base, new(file))
+		n = d.names[base]
+	}
+	d.fds[e.fd] = n.latest
+	if e.n&syscall.O_TRUNC != 0 {
+		n.latest.pending = append(n.latest.pending, change{})
+	}
+}
+
+// link makes a name lead to a file, or to none.
+func (d *disk) link(base string, to *file) {
+	n := d.names[base]
+	if n == nil {
+		n = new(name)
+		d.names[base] = n
+	}
+	n.latest = to
+	d.dir.pending = append(d.dir.pending, change{name: base, to: to})
+}
+
+// synced notes that all that was done to a file until then is synced.
+func (d *disk) synced(p point) {
+	f := p.file
+	n := p.past - f.past
+	if n <= 0 { // another sync has done it
+		return
+	}
+	for _, c := range f.pending[:n] {
+		if f == &d.dir {
+			d.names[c.name].synced = c.to
+		} else {
+			f.data = c.apply(f.data)
+		}
+	}
+	f.past += n
+	f.pending = slices.Clone(f.pending[n:])
+}
+
+// apply does to data what the change does to a file.
+func (c change) apply(data []byte) []byte {
+	if c.data == nil {
+		return resize(data, int(c.at))
+	}
+	end := int(c.at) + len(c.data)
+	if len(data) < end {
+		data = resize(data, end)
+	}
+	copy(data[c.at:], c.data)
+	return data
+}
+
+func resize(data []byte, size int) []byte {
+	if size <= len(data) {
+		return data[:size]
+	}
+	old := len(data)
+	data = slices.Grow(data, size-old)[:size]
+	clear(data[old:])
+	return data
+}
+
+// sector is what a disk writes as a whole.
+const sector = 512
+
+// A crash says what a loss of power leaves of what was not synced.
+type crash int
+
+const (
+	none    crash       = iota // nothing
+	all                        // everything
+	mixed                      // of each file and each name something else
+	crashes = mixed + 3        // so many to try; mixed is done more than once
+)
+
+// after returns the files as they are after a crash.
+func (d *disk) after(c crash, rng *rand.Rand) map[string][]byte {
+	files := make(map[string][]byte)
+	for base, n := range d.names {
+		f := n.latest
+		switch {
+		case c == none:
+			f = n.synced
+		case c >= mixed:
+			f = d.either(base, rng)
+		}
+		if f == nil {
+			continue
+		}
+		if strings.HasSuffix(base, "-shm") {
+			// It is mapped into memory, which the record doesn't show.
+			files[base] = garbage(rng.IntN(3)*32<<10, rng)
+			continue
+		}
+		files[base] = f.after(c, rng)
+	}
+	return files
+}
+
+// either returns one of the files to which a name may lead.
+func (d *disk) either(base string, rng *rand.Rand) *file {
+	may := []*file{d.names[base].synced}
+	for _, c := range d.dir.pending {
+		if c.name == base {
+			may = append(may, c.to)
+		}
+	}
+	return may[rng.IntN(len(may))]
+}
+
+// after returns the content of a file as it is after a crash. The caller must
+// not change it.
+func (f *file) after(c crash, rng *rand.Rand) []byte {
+	if c == none || len(f.pending) == 0 {
+		return f.data
+	}
+	var keep func(change) []change // what is left of a change
+	whole := func(c change) []change { return []change{c} }
+	switch way := rng.IntN(5); {
+	case c == all:
+		keep = whole
+	case way == 0:
+		return f.data
+	case way == 1: // the first ones
+		n := rng.IntN(len(f.pending) + 1)
+		keep = func(c change) []change {
+			if n--; n < 0 {
+				return nil
+			}
+			return whole(c)
+		}
+	case way == 2: // any of them, so that a later one may be there without an earlier one
+		keep = func(c change) []change {
+			if rng.IntN(2) == 0 {
+				return nil
+			}
+			return whole(c)
+		}
+	default: // any of their sectors, most or few
+		likely := []int{1, 5, 9}[rng.IntN(3)]
+		stale := way == 4
+		keep = func(c change) []change { return tear(c, likely, stale, len(f.data), rng) }
+	}
+	data := slices.Clone(f.data)
+	for _, c := range f.pending {
+		for _, part := range keep(c) {
+			data = part.apply(data)
+		}
+	}
+	return data
+}
+
+// tear returns those sectors of a write that have reached the disk, likely of
+// ten. If stale, those that have not, but are part of the file, are what was in
+// that place of the disk before: size is that of the file as it is synced.
+func tear(c change, likely int, stale bool, size int, rng *rand.Rand) (parts []change) {
+	if c.data == nil {
+		if rng.IntN(10) < likely {
+			parts = append(parts, c)
+		}
+		return parts
+	}
+	for at, data := c.at, c.data; len(data) > 0; {
+		n := min(sector-int(at%sector), len(data))
+		switch {
+		case rng.IntN(10) < likely:
+			parts = append(parts, change{at: at, data: data[:n]})
+		case stale && int(at) >= size:
+			parts = append(parts, change{at: at, data: garbage(n, rng)})
+		}
+		at, data = at+int64(n), data[n:]
+	}
+	return parts
+}
+
+// noise is no text, so that tests can tell it.
+var noise = sync.OnceValue(func() []byte {
+	rng := rand.New(rand.NewPCG(1, 2))
+	data := make([]byte, 256<<10)
+	for i := range data {
+		data[i] = byte(rng.Uint32()) | 0x80
+	}
+	return data
+})
+
+// garbage returns what nobody has written. The caller must not change it.
+func garbage(n int, rng *rand.Rand) []byte {
+	all := noise()
+	at := rng.IntN(len(all) - n)
+	return all[at : at+n]
+}
+
+// A crash leaves what was synced, and anything of the rest.
+func TestDisk(t *testing.T) {
+	const dir, a = 3, 4
+	created := []entry{
+		{kind: 'D', fd: dir},
+		{kind: 'O', fd: a, data: []byte("/d/a")},
+		{kind: 'W', fd: a, n: 0, data: []byte("x")},
+	}
+	synced := append(slices.Clone(created),
+		entry{kind: 'S', fd: a, n: 1}, entry{kind: 'E', fd: a, n: 1},
+		entry{kind: 'S', fd: dir, n: 2}, entry{kind: 'E', fd: dir, n: 2})
+	with := func(entries []entry, more ...entry) []entry { return append(slices.Clone(entries), more...) }
+	for _, test := range []struct {
+		name      string
+		entries   []entry
+		none, all string
+		may       []string // "-" is no file, and "?" a byte that nobody has written
+	}{
+		{"created", created, "-", "x", []string{"-", "", "x", "?"}},
+		{
+			"file synced", with(created, entry{kind: 'S', fd: a}, entry{kind: 'E', fd: a}),
+			"-", "x", []string{"-", "x"},
+		},
+		{
+			"directory synced", with(created, entry{kind: 'S', fd: dir}, entry{kind: 'E', fd: dir}),
+			"", "x", []string{"", "x", "?"},
+		},
+		{"both synced", synced, "x", "x", []string{"x"}},
+		{
+			"sync that does not end", with(created, entry{kind: 'S', fd: dir}, entry{kind: 'E', fd: dir}, entry{kind: 'S', fd: a}),
+			"", "x", []string{"", "x", "?"},
+		},
+		{
+			"written during the sync",
+			with(synced, entry{kind: 'S', fd: a}, entry{kind: 'W', fd: a, n: 0, data: []byte("y")}, entry{kind: 'E', fd: a}),
+			"x", "y", []string{"x", "y"},
+		},
+		{
+			"written twice",
+			with(synced, entry{kind: 'W', fd: a, n: 0, data: []byte("y")}, entry{kind: 'W', fd: a, n: 2, data: []byte("z")}),
+			"x", "y\x00z", []string{"x", "y", "x\x00z", "y\x00z", "x\x00?", "y\x00?"},
+		},
+		{"truncated", with(synced, entry{kind: 'T', fd: a}), "x", "", []string{"x", ""}},
+		{"unlinked", with(synced, entry{kind: 'U', data: []byte("/d/a")}), "x", "-", []string{"x", "-"}},
+		{
+			"unlinked and created again",
+			with(synced, entry{kind: 'U', data: []byte("/d/a")}, entry{kind: 'O', fd: 5, data: []byte("/d/a")},
+				entry{kind: 'W', fd: 5, data: []byte("n")}),
+			"x", "n", []string{"x", "-", "", "n", "?"},
+		},
+		{
+			"synced by a process that died before the end",
+			with(created, entry{kind: 'S', fd: dir}, entry{kind: 'P'}, entry{kind: 'D', fd: a}),
+			"-", "x", []string{"-", "", "x", "?"},
+		},
+		{
+			"renamed", with(synced, entry{kind: 'R', data: []byte("/d/a\x00/d/b")}),
+			"x", "-", []string{"x", "-"},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			d := newDisk()
+			for _, e := range test.entries {
+				if err := d.apply(e); err != nil {
+					t.Fatal(err)
+				}
+			}
+			rng := rand.New(rand.NewPCG(1, 2))
+			content := func(c crash) string {
+				data, ok := d.after(c, rng)["a"]
+				if !ok {
+					return "-"
+				}
+				return strings.Map(func(r rune) rune {
+					if r > 0 && !strings.ContainsRune("xyzn", r) {
+						return '?'
+					}
+					return r
+				}, string(data))
+			}
+			if got := content(none); got != test.none {
+				t.Errorf("with nothing more: %q, want %q", got, test.none)
+			}
+			if got := content(all); got != test.all {
+				t.Errorf("with everything: %q, want %q", got, test.all)
+			}
+			seen := make(map[string]bool)
+			for range 2000 {
+				seen[content(mixed)] = true
+			}
+			got := slices.Sorted(maps.Keys(seen))
+			if want := slices.Sorted(slices.Values(test.may)); !slices.Equal(got, want) {
+				t.Errorf("may be %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+// A torn write leaves whole sectors.
+func TestTear(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	write := change{at: sector - 1, data: bytes.Repeat([]byte("x"), 2*sector)}
+	seen := make(map[string]bool)
+	for range 1000 {
+		var what string
+		for _, part := range tear(write, 5, false, 0, rng) {
+			what += fmt.Sprintf("%d+%d ", part.at, len(part.data))
+		}
+		seen[what] = true
+	}
+	want := []string{
+		"", "1024+511 ", "511+1 ", "511+1 1024+511 ", "511+1 512+512 ", "511+1 512+512 1024+511 ", "512+512 ", "512+512 1024+511 ",
+	}
+	if got := slices.Sorted(maps.Keys(seen)); !slices.Equal(got, want) {
+		t.Errorf("torn into %q, want %q", got, want)
+	}
+}

@@ -1,0 +1,200 @@
+//go:build linux && cgo
+
+package powerloss
+
+import (
+	"cmp"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+)
+
+var (
+	pointsFlag = flag.Int("points", 120, "at how many moments of each record power is lost")
+	seedFlag   = flag.Uint64("seed", rand.Uint64(), "what decides at which, and what is left")
+)
+
+// configVar names the environment variable that has the test binary record or
+// replay instead of running tests. It holds the config.
+const configVar = "TASK_POWERLOSS"
+
+func TestMain(m *testing.M) {
+	text := os.Getenv(configVar)
+	if text == "" {
+		os.Exit(m.Run())
+	}
+	if err := play(text); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// play plays the role that the config says.
+func play(text string) error {
+	var c config
+	if err := json.Unmarshal([]byte(text), &c); err != nil {
+		return err
+	}
+	if c.Role == "record" {
+		return c.record()
+	}
+	r, err := c.replay()
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+// compile compiles the library to preload.
+func compile(t *testing.T) string {
+	cc, err := exec.LookPath(cmp.Or(os.Getenv("CC"), "gcc"))
+	if err != nil {
+		t.Skipf("needs a C compiler: %v", err)
+	}
+	path := filepath.Join(t.TempDir(), "shim.so")
+	out, err := exec.Command(cc, "-shared", "-fPIC", "-O1", "-o", path, "testdata/shim.c", "-ldl", "-lpthread").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return path
+}
+
+// start has the test binary play a role with the library preloaded, and
+// returns what it has printed.
+func start(t *testing.T, shim string, c config, env ...string) ([]byte, error) {
+	text, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), self)
+	cmd.Env = append(os.Environ(), "LD_PRELOAD="+shim, configVar+"="+string(text), "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(cmd.Env, env...)
+	cmd.Stderr = os.Stderr
+	return cmd.Output()
+}
+
+// processes are those that are to record and be killed, one after the other
+// with the same files: at the n-th sync of theirs while they create the
+// database, while others recover it, and later, with and without operations
+// that are left unfinished.
+func processes() (all []config) {
+	for n := range 10 {
+		all = append(all, config{Kill: n + 1})
+	}
+	all = append(all, config{Kill: 40})
+	for n := range 12 {
+		all = append(all, config{Kill: 8 + n, Alone: true})
+	}
+	return all
+}
+
+// record returns the path of a new record. Of the processes so many are killed,
+// and the goroutines of the last one do so many operations each.
+func record(t *testing.T, shim, settings string, killed, ops int) string {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(keptDir(t), "record")
+	for gen, c := range append(processes()[:killed:killed], config{Ops: ops}) {
+		c.Role, c.Dir, c.Record, c.Settings, c.Gen = "record", dir, path, settings, gen
+		_, err := start(t, shim, c, "SHIM_DIR="+dir, "SHIM_LOG="+path, "SHIM_KILL="+strconv.Itoa(c.Kill))
+		if killed := err != nil && err.Error() == "signal: killed"; killed != (c.Kill > 0) || !killed && err != nil {
+			t.Fatalf("%+v: %v", c, err)
+		}
+	}
+	return path
+}
+
+// keptDir is t.TempDir, but the directory is kept if the test fails.
+func keptDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("", "powerloss-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the record is kept in %s", dir)
+		} else if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// What is acknowledged survives a loss of power where the database is synced
+// before, and only there.
+func TestPowerLoss(t *testing.T) {
+	shim := compile(t)
+	for _, test := range []struct {
+		name     string
+		settings string // of an application's database; "" for OpenSQLite
+		lossless bool   // by what the README and SQLite's documentation say
+		killed   int    // how many processes, fewer where syncs are rare
+		ops      int    // how many operations then; 100 are good for some checkpoints
+		blind    []string
+	}{
+		// That the replay would see a loss is shown by not believing the syncs.
+		{"OpenSQLite", "", true, 23, 100, []string{"files", "directory"}},
+		{"WAL, NORMAL", "_journal_mode=WAL&_synchronous=NORMAL", false, 4, 100, nil},
+		{"WAL, FULL", "_journal_mode=WAL&_synchronous=FULL", true, 23, 30, nil},
+		{"rollback journal, FULL", "_journal_mode=DELETE&_synchronous=FULL", false, 23, 30, nil},
+		{"rollback journal, EXTRA", "_journal_mode=DELETE&_synchronous=EXTRA", true, 23, 30, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if testing.Short() && test.ops < 100 {
+				t.Skip("takes some seconds")
+			}
+			path := record(t, shim, test.settings, test.killed, test.ops)
+			c := config{Role: "replay", Record: path, Settings: test.settings, Dir: t.TempDir(), Points: *pointsFlag, Seed: *seedFlag}
+			if test.settings != "" {
+				c.Points /= 3
+			}
+			if testing.Short() {
+				c.Points /= 3
+			}
+			c.replayed(t, shim, test.lossless)
+			for _, c.Blind = range test.blind {
+				c.Points = 20
+				c.replayed(t, shim, false)
+			}
+		})
+	}
+}
+
+// replayed replays a record and checks what comes of it.
+func (c config) replayed(t *testing.T, shim string, lossless bool) {
+	out, err := start(t, shim, c, "SHIM_NOSYNC=1")
+	var r report
+	if err == nil {
+		err = json.Unmarshal(out, &r)
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	t.Logf("blind %q: %d entries, %d syncs, %d of the database file, %d acknowledgements; %d points, %d images, %d with a loss",
+		c.Blind, r.Entries, r.Syncs, r.DBSyncs, r.Acks, r.Points, r.Images, r.Lossy)
+	for _, text := range r.Problems {
+		if c.Blind == "" { // a disk that lies breaks any database
+			t.Error(text)
+		}
+	}
+	switch {
+	case r.Syncs == 0 || r.Acks == 0:
+		t.Error("nothing was recorded")
+	case lossless && r.Lossy > 0:
+		t.Error("lost: ", r.Loss)
+	case !lossless && r.Lossy == 0 && len(r.Problems) == 0:
+		t.Error("nothing was lost: the replay would not see it")
+	}
+}

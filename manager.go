@@ -18,15 +18,15 @@ import (
 // soon as the final state is stored.
 type Manager struct {
 	// Immutable.
-	db        Persistence
-	log       *slog.Logger
-	ctx       context.Context // the parent of every function's context
-	cancel    context.CancelCauseFunc
-	writer    *writer
-	follower  *follower
-	drained   chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
-	closeOnce sync.Once
-	closeErr  error // set by closeOnce
+	db       Persistence
+	log      *slog.Logger
+	ctx      context.Context // the parent of every function's context
+	cancel   context.CancelCauseFunc
+	writer   *writer
+	follower *follower
+	drained  chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
+	ended    chan struct{} // closed once Close has done its work
+	closeErr error         // set before ended is closed
 
 	// functions counts the goroutines that run functions, and the one that
 	// retries recovery. Add only while holding mu and not closed.
@@ -36,6 +36,7 @@ type Manager struct {
 	tasks   map[string]*task // the live operations by ID
 	queue   queue            // those that wait for their turn
 	refuses bool             // Submit returns ErrClosed
+	closing bool             // Close was called
 	closed  bool             // no function is started any more
 }
 
@@ -75,6 +76,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 		log:     slog.Default(),
 		tasks:   make(map[string]*task),
 		drained: make(chan struct{}),
+		ended:   make(chan struct{}),
 	}
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	for _, opt := range opts {
@@ -449,7 +451,15 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 // Get, List and Wait go on working, and the store stays open. Calling Close
 // again does nothing and returns the same.
 func (m *Manager) Close() error {
-	m.closeOnce.Do(func() { m.closeErr = m.close() })
+	m.mu.Lock()
+	first := !m.closing
+	m.closing = true
+	m.mu.Unlock()
+	if first {
+		m.closeErr = m.close()
+		close(m.ended)
+	}
+	<-m.ended
 	return m.closeErr
 }
 

@@ -133,6 +133,9 @@ func resolve(path string) (resolved string, exists bool, err error) {
 	if strings.ContainsRune(path, 0) {
 		return "", false, errors.New("the path contains a NUL byte: choose another one")
 	}
+	if os.IsPathSeparator(path[len(path)-1]) || filepath.Base(path) == "." { // or else the file would be called like the directory
+		return "", false, errors.New("the path names a directory: choose a file in it")
+	}
 	path, err = filepath.Abs(path)
 	if err != nil {
 		return "", false, err
@@ -972,8 +975,9 @@ func failOrphans(c *sql.Conn, o sql.NullString, reason string) ([]*Operation, er
 			continue
 		}
 		op.UpdatedAt = updated
-		if _, err := c.ExecContext(ctx, `UPDATE tasks SET updated_at = ? WHERE id IN (?, CAST(? AS BLOB))`,
-			formatTime(updated), op.ID, op.ID); err != nil {
+		// Other code may have stored two IDs that read the same.
+		if _, err := c.ExecContext(ctx, `UPDATE tasks SET updated_at = ? WHERE id IN (?, CAST(? AS BLOB)) AND state = 'FAILED' AND error = ?`,
+			formatTime(updated), op.ID, op.ID, reason); err != nil {
 			return nil, err
 		}
 	}

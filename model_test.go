@@ -1,0 +1,849 @@
+package task_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// FuzzModel plays scripts of API calls on one or two managers, and compares all
+// that they say with a model: a few lines for each call. Functions do nothing
+// but what the script orders, so that nothing depends on time.
+func FuzzModel(f *testing.F) {
+	s := func(actions ...[]byte) []byte { return slices.Concat(actions...) }
+	blocked := []byte{playSubmit, 0, modelBlocked, 0, 1}
+	quick := []byte{playSubmit, 0, modelQuick, 0, 1, 5, 0}
+	seeds := [][]byte{
+		nil,
+		s(quick, quick, quick),
+		s(blocked, []byte{playReport, 0, 42, playMetadata, 0, 3, playCancel, 0, 0, playEndOne, 0, endError, playCancel, 0, 0}),
+		s(blocked, []byte{playCancel, 0, 0, playEndOne, 0, endValue, playLate, 0, playGet, 0, 0}),
+		s(blocked, []byte{playEndOne, 0, endPanic}, blocked, []byte{playEndOne, 0, endGoexit}, blocked, []byte{playEndOne, 0, endBadValue}),
+		s(blocked, []byte{playReopen, 0, 0, endError}, blocked, []byte{playReopen, 0, 1, endValue}),
+		s(blocked, blocked, []byte{playCancel, 0, 0, playClose, 0, playReport, 0, 7, playCancel, 1, 0, playEndOne, 0, endError, playEndOne, 0, endError}, quick),
+		s(blocked, []byte{playShutdown, 0}, quick, []byte{playEndOne, 0, endValue, playShutdown, 0, playReopen, 0, 0, 0}, quick),
+		s([]byte{playReopen, 0, 1, 0}, blocked, quick, blocked, []byte{playReport, 1, 9, playCancel, 1, 0, playEndOne, 0, endError, playClose, 0, playEndOne, 0, 0}),
+		s([]byte{playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelQuick, 2, 1, 0, 0, playCancel, 1, 0, playEndOne, 0, endValueError}),
+		s([]byte{playReopen, 1, 2, 0}, blocked, []byte{playSubmit, 1, modelBlocked, 0, 2, playCancel, 0, 1, playWait, 0, 1, playReopen, 0, 0, endError, playGet, 1, 0, playEndOne, 0, endError}),
+		s([]byte{playReopen, 0, 1, 0}, blocked, blocked, quick, blocked, blocked, []byte{playCancel, 3, 0, playEndOne, 0, 0, playEndOne, 0, 0}, blocked, []byte{playClose, 0, playEndOne, 0, endError}),
+		s([]byte{playReopen, 0, 2, 0}, []byte{playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 2, 1, playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 0, 1},
+			[]byte{playEndOne, 1, 0, playEndOne, 0, 0, playEndOne, 0, 0, playEndOne, 0, 0}),
+		s([]byte{playInvalid, 0, 0, playInvalid, 0, 1, playInvalid, 0, 2, playInvalid, 0, 3, playInvalid, 0, 4, playUnknown, 0, playList, 0, 0, 0, playList, 0, 1, 3}),
+	}
+	for _, script := range seeds {
+		for kind := range byte(len(playStores)) {
+			f.Add(kind, script)
+		}
+	}
+	f.Fuzz(func(t *testing.T, kind byte, script []byte) {
+		p := newPlay(t, kind)
+		r := &byteReader{script}
+		for step := 0; len(r.data) > 0 && step < 60; step++ {
+			playActions[int(r.byte())%len(playActions)](p, r)
+			p.catchUp()
+			if step%10 == 9 {
+				p.checkAll()
+			}
+			if t.Failed() {
+				t.Fatalf("after step %d", step)
+			}
+		}
+		p.end()
+	})
+}
+
+// The stores of FuzzModel. Each function returns another that opens the store,
+// the same one each time, and whether two managers may use it at once.
+var playStores = []func(t *testing.T) (open func() (task.Persistence, func() error), shared bool){
+	func(*testing.T) (func() (task.Persistence, func() error), bool) {
+		return kept(task.NewMemoryStore()), true
+	},
+	func(*testing.T) (func() (task.Persistence, func() error), bool) {
+		return kept(bare{task.NewMemoryStore()}), false
+	},
+	func(t *testing.T) (func() (task.Persistence, func() error), bool) {
+		return kept(openSQLite(t, ":memory:")), true
+	},
+	func(t *testing.T) (func() (task.Persistence, func() error), bool) {
+		path := filepath.Join(t.TempDir(), "tasks.db")
+		return func() (task.Persistence, func() error) {
+			s, err := task.OpenSQLite(path)
+			recoveryMust(t, err)
+			return s, s.Close
+		}, true
+	},
+}
+
+// kept opens a store that is lost when it is closed.
+func kept(db task.Persistence) func() (task.Persistence, func() error) {
+	return func() (task.Persistence, func() error) { return db, func() error { return nil } }
+}
+
+// A play is a script being played, and the model of what should have come of it.
+type play struct {
+	t        *testing.T
+	open     func() (task.Persistence, func() error)
+	shared   bool
+	managers [2]*playManager // the second may be nil
+	ops      []*playOp       // by order of submission
+}
+
+type playManager struct {
+	*task.Manager
+	db      task.Persistence
+	closeDB func() error
+	limit   int
+	refuses bool
+	closing chan error // if not nil: gets what Close returns
+	closed  bool
+}
+
+// A playOp is what the model knows of an operation.
+type playOp struct {
+	by      *playManager
+	key     string
+	want    task.Operation   // what its manager shows
+	history []task.Operation // all that it has shown
+	cause   error            // of its context's end
+
+	// Of a quick one: what it reports, and how it ends, as soon as it has started.
+	progress int
+	ending   *playEnd
+
+	// Between the script and the function.
+	calls   atomic.Int32
+	started chan playCall
+	orders  chan func(playCall) *playEnd
+	done    chan struct{} // gets a token for each order that is no end
+	call    playCall      // once started
+	last    *task.Operation
+}
+
+// A playCall is what a function was called with.
+type playCall struct {
+	ctx    context.Context
+	update func(int)
+}
+
+// A playEnd is how a function ends.
+type playEnd struct {
+	kind  byte
+	value any
+}
+
+// The ways to end.
+const (
+	endValue = iota
+	endError
+	endValueError
+	endPanic
+	endGoexit
+	endBadValue
+	endKinds
+)
+
+// The kinds of functions.
+const (
+	modelBlocked = iota // it waits for orders
+	modelQuick          // it reports and ends without waiting
+	modelKinds
+)
+
+func newPlay(t *testing.T, kind byte) *play {
+	p := &play{t: t}
+	p.open, p.shared = playStores[int(kind)%len(playStores)](t)
+	p.managers[0] = p.newManager(0)
+	return p
+}
+
+func (p *play) newManager(limit int) *playManager {
+	m := &playManager{limit: limit}
+	m.db, m.closeDB = p.open()
+	var err error
+	m.Manager, err = task.New(m.db, quiet, task.WithLimit(limit))
+	recoveryMust(p.t, err)
+	return m
+}
+
+// manager returns the manager that a byte of the script means.
+func (p *play) manager(b byte) *playManager {
+	if m := p.managers[b%2]; m != nil {
+		return m
+	}
+	return p.managers[0]
+}
+
+// op returns the operation that a byte of the script means, nil if there is
+// none.
+func (p *play) op(b byte) *playOp {
+	if len(p.ops) == 0 {
+		return nil
+	}
+	return p.ops[int(b)%len(p.ops)]
+}
+
+// running returns the operation that a byte means of those whose functions run.
+func (p *play) running(b byte) *playOp {
+	var ops []*playOp
+	for _, op := range p.ops {
+		if op.want.State == task.StateRunning {
+			ops = append(ops, op)
+		}
+	}
+	if len(ops) == 0 {
+		return nil
+	}
+	return ops[int(b)%len(ops)]
+}
+
+// The actions of a script.
+const (
+	playSubmit = iota
+	playReport
+	playMetadata
+	playEndOne
+	playCancel
+	playGet
+	playList
+	playWait
+	playLate
+	playClose
+	playShutdown
+	playReopen
+	playInvalid
+	playUnknown
+)
+
+var playActions = []func(p *play, r *byteReader){
+	playSubmit:   (*play).submit,
+	playReport:   (*play).report,
+	playMetadata: (*play).setMetadata,
+	playEndOne:   (*play).endOne,
+	playCancel:   (*play).cancel,
+	playGet:      (*play).get,
+	playList:     (*play).list,
+	playWait:     (*play).wait,
+	playLate:     (*play).late,
+	playClose:    (*play).close,
+	playShutdown: (*play).shutdown,
+	playReopen:   (*play).reopen,
+	playInvalid:  (*play).invalid,
+	playUnknown:  (*play).unknown,
+}
+
+func (p *play) submit(r *byteReader) {
+	m := p.manager(r.byte())
+	op := &playOp{
+		by:      m,
+		started: make(chan playCall, 1),
+		orders:  make(chan func(playCall) *playEnd, 2),
+		done:    make(chan struct{}, 2),
+		want:    task.Operation{Name: fmt.Sprint("op ", len(p.ops)), State: task.StatePending},
+	}
+	kind, opts := r.byte()%modelKinds, []task.SubmitOption(nil)
+	if key := r.byte() % 3; key > 0 {
+		op.key = fmt.Sprint("key ", key)
+		opts = append(opts, task.WithLock(op.key))
+	}
+	if v := r.byte(); v > 0 {
+		op.want.Metadata = fmt.Sprint(v)
+		opts = append(opts, task.WithMetadata(op.want.Metadata))
+	}
+	if kind == modelQuick {
+		op.progress, op.ending = int(r.byte()%101), newPlayEnd(r.byte())
+		op.orders <- func(call playCall) *playEnd { call.update(op.progress); return nil }
+		op.orders <- func(playCall) *playEnd { return op.ending }
+	}
+	got, err := m.Submit(op.want.Name, op.function, opts...)
+	if m.refuses {
+		if !errors.Is(err, task.ErrClosed) {
+			p.t.Errorf("Submit after Close: %v, %v", got, err)
+		}
+		return
+	}
+	if err != nil {
+		p.t.Fatalf("Submit: %v", err)
+	}
+	op.want.ID = got.ID
+	op.show()
+	if p.turn(op) {
+		p.oneOf(got, op.future())
+	} else {
+		p.oneOf(got, op.history)
+	}
+	p.ops = append(p.ops, op)
+}
+
+// future returns what the operation may have become by itself at any time from
+// now on.
+func (op *playOp) future() []task.Operation {
+	want := op.want
+	future := []task.Operation{want}
+	want.State = task.StateRunning
+	future = append(future, want)
+	if op.ending != nil {
+		want.Progress = op.progress
+		future = append(future, want, ended(want, op.ending, nil))
+	}
+	return future
+}
+
+func newPlayEnd(b byte) *playEnd {
+	end := &playEnd{kind: b % endKinds}
+	if end.kind == endValue || end.kind == endValueError {
+		end.value = fmt.Sprint("value ", b/endKinds)
+	}
+	return end
+}
+
+var errPlay = errors.New("oh no")
+
+// function is the Func of the operation.
+func (op *playOp) function(ctx context.Context, update func(int)) (any, error) {
+	op.calls.Add(1)
+	call := playCall{ctx, update}
+	op.started <- call
+	for order := range op.orders {
+		end := order(call)
+		if end == nil {
+			op.done <- struct{}{}
+			continue
+		}
+		switch end.kind {
+		case endError:
+			return nil, errPlay
+		case endValueError:
+			return end.value, errPlay
+		case endPanic:
+			panic(errPlay)
+		case endGoexit:
+			runtime.Goexit()
+		case endBadValue:
+			return op.done, nil
+		}
+		return end.value, nil
+	}
+	return nil, nil
+}
+
+// ended is what the model makes of an operation whose function ends.
+func ended(op task.Operation, end *playEnd, cause error) task.Operation {
+	op.Result = end.value
+	op.State = task.StateFailed
+	switch end.kind {
+	case endValue:
+		op.State, op.Progress = task.StateDone, 100
+	case endBadValue:
+		op.State, op.Progress = task.StateDone, 100
+		op.Error = "result not kept: json: unsupported type: chan struct {}"
+	case endPanic:
+		op.Error = "panic: oh no"
+	case endGoexit:
+		op.Error = "the function called runtime.Goexit"
+	default:
+		op.Error = "oh no"
+		switch cause {
+		case task.ErrCancelled:
+			op.State = task.StateCancelled
+		case task.ErrClosed:
+			op.Error = "Task failed due to system shutdown: oh no"
+		}
+	}
+	return op
+}
+
+func (op *playOp) finish(end *playEnd) {
+	op.want = ended(op.want, end, op.cause)
+	op.show()
+}
+
+// show notes that the operation has changed.
+func (op *playOp) show() { op.history = append(op.history, op.want) }
+
+// catchUp has the model start what should have started, and checks that it has.
+func (p *play) catchUp() {
+	for again := true; again; {
+		again = false
+		for _, op := range p.ops {
+			if op.want.State == task.StatePending && op.by.closing == nil && !op.by.closed && p.turn(op) {
+				p.start(op)
+				again = true
+				break
+			}
+		}
+	}
+	for _, op := range p.ops {
+		if op.want.State == task.StatePending && op.calls.Load() > 0 {
+			p.t.Fatalf("%s was started before its turn", op.want.Name)
+		}
+	}
+}
+
+// turn reports whether the limit and the keys let an operation run.
+func (p *play) turn(op *playOp) bool {
+	n := 0
+	for _, other := range p.ops {
+		if other.by != op.by || other.want.State != task.StateRunning {
+			continue
+		}
+		if n++; other.key != "" && other.key == op.key {
+			return false
+		}
+	}
+	return op.by.limit == 0 || n < op.by.limit
+}
+
+func (p *play) start(op *playOp) {
+	op.call = receive(p.t, "the start of "+op.want.Name, op.started)
+	op.want.State = task.StateRunning
+	op.show()
+	if op.ending != nil {
+		receive(p.t, "the report of "+op.want.Name, op.done)
+		op.want.Progress = op.progress
+		op.show()
+		op.finish(op.ending)
+		p.finished(op)
+	}
+}
+
+// receive receives from a channel, but does not wait for ever.
+func receive[T any](t *testing.T, what string, c <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-c:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("waited in vain for %s", what)
+	}
+	return v
+}
+
+// finished waits until an operation has finished that is about to.
+func (p *play) finished(op *playOp) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	got, err := op.by.Wait(ctx, op.want.ID)
+	if err != nil {
+		p.t.Fatalf("Wait for %s: %v", op.want.Name, err)
+	}
+	p.exactly("Wait", op, got)
+	stored, err := op.by.db.Get(op.want.ID)
+	if err != nil || stored.State != op.want.State {
+		p.t.Errorf("told %s, stored: %+v, %v", op.want.State, stored, err)
+	}
+}
+
+// exactly checks that what is shown of an operation is what the model has.
+func (p *play) exactly(how string, op *playOp, got *task.Operation) {
+	p.t.Helper()
+	if !same(op.want, got) {
+		p.t.Errorf("%s: got %+v\nwant %+v", how, got, op.want)
+	}
+	if got.UpdatedAt.Before(got.CreatedAt) || !got.StartedAt.IsZero() && (got.StartedAt.Before(got.CreatedAt) || got.UpdatedAt.Before(got.StartedAt)) ||
+		got.StartedAt.IsZero() != (op.call.ctx == nil) {
+		p.t.Errorf("%s: times %+v", how, got)
+	}
+	if !got.State.Finished() {
+		return
+	}
+	if op.last == nil {
+		op.last = got
+	}
+	if !reflect.DeepEqual(fuzzShown(op.last), fuzzShown(got)) {
+		p.t.Errorf("%s: finished as %+v, and now is %+v", how, op.last, got)
+	}
+}
+
+func same(want task.Operation, got *task.Operation) bool {
+	want.CreatedAt, want.StartedAt, want.UpdatedAt = got.CreatedAt, got.StartedAt, got.UpdatedAt
+	return reflect.DeepEqual(fuzzShown(got), fuzzShown(&want))
+}
+
+// oneOf checks that what is shown of an operation is one of several.
+func (p *play) oneOf(got *task.Operation, want []task.Operation) {
+	p.t.Helper()
+	for _, want := range want {
+		if same(want, got) {
+			return
+		}
+	}
+	p.t.Errorf("got %+v\nwant one of %+v", got, want)
+}
+
+// check checks what a manager shows of an operation: of one that another runs,
+// what is stored, which it has shown once.
+func (p *play) check(how string, m *playManager, op *playOp, got *task.Operation) {
+	p.t.Helper()
+	if m == op.by || op.want.State.Finished() {
+		p.exactly(how, op, got)
+	} else {
+		p.oneOf(got, op.history)
+	}
+}
+
+// order has the function of an operation do something.
+func (p *play) order(op *playOp, f func(playCall)) {
+	op.orders <- func(call playCall) *playEnd { f(call); return nil }
+	receive(p.t, "an order's end", op.done)
+}
+
+func (p *play) report(r *byteReader) {
+	op, progress := p.op(r.byte()), int(r.byte())-50
+	if op == nil || op.want.State.Finished() {
+		return
+	}
+	if op.want.State == task.StateRunning && progress%2 == 0 {
+		p.order(op, func(call playCall) { call.update(progress) })
+	} else if err := task.UpdateProgress(op.by.Manager, op.want.ID, progress); err != nil {
+		p.t.Error(err)
+	}
+	op.want.Progress = min(max(progress, 0), 100)
+	op.show()
+	p.look(op.by, op)
+}
+
+func (p *play) setMetadata(r *byteReader) {
+	op, v := p.running(r.byte()), r.byte()
+	if op == nil {
+		return
+	}
+	p.order(op, func(call playCall) {
+		if err := task.SetMetadata(call.ctx, make(chan int)); err == nil {
+			p.t.Error("SetMetadata took a channel")
+		}
+		if err := task.SetMetadata(call.ctx, fmt.Sprint(v)); err != nil {
+			p.t.Error(err)
+		}
+	})
+	op.want.Metadata = fmt.Sprint(v)
+	op.show()
+	p.look(op.by, op)
+}
+
+// look checks what Get says.
+func (p *play) look(m *playManager, op *playOp) {
+	p.t.Helper()
+	got, ok := m.Get(op.want.ID)
+	if !ok {
+		p.t.Fatalf("%s is not found", op.want.Name)
+	}
+	p.check("Get", m, op, got)
+}
+
+func (p *play) endOne(r *byteReader) {
+	op, end := p.running(r.byte()), newPlayEnd(r.byte())
+	if op != nil {
+		p.endOp(op, end)
+	}
+}
+
+func (p *play) endOp(op *playOp, end *playEnd) {
+	op.orders <- func(playCall) *playEnd { return end }
+	op.finish(end)
+	p.finished(op)
+	p.closeReturns(op.by)
+}
+
+// closeReturns waits for Close if there is nothing left that it waits for.
+func (p *play) closeReturns(m *playManager) {
+	if m.closing == nil {
+		return
+	}
+	for _, op := range p.ops {
+		if op.by == m && !op.want.State.Finished() {
+			return
+		}
+	}
+	if err := receive(p.t, "Close", m.closing); err != nil {
+		p.t.Errorf("Close: %v", err)
+	}
+	m.closing, m.closed = nil, true
+}
+
+func (p *play) cancel(r *byteReader) {
+	op, m := p.op(r.byte()), p.manager(r.byte())
+	if op == nil {
+		return
+	}
+	err := m.Cancel(op.want.ID)
+	switch {
+	case op.want.State.Finished():
+		if !errors.Is(err, task.ErrNotFound) {
+			p.t.Errorf("Cancel of a finished one: %v", err)
+		}
+	case m != op.by:
+		if !errors.Is(err, errors.ErrUnsupported) || errors.Is(err, task.ErrNotFound) {
+			p.t.Errorf("Cancel of another manager's: %v", err)
+		}
+	case err != nil:
+		p.t.Errorf("Cancel: %v", err)
+	case op.want.State == task.StatePending:
+		op.want.State = task.StateCancelled
+		op.show()
+		p.finished(op)
+	case op.cause == nil:
+		op.cause = task.ErrCancelled
+		receive(p.t, "the end of the context", op.call.ctx.Done())
+	}
+	if op.cause != nil && context.Cause(op.call.ctx) != op.cause {
+		p.t.Errorf("cause %v, want %v", context.Cause(op.call.ctx), op.cause)
+	}
+}
+
+func (p *play) get(r *byteReader) {
+	if op, m := p.op(r.byte()), p.manager(r.byte()); op != nil {
+		p.look(m, op)
+	}
+}
+
+func (p *play) list(r *byteReader) {
+	p.listPage(p.manager(r.byte()), int(r.byte()), int(r.byte()))
+}
+
+func (p *play) listPage(m *playManager, limit, offset int) {
+	p.t.Helper()
+	got, err := m.List(limit, offset)
+	var want []*playOp
+	for i := len(p.ops) - 1 - offset; i >= 0 && len(want) < limit; i-- {
+		want = append(want, p.ops[i])
+	}
+	if err != nil || got == nil || len(got) != len(want) {
+		p.t.Fatalf("List(%d, %d): %d operations, %v, want %d", limit, offset, len(got), err, len(want))
+	}
+	for i, op := range want {
+		if got[i].ID != op.want.ID {
+			p.t.Fatalf("List(%d, %d)[%d] is %s, want %s", limit, offset, i, got[i].Name, op.want.Name)
+		}
+		p.check("List", m, op, got[i])
+	}
+}
+
+// wait waits with a context that is done.
+func (p *play) wait(r *byteReader) {
+	op, m := p.op(r.byte()), p.manager(r.byte())
+	if op == nil {
+		return
+	}
+	got, err := m.Wait(done(), op.want.ID)
+	if got == nil || op.want.State.Finished() != (err == nil) || err != nil && err != context.Canceled {
+		p.t.Fatalf("Wait: %+v, %v", got, err)
+	}
+	p.check("Wait", m, op, got)
+}
+
+// done returns a context that is done.
+func done() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}
+
+// late does what a function may have left behind does.
+func (p *play) late(r *byteReader) {
+	op := p.op(r.byte())
+	if op == nil || !op.want.State.Finished() || op.call.ctx == nil {
+		return
+	}
+	op.call.update(33)
+	if err := task.SetMetadata(op.call.ctx, "late"); err == nil {
+		p.t.Error("SetMetadata after the function's return: no error")
+	}
+	if err := task.UpdateProgress(op.by.Manager, op.want.ID, 34); !errors.Is(err, task.ErrNotFound) {
+		p.t.Errorf("updateProgress after the finish: %v", err)
+	}
+	p.look(p.manager(0), op)
+}
+
+// close has a manager begin to close. It has closed when its functions end.
+func (p *play) close(r *byteReader) {
+	m := p.manager(r.byte())
+	p.beginClose(m)
+	p.closeReturns(m)
+}
+
+func (p *play) beginClose(m *playManager) {
+	if m.closing != nil {
+		return
+	}
+	if m.closed {
+		if err := m.Close(); err != nil {
+			p.t.Errorf("Close again: %v", err)
+		}
+		return
+	}
+	if p.onlyCancelled(m) {
+		// Nothing would show that Close has begun.
+		if err := m.Shutdown(done()); err != context.Canceled {
+			p.t.Errorf("Shutdown: %v", err)
+		}
+	}
+	m.refuses = true
+	closing := make(chan error, 1)
+	m.closing = closing
+	go func() { closing <- m.Close() }()
+	for _, op := range p.ops {
+		if op.by == m && op.want.State == task.StatePending {
+			op.want.State, op.want.Error = task.StateFailed, "Task failed due to system shutdown"
+			op.show()
+			p.finished(op)
+		}
+	}
+	for _, op := range p.ops {
+		if op.by == m && op.want.State == task.StateRunning && op.cause == nil {
+			op.cause = task.ErrClosed
+			receive(p.t, "the end of the context", op.call.ctx.Done())
+		}
+	}
+}
+
+// onlyCancelled reports whether a manager has operations, but none that is
+// told of Close.
+func (p *play) onlyCancelled(m *playManager) bool {
+	n := 0
+	for _, op := range p.ops {
+		if op.by != m || op.want.State.Finished() {
+			continue
+		}
+		if n++; op.cause == nil {
+			return false
+		}
+	}
+	return n > 0
+}
+
+func (p *play) shutdown(r *byteReader) {
+	m := p.manager(r.byte())
+	if m.closing != nil {
+		return
+	}
+	idle := !slices.ContainsFunc(p.ops, func(op *playOp) bool { return op.by == m && !op.want.State.Finished() })
+	err := m.Shutdown(done())
+	if idle && err != nil || !idle && err != context.Canceled {
+		p.t.Errorf("Shutdown: %v", err)
+	}
+	m.refuses = true
+	m.closed = m.closed || idle
+}
+
+// reopen has another manager take the place of one, or makes the second.
+func (p *play) reopen(r *byteReader) {
+	i, limit, end := r.byte()%2, int(r.byte()%4), r.byte()
+	if i == 1 && !p.shared {
+		return
+	}
+	if p.managers[i] != nil {
+		p.leave(p.managers[i], end)
+	}
+	p.managers[i] = p.newManager(limit)
+}
+
+// leave closes a manager for good.
+func (p *play) leave(m *playManager, end byte) {
+	p.beginClose(m)
+	for _, op := range p.ops {
+		if op.by == m && op.want.State == task.StateRunning {
+			p.endOp(op, newPlayEnd(end))
+		}
+	}
+	p.closeReturns(m)
+	p.listPage(m, len(p.ops), 0)
+	if err := m.closeDB(); err != nil {
+		p.t.Error(err)
+	}
+	for _, op := range p.ops {
+		if op.by == m {
+			op.by = &playManager{Manager: m.Manager, closed: true} // whom nobody asks any more
+		}
+	}
+}
+
+// invalid submits what can't be.
+func (p *play) invalid(r *byteReader) {
+	m := p.manager(r.byte())
+	name, fn, opts, want := "x", task.Func(untilCancelled), []task.SubmitOption(nil), ""
+	switch r.byte() % 5 {
+	case 0:
+		name, want = "", "name is empty"
+	case 1:
+		fn, want = nil, "function is nil"
+	case 2:
+		opts, want = []task.SubmitOption{task.WithMetadata(make(chan int))}, "metadata"
+	case 3:
+		opts, want = []task.SubmitOption{task.WithLock("")}, "key is empty"
+	case 4:
+		opts, want = []task.SubmitOption{task.WithLock("a"), task.WithLock("b")}, "two locks"
+	}
+	if op, err := m.Submit(name, fn, opts...); op != nil || err == nil || !strings.Contains(err.Error(), want) {
+		p.t.Errorf("Submit: %v, %v, want an error with %q", op, err, want)
+	}
+	if _, err := m.List(-1, 0); err == nil || !strings.Contains(err.Error(), "negative limit") {
+		p.t.Errorf("List: %v", err)
+	}
+	if _, err := m.List(0, -1); err == nil || !strings.Contains(err.Error(), "negative offset") {
+		p.t.Errorf("List: %v", err)
+	}
+}
+
+// unknown asks for what is not there.
+func (p *play) unknown(r *byteReader) {
+	m := p.manager(r.byte())
+	id := string(r.bytes())
+	if op, ok := m.Get(id); ok {
+		p.t.Errorf("Get: %+v", op)
+	}
+	if err := m.Cancel(id); !errors.Is(err, task.ErrNotFound) || errors.Is(err, errors.ErrUnsupported) {
+		p.t.Errorf("Cancel: %v", err)
+	}
+	if op, err := m.Wait(done(), id); op != nil || !errors.Is(err, task.ErrNotFound) {
+		p.t.Errorf("Wait: %v, %v", op, err)
+	}
+	if err := task.UpdateProgress(m.Manager, id, 1); !errors.Is(err, task.ErrNotFound) {
+		p.t.Errorf("updateProgress: %v", err)
+	}
+}
+
+// checkAll checks what every manager says of every operation.
+func (p *play) checkAll() {
+	p.t.Helper()
+	for _, m := range p.managers {
+		if m == nil {
+			continue
+		}
+		p.listPage(m, len(p.ops)+1, 0)
+		for _, op := range p.ops {
+			p.look(m, op)
+		}
+	}
+}
+
+// end closes all, and checks what a new manager finds.
+func (p *play) end() {
+	p.checkAll()
+	for _, m := range p.managers {
+		if m != nil {
+			p.leave(m, endError)
+		}
+	}
+	p.managers = [2]*playManager{p.newManager(0)}
+	p.checkAll()
+	for _, op := range p.ops {
+		want := int32(0)
+		if op.call.ctx != nil {
+			want = 1
+		}
+		if n := op.calls.Load(); n != want || !op.want.State.Finished() {
+			p.t.Errorf("%s is %s, and was called %d times, want %d", op.want.Name, op.want.State, n, want)
+		}
+	}
+	p.leave(p.managers[0], endError)
+}

@@ -1,0 +1,852 @@
+package task_test
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"iter"
+	"math/rand/v2"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// A schedule is a scenario being run in one of its many orders. What may happen
+// next is an event: a call that a goroutine is about to make, a step of the
+// store, the end of a function. Only when everything is at rest is one of them
+// picked, and let happen.
+type schedule struct {
+	t      *testing.T
+	pick   func(n int) int
+	db     task.Persistence // the store itself, to look at without waiting
+	gets   bool             // Get waits to be picked
+	lists  bool             // List does
+	faults int              // how many writes may still fail
+	limit  int              // how many functions of one manager may run; 0 for any number
+
+	mu     sync.Mutex // guards what follows
+	events []event
+	busy   int  // goroutines of goes and functions that have not ended
+	free   bool // before and after it all, the store does not wait
+	trace  []string
+	ops    map[string]*scheduled // by name
+
+	managers map[*task.Manager]bool // whether they are closed
+
+	after func() // if not nil: checks what came of the scenario, once all are closed
+}
+
+// An event lets happen what one goroutine waits for.
+type event struct {
+	name string
+	turn chan int // shared by the ways in which it can go on
+	way  int
+}
+
+// A scheduled operation is one whose life is watched.
+type scheduled struct {
+	name string
+	m    *task.Manager
+	id   string
+
+	asked   bool  // Submit was called
+	refused error // what it returned
+
+	calls  int
+	ended  bool  // the function has returned
+	err    error // what it returned
+	ctx    context.Context
+	update func(int)
+	saved  int // how often its row was stored
+	finals int // how often a final state was stored
+	told   *task.Operation
+}
+
+// scheduleFactor makes more of it: go test -run Schedule -args -schedules 100
+var scheduleFactor = flag.Int("schedules", 1, "how many times the usual number of orders to explore")
+
+// explore runs a scenario in many orders. A quarter are taken one after the
+// other, each differing from the one before as late as it can, until there are
+// no more; the others are random ones, the same each time.
+func explore(t *testing.T, runs int, scenario func(s *schedule)) {
+	runs *= *scheduleFactor
+	var prefix []int
+	orders := make(map[string]bool)
+	defer func() { t.Logf("%d orders", len(orders)) }()
+	for run := range runs {
+		var taken, widths []int
+		random := rand.New(rand.NewPCG(uint64(run), 0))
+		pick := func(n int) int {
+			choice := 0
+			switch at := len(taken); {
+			case run >= runs/4:
+				choice = random.IntN(n)
+			case at < len(prefix):
+				choice = prefix[at] % n
+			}
+			taken, widths = append(taken, choice), append(widths, n)
+			return choice
+		}
+		synctest.Test(t, func(t *testing.T) {
+			s := &schedule{t: t, pick: pick, free: true, ops: make(map[string]*scheduled), managers: make(map[*task.Manager]bool)}
+			defer func() {
+				order := strings.Join(s.trace, ", ")
+				orders[order] = true
+				if t.Failed() {
+					t.Logf("run %d: %s", run, order)
+				}
+			}()
+			scenario(s)
+			s.run()
+			s.end()
+		})
+		if t.Failed() {
+			return
+		}
+		if run >= runs/4 {
+			continue
+		}
+		last := len(taken) - 1
+		for last >= 0 && taken[last]+1 == widths[last] {
+			last--
+		}
+		if last < 0 {
+			return // there are no more
+		}
+		prefix = append(slices.Clone(taken[:last]), taken[last]+1)
+	}
+}
+
+// wait waits until it is picked to go on, in one of several ways.
+func (s *schedule) wait(ways ...string) int {
+	s.mu.Lock()
+	free := s.free
+	s.mu.Unlock()
+	if free {
+		return 0
+	}
+	return s.queue(ways...)
+}
+
+// queue is wait for what waits at any time.
+func (s *schedule) queue(ways ...string) int {
+	s.mu.Lock()
+	turn := make(chan int, 1)
+	for i, way := range ways {
+		s.events = append(s.events, event{way, turn, i})
+	}
+	s.mu.Unlock()
+	return <-turn
+}
+
+// goes has a goroutine make a call some time.
+func (s *schedule) goes(name string, call func()) {
+	s.add(1)
+	go func() {
+		defer s.add(-1)
+		s.queue(name)
+		call()
+	}()
+}
+
+func (s *schedule) add(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy += n
+}
+
+// run lets one event happen after the other until there is none left.
+func (s *schedule) run() {
+	s.mu.Lock()
+	s.free = false
+	s.mu.Unlock()
+	for idle := 0; ; {
+		synctest.Wait()
+		e, busy := s.next()
+		switch {
+		case e != nil:
+			idle = 0
+			e.turn <- e.way
+		case !busy:
+			return
+		case idle > 600:
+			s.t.Fatal("they wait for ever")
+		default:
+			idle++
+			time.Sleep(100 * time.Millisecond) // for those who wait for time to pass
+		}
+	}
+}
+
+// next takes out the event that is to happen.
+func (s *schedule) next() (picked *event, busy bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.events) == 0 {
+		return nil, s.busy > 0
+	}
+	slices.SortStableFunc(s.events, func(a, b event) int { return strings.Compare(a.name, b.name) })
+	e := s.events[s.pick(len(s.events))]
+	s.events = slices.DeleteFunc(s.events, func(other event) bool { return other.turn == e.turn })
+	s.trace = append(s.trace, e.name)
+	return &e, true
+}
+
+// end closes all managers and checks what was promised of every operation.
+func (s *schedule) end() {
+	s.mu.Lock()
+	s.free = true
+	s.mu.Unlock()
+	for m := range s.managers {
+		if err := m.Close(); err != nil {
+			s.t.Errorf("Close: %v", err)
+		}
+		if _, err := m.Submit("after Close", untilCancelled); !errors.Is(err, task.ErrClosed) {
+			s.t.Errorf("Submit after Close: %v", err)
+		}
+	}
+	synctest.Wait()
+	for _, op := range s.ops {
+		s.check(op)
+	}
+	if s.after != nil {
+		s.after()
+	}
+}
+
+func (s *schedule) check(op *scheduled) {
+	if !op.asked {
+		return
+	}
+	row, err := s.stored(op.name)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if op.refused != nil {
+		if op.calls > 0 {
+			s.t.Errorf("%s was called, though Submit returned %v", op.name, op.refused)
+		}
+		if row != nil && row.State != task.StateFailed && row.State != task.StateCancelled {
+			s.t.Errorf("%s is %s, though Submit returned %v", op.name, row.State, op.refused)
+		}
+		return
+	}
+	if row == nil || !row.State.Finished() {
+		s.t.Fatalf("%s: stored is %+v", op.name, row)
+	}
+	if op.saved != 1 || op.finals != 1 || op.calls > 1 {
+		s.t.Errorf("%s was saved %d times, finished %d times, called %d times", op.name, op.saved, op.finals, op.calls)
+	}
+	if started := op.calls > 0; started == row.StartedAt.IsZero() {
+		s.t.Errorf("%s was called %d times: %+v", op.name, op.calls, row)
+	}
+	if op.calls > 0 {
+		want := task.StateFailed
+		switch op.err {
+		case nil:
+			want = task.StateDone
+		case task.ErrCancelled:
+			want = task.StateCancelled
+		}
+		if row.State != want {
+			s.t.Errorf("%s returned %v and is %s", op.name, op.err, row.State)
+		}
+	}
+	if row.Error == recoveryText {
+		s.t.Errorf("%s was recovered, though its manager was alive", op.name)
+	}
+	if shown, ok := op.m.Get(op.id); !ok || op.told != nil && !reflect.DeepEqual(fuzzShown(shown), fuzzShown(op.told)) {
+		s.t.Errorf("%s: told %+v, now %+v", op.name, op.told, shown)
+	}
+}
+
+// stored returns what is stored under a name, nil if nothing is.
+func (s *schedule) stored(name string) (*task.Operation, error) {
+	rows, err := s.db.List(100, 0)
+	for _, row := range rows {
+		if row.Name == name {
+			return row, err
+		}
+	}
+	return nil, err
+}
+
+// tell notes what a manager has said of an operation. Once it has said that it
+// has finished, nobody may hear anything else of it.
+func (s *schedule) tell(op *scheduled, got *task.Operation) {
+	row, err := s.stored(op.name)
+	if err != nil || row == nil {
+		s.t.Errorf("told of %+v, stored is %+v, %v", got, row, err)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if got.State.Finished() {
+		if row.State != got.State {
+			s.t.Errorf("told %s while %s was stored", got.State, row.State)
+		}
+		op.told = got
+	}
+}
+
+// memory makes a memory store the one of the scenario.
+func (s *schedule) memory() *gateStore {
+	db := task.NewMemoryStore()
+	s.db = db
+	return &gateStore{Recoverer: db, s: s}
+}
+
+// manager returns a manager that the end of the scenario closes.
+func (s *schedule) manager(db task.Persistence, opts ...task.Option) *task.Manager {
+	m, err := task.New(db, append([]task.Option{quiet}, opts...)...)
+	if err != nil {
+		s.t.Error(err)
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.managers[m] = false
+	return m
+}
+
+// submit has an operation submitted some time. If that succeeds, next follows.
+func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(*scheduled), opts ...task.SubmitOption) {
+	op := &scheduled{name: name, m: m}
+	s.mu.Lock()
+	s.ops[name] = op
+	s.mu.Unlock()
+	s.goes("submit "+name, func() {
+		s.mu.Lock()
+		closed := s.managers[m]
+		op.asked = true
+		s.mu.Unlock()
+		got, err := m.Submit(name, s.watched(op, fn), opts...)
+		if closed && !errors.Is(err, task.ErrClosed) {
+			s.t.Errorf("Submit of %s after Close: %v", name, err)
+		}
+		if err != nil {
+			op.refused = err
+			if !errors.Is(err, task.ErrClosed) && !errors.Is(err, errDisk) {
+				s.t.Errorf("Submit of %s: %v", name, err)
+			}
+			return
+		}
+		op.id = got.ID
+		s.tell(op, got)
+		if next != nil {
+			next(op)
+		}
+	})
+}
+
+// watched watches a function, which ends when it is picked to.
+func (s *schedule) watched(op *scheduled, fn task.Func) task.Func {
+	return func(ctx context.Context, update func(int)) (any, error) {
+		s.add(1)
+		defer s.add(-1)
+		if row, err := s.stored(op.name); err != nil || row == nil {
+			s.t.Errorf("%s started, stored is %v, %v", op.name, row, err)
+		}
+		s.mu.Lock()
+		op.calls++
+		op.ctx, op.update = ctx, update
+		running := 0
+		for _, other := range s.ops {
+			if other.m == op.m && other.calls > 0 && !other.ended {
+				running++
+			}
+		}
+		s.mu.Unlock()
+		if s.limit > 0 && running > s.limit {
+			s.t.Errorf("%d functions run", running)
+		}
+		s.wait("end " + op.name)
+		value, err := fn(ctx, update)
+		s.mu.Lock()
+		op.ended, op.err = true, err
+		s.mu.Unlock()
+		return value, err
+	}
+}
+
+// waits has goroutines wait for an operation, each beginning some time.
+func (s *schedule) waits(op *scheduled, m *task.Manager, n int) {
+	for range n {
+		s.goes("wait "+op.name, func() {
+			got, err := m.Wait(context.Background(), op.id)
+			if err != nil || !got.State.Finished() {
+				s.t.Errorf("Wait for %s: %+v, %v", op.name, got, err)
+				return
+			}
+			s.tell(op, got)
+		})
+	}
+}
+
+// look reads an operation. Once somebody was told that it has finished, it has.
+func (s *schedule) look(op *scheduled, m *task.Manager) {
+	finished := s.isTold(op)
+	got, ok := m.Get(op.id)
+	if !ok || finished && !got.State.Finished() {
+		s.t.Errorf("Get: %v, %+v, told: %v", ok, got, finished)
+		return
+	}
+	s.tell(op, got)
+
+	finished = s.isTold(op)
+	page, err := m.List(1000, 0)
+	if !s.gets { // List says what holds when it returns
+		finished = s.isTold(op)
+	}
+	i := slices.IndexFunc(page, func(listed *task.Operation) bool { return listed.ID == op.id })
+	if err != nil || i < 0 || finished && !page[i].State.Finished() {
+		s.t.Errorf("List: %+v, %v, told: %v", page, err, finished)
+		return
+	}
+	s.tell(op, page[i])
+}
+
+// isTold reports whether somebody was told that the operation has finished.
+func (s *schedule) isTold(op *scheduled) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return op.told != nil
+}
+
+// cancel cancels an operation that was accepted, and checks what Cancel says.
+func (s *schedule) cancel(op *scheduled, m *task.Manager) {
+	before, _ := m.Get(op.id)
+	err := m.Cancel(op.id)
+	after, _ := m.Get(op.id)
+	if err == nil && after.State == task.StatePending {
+		s.t.Errorf("Cancel of %s returned before it was stored", op.name)
+	}
+	if before.State.Finished() && !errors.Is(err, task.ErrNotFound) || !before.State.Finished() && !after.State.Finished() && errors.Is(err, task.ErrNotFound) ||
+		err != nil && !errors.Is(err, task.ErrNotFound) && !strings.Contains(err.Error(), errDisk.Error()) {
+		s.t.Errorf("Cancel of %s: %+v, %v, %+v", op.name, before, err, after)
+	}
+	s.tell(op, after)
+}
+
+// close closes a manager some time.
+func (s *schedule) close(m *task.Manager) {
+	s.goes("close", func() {
+		if err := m.Close(); err != nil {
+			s.t.Errorf("Close: %v", err)
+		}
+		s.closed(m)
+	})
+}
+
+// closed checks that all that a manager has accepted is stored as finished.
+func (s *schedule) closed(m *task.Manager) {
+	rows, err := s.db.List(100, 0)
+	recoveryMust(s.t, err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.managers[m] = true
+	for _, row := range rows {
+		if op := s.ops[row.Name]; op != nil && op.m == m && !row.State.Finished() {
+			s.t.Errorf("after Close %+v is stored", row)
+		}
+	}
+}
+
+// yields is a Func that yields to a cancellation which it finds at its end.
+func yields(ctx context.Context, _ func(int)) (any, error) { return "made it", context.Cause(ctx) }
+
+// insists is a Func that succeeds in any case.
+func insists(context.Context, func(int)) (any, error) { return "made it", nil }
+
+// A gateStore waits to be picked before each write and after it, and around
+// reads if it is told so. Its writes may fail, or be stored and seem
+// to have failed.
+type gateStore struct {
+	task.Recoverer
+	s *schedule
+}
+
+func (g *gateStore) Save(op *task.Operation) error {
+	return g.WriteBatch([]*task.Operation{op}, nil)[0]
+}
+
+func (g *gateStore) Update(op *task.Operation) error {
+	return g.WriteBatch(nil, []*task.Operation{op})[0]
+}
+
+func (g *gateStore) WriteBatch(saves, updates []*task.Operation) []error {
+	what := "write"
+	for _, op := range slices.Concat(saves, updates) {
+		what += fmt.Sprintf(" %s:%s", op.Name, op.State)
+	}
+	ways := []string{what}
+	if g.s.mayFail() {
+		ways = append(ways, what+" (fails)", what+" (seems to fail)")
+	}
+	way := g.s.wait(ways...)
+	if way > 0 {
+		g.s.failed()
+	}
+	errs := slices.Repeat([]error{errDisk}, len(saves)+len(updates))
+	if way == 1 {
+		return errs
+	}
+	stored := (&batchCounter{Persistence: g.Recoverer}).WriteBatch(saves, updates)
+	for i, op := range slices.Concat(saves, updates) {
+		if stored[i] == nil {
+			g.s.note(op, i < len(saves))
+		}
+	}
+	if way == 2 {
+		return errs
+	}
+	g.s.wait("answer " + what)
+	return stored
+}
+
+func (s *schedule) mayFail() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.faults > 0 && s.pick(4) == 3 // or else most scenarios would soon be over
+}
+
+func (s *schedule) failed() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.faults--
+}
+
+// note counts what is stored.
+func (s *schedule) note(row *task.Operation, save bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	op := s.ops[row.Name]
+	if op == nil {
+		return
+	}
+	if save {
+		op.saved++
+	}
+	if row.State.Finished() {
+		op.finals++
+	}
+}
+
+func (g *gateStore) Get(id string) (*task.Operation, error) {
+	if g.s.gets {
+		g.s.wait("get")
+		defer g.s.wait("got")
+	}
+	return g.Recoverer.Get(id)
+}
+
+func (g *gateStore) List(limit, offset int) ([]*task.Operation, error) {
+	if g.s.lists {
+		g.s.wait("list")
+		defer g.s.wait("listed")
+	}
+	return g.Recoverer.List(limit, offset)
+}
+
+func (g *gateStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		g.s.wait("recover")
+		for op, err := range g.Recoverer.Recover(reason) {
+			g.s.wait("recovered")
+			if !yield(op, err) {
+				return
+			}
+		}
+	}
+}
+
+// TestScheduleCancel: cancel against start and finish, with and without a queue,
+// and with writes that fail.
+func TestScheduleCancel(t *testing.T) {
+	for name, fn := range map[string]task.Func{"yields": yields, "insists": insists} {
+		for faults := range 3 {
+			t.Run(fmt.Sprintf("%s, %d faults", name, faults), func(t *testing.T) {
+				explore(t, 200, func(s *schedule) {
+					s.faults, s.limit = faults, 1
+					m := s.manager(s.memory(), task.WithLimit(1))
+					for name, cancels := range map[string]int{"a": 1, "b": 2, "c": 0} {
+						s.submit(m, name, fn, func(op *scheduled) {
+							s.waits(op, m, 1)
+							for range cancels {
+								s.goes("cancel "+name, func() { s.cancel(op, m) })
+							}
+						})
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestScheduleCloseSubmit: Close against Submit, with and without a queue, and
+// with writes that fail.
+func TestScheduleCloseSubmit(t *testing.T) {
+	for limit := range 2 {
+		for faults := range 2 {
+			t.Run(fmt.Sprintf("limit %d, %d faults", limit, faults), func(t *testing.T) {
+				explore(t, 200, func(s *schedule) {
+					s.faults = faults
+					m := s.manager(s.memory(), task.WithLimit(limit))
+					for _, name := range []string{"a", "b", "c"} {
+						s.submit(m, name, yields, func(op *scheduled) { s.waits(op, m, 1) })
+					}
+					s.close(m)
+				})
+			})
+		}
+	}
+}
+
+// TestScheduleShutdown: Shutdown against Submit, Cancel, its own context's end
+// and Close.
+func TestScheduleShutdown(t *testing.T) {
+	for _, closes := range []bool{false, true} {
+		t.Run(fmt.Sprintf("close=%v", closes), func(t *testing.T) {
+			explore(t, 300, func(s *schedule) {
+				m := s.manager(s.memory(), task.WithLimit(1))
+				for _, name := range []string{"a", "b"} {
+					s.submit(m, name, yields, func(op *scheduled) {
+						s.goes("cancel "+name, func() { s.cancel(op, m) })
+					}, task.WithLock("key"))
+				}
+				ctx, cancel := context.WithCancel(s.t.Context())
+				s.goes("shutdown", func() {
+					if err := m.Shutdown(ctx); err == nil {
+						s.closed(m)
+					} else if err != context.Canceled || ctx.Err() == nil {
+						s.t.Errorf("Shutdown: %v", err)
+					}
+				})
+				s.goes("give up", cancel)
+				if closes {
+					s.close(m)
+				}
+			})
+		})
+	}
+}
+
+// TestScheduleEviction: reads against the moment in which an operation leaves
+// the manager's memory, because its final state is stored.
+func TestScheduleEviction(t *testing.T) {
+	for name, lists := range map[string]bool{"Get": false, "List": true} {
+		t.Run(name, func(t *testing.T) {
+			explore(t, 400, func(s *schedule) {
+				s.faults = 1
+				s.gets, s.lists = !lists, lists
+				m := s.manager(s.memory())
+				s.submit(m, "a", yields, func(op *scheduled) {
+					s.waits(op, m, 2)
+					s.goes("look 1", func() { s.look(op, m) })
+					s.goes("look 2", func() { s.look(op, m) })
+				})
+			})
+		})
+	}
+}
+
+// TestScheduleTwoManagers: two managers on one store, of which one closes, and
+// a third that joins them and recovers.
+func TestScheduleTwoManagers(t *testing.T) {
+	for name, test := range map[string]struct {
+		runs int
+		open func(s *schedule) (open func() *gateStore)
+	}{
+		"memory": {300, func(s *schedule) func() *gateStore {
+			db := s.memory()
+			return func() *gateStore { return db }
+		}},
+		"sqlite": {15, func(s *schedule) func() *gateStore {
+			path := filepath.Join(s.t.TempDir(), "tasks.db")
+			s.db = openSQLite(s.t, path)
+			return func() *gateStore { return &gateStore{Recoverer: openSQLite(s.t, path), s: s} }
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			explore(t, test.runs, func(s *schedule) {
+				open := test.open(s)
+				one, two := s.manager(open()), s.manager(open())
+				s.submit(one, "a", yields, func(op *scheduled) {
+					s.waits(op, one, 1)
+					s.waits(op, two, 1)
+					s.goes("look", func() { s.look(op, two) })
+					s.goes("cancel by two", func() {
+						if err := two.Cancel(op.id); !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, task.ErrNotFound) {
+							s.t.Errorf("Cancel by the other manager: %v", err)
+						}
+					})
+				})
+				s.submit(two, "b", insists, func(op *scheduled) { s.waits(op, one, 1) })
+				s.close(one)
+				s.goes("open three", func() { s.manager(open()) })
+			})
+		})
+	}
+}
+
+// TestScheduleRecovery: two managers recover at the same time what a third has
+// left, and wait for it, while one of them closes and a fourth goes on.
+func TestScheduleRecovery(t *testing.T) {
+	explore(t, 300, func(s *schedule) {
+		db := s.memory()
+		for _, id := range []string{"left 1", "left 2"} {
+			recoveryMust(s.t, s.db.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning}))
+		}
+		// It was there before, and leaves them alone.
+		alive := task.NewManager(&recoverless{gateStore: db}, quiet)
+		s.managers[alive] = false
+		s.submit(alive, "a", yields, nil)
+
+		log := new(recoveryLog)
+		for _, name := range []string{"one", "two"} {
+			s.goes("open "+name, func() {
+				m := s.manager(db, log.option())
+				for _, id := range []string{"left 1", "left 2"} {
+					if got, ok := m.Get(id); !ok || got.State != task.StateFailed || got.Error != recoveryText {
+						s.t.Errorf("after New: %+v", got)
+					}
+				}
+				if name == "one" {
+					s.close(m)
+				}
+			})
+		}
+		s.after = func() {
+			ids, err := log.ids()
+			recoveryMust(s.t, err)
+			if !slices.Equal(ids, []string{"left 1", "left 2"}) {
+				s.t.Errorf("recovered %q", ids)
+			}
+		}
+	})
+}
+
+// recoverless recovers nothing.
+type recoverless struct{ *gateStore }
+
+func (recoverless) Recover(string) iter.Seq2[*task.Operation, error] {
+	return func(func(*task.Operation, error) bool) {}
+}
+
+// TestScheduleLate: what a function has left behind reports progress and
+// metadata, before its return, after it, and after the final state is stored.
+func TestScheduleLate(t *testing.T) {
+	explore(t, 300, func(s *schedule) {
+		m := s.manager(s.memory())
+		progress, metadata := 0, any(nil)
+		s.submit(m, "a", func(context.Context, func(int)) (any, error) { return nil, errDisk }, func(op *scheduled) {
+			s.goes("late update", func() {
+				if op.update == nil {
+					return // not even started
+				}
+				if !op.ended {
+					progress = 42
+				}
+				op.update(42)
+			})
+			s.goes("late metadata", func() {
+				if op.update == nil {
+					return
+				}
+				if !op.ended {
+					metadata = "new"
+				}
+				if err := task.SetMetadata(op.ctx, "new"); op.ended != (err != nil) {
+					s.t.Errorf("SetMetadata: %v, ended: %v", err, op.ended)
+				}
+			})
+			s.waits(op, m, 1)
+		})
+		s.close(m)
+		s.after = func() {
+			op := s.ops["a"]
+			if op.refused != nil {
+				return
+			}
+			if got, _ := m.Get(op.id); got.Progress != progress || got.Metadata != metadata {
+				s.t.Errorf("got %d%% %v, want %d%% %v", got.Progress, got.Metadata, progress, metadata)
+			}
+		}
+	})
+}
+
+// TestScheduleCloseClose: Close against Close and Shutdown. Those that come
+// later wait for a mutex, which synctest does not count as being at rest.
+func TestScheduleCloseClose(t *testing.T) {
+	events := []string{"close", "close", "shutdown", "end", "store"}
+	permute(events, func(order []string) {
+		db := &hookStore{Persistence: task.NewMemoryStore()}
+		m, err := task.New(db, quiet)
+		recoveryMust(t, err)
+		fn, started, release := blocker(nil)
+		op := submit(t, m, fn)
+		<-started
+		var ended, stores atomic.Bool
+		gate := make(chan struct{})
+		db.set(func(_ bool, op *task.Operation) error {
+			if op.State.Finished() {
+				<-gate
+			}
+			return nil
+		})
+		var closers sync.WaitGroup
+		returned := func(err error) {
+			if row, _ := db.Get(op.ID); err != nil || !ended.Load() || !stores.Load() || row.State != task.StateDone {
+				t.Errorf("%q: %v, ended %v, stored %v: %+v", order, err, ended.Load(), stores.Load(), row)
+			}
+			if _, err := m.Submit("late", fn); !errors.Is(err, task.ErrClosed) {
+				t.Errorf("%q: Submit after Close: %v", order, err)
+			}
+		}
+		for _, event := range order {
+			switch event {
+			case "close":
+				closers.Go(func() { returned(m.Close()) })
+			case "shutdown":
+				closers.Go(func() { returned(m.Shutdown(context.Background())) })
+			case "end":
+				ended.Store(true)
+				release()
+			case "store":
+				stores.Store(true)
+				close(gate)
+			}
+			for range 10 {
+				runtime.Gosched()
+			}
+		}
+		closers.Wait()
+	})
+}
+
+// permute calls f with every order of s.
+func permute(s []string, f func([]string)) {
+	var rec func(n int)
+	rec = func(n int) {
+		if n == len(s) {
+			f(s)
+			return
+		}
+		for i := n; i < len(s); i++ {
+			s[n], s[i] = s[i], s[n]
+			rec(n + 1)
+			s[n], s[i] = s[i], s[n]
+		}
+	}
+	rec(0)
+}

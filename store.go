@@ -15,9 +15,10 @@ import (
 // return within some seconds, with an error if it can't do its work.
 //
 // What the manager passes belongs to the store from then on. Its Metadata and
-// Result are nil or a [json.RawMessage] that nobody modifies. What the store
-// returns belongs to the caller: no later call may change it. Its Metadata and
-// Result may be anything that encodes to the same JSON.
+// Result are nil or a [json.RawMessage]. What the store returns belongs to the
+// caller: no later call may change it. Its Metadata and Result may be anything
+// that encodes to the same JSON. The bytes of a json.RawMessage, whoever passes
+// it, nobody modifies. Limits and offsets are never negative.
 //
 // A store may have further abilities, which the manager uses when they are
 // there: see [BatchWriter] and [Recoverer].
@@ -93,7 +94,8 @@ type Recoverer interface {
 	// Recover finishes every PENDING or RUNNING operation whose process is
 	// gone: its State becomes FAILED and its Error reason. It yields each once
 	// that is stored, and ends with an error if it can't go on. It leaves
-	// alone what this store, or another that is alive, has stored.
+	// alone what a manager on this store, or on another that is alive, runs.
+	// If the caller stops early, more may be finished than was yielded.
 	Recover(reason string) iter.Seq2[*Operation, error]
 }
 
@@ -106,6 +108,7 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 	}
 	return func(yield func(*Operation, error) bool) {
 		const limit = 1000
+		first := "" // on the page before
 		for offset := 0; ; {
 			page, err := db.List(limit, offset)
 			if err != nil {
@@ -114,6 +117,13 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 			}
 			if len(page) == 0 { // a short page may be the store's own limit
 				return
+			}
+			if op := page[0]; op != nil {
+				if op.ID == first { // this would go on for ever
+					yield(nil, fmt.Errorf("%T.List(%d, %d) begins like the page before it", db, limit, offset))
+					return
+				}
+				first = op.ID
 			}
 			offset += len(page)
 			for _, op := range page {
@@ -149,7 +159,8 @@ func failOrphan(db Persistence, id, reason string) (*Operation, error) {
 	failed.State = StateFailed
 	failed.Error = reason
 	failed.UpdatedAt = latest(time.Now().UTC().Truncate(time.Microsecond), op.UpdatedAt, op.StartedAt, op.CreatedAt)
-	if err := db.Update(&failed); errors.Is(err, ErrNotFound) {
+	stored := failed // which belongs to the store from then on
+	if err := db.Update(&stored); errors.Is(err, ErrNotFound) {
 		return nil, nil
 	} else if err != nil {
 		return nil, fmt.Errorf("%s: %w", id, err)

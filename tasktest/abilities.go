@@ -1,0 +1,276 @@
+package tasktest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// The rules for the abilities that a store may have beyond the four methods. A
+// new one gets a table like these, which TestPersistence runs, and a case in
+// Inject.
+
+var batchChecks = []check{
+	{
+		name: "batch",
+		rule: "WriteBatch stores saves in their order, then updates, and they are durable on return.",
+		has:  has[task.BatchWriter],
+		test: batches,
+	},
+	{
+		name: "batch-bad-member",
+		rule: "In WriteBatch, an operation that can't be stored fails alone, and the others are stored; errors are in the order of operations.",
+		has:  has[task.BatchWriter],
+		test: batchesWithBad,
+	},
+	{
+		name: "batch-same",
+		rule: "In one WriteBatch, an operation may be saved and updated, and an update that finishes it may follow one that does not.",
+		has:  has[task.BatchWriter],
+		test: batchesOfSame,
+	},
+	{
+		name: "batch-empty",
+		rule: "WriteBatch without operations changes nothing and returns no errors.",
+		has:  has[task.BatchWriter],
+		test: batchesOfNone,
+	},
+	{
+		name: "batch-concurrent",
+		rule: "WriteBatch may be called from any number of goroutines at once.",
+		has:  has[task.BatchWriter],
+		test: func(s *session) {
+			s.crowd(func(op task.Operation) { s.batch([]task.Operation{op}, nil) },
+				func(op task.Operation) { s.batch(nil, []task.Operation{op}) })
+		},
+	},
+}
+
+func batches(s *session) {
+	var old []task.Operation
+	for _, state := range states {
+		old = append(old, in(state, s.saved("to become "+string(state))))
+	}
+	var saves []task.Operation
+	for i := range 20 {
+		saves = append(saves, s.new(fmt.Sprint("saved ", i)))
+	}
+	s.batch(saves, old)
+	s.verify("after WriteBatch of saves and updates")
+	s.batch([]task.Operation{s.new("alone")}, nil)
+	s.verify("after WriteBatch of a save")
+	s.batch(nil, []task.Operation{in(task.StateDone, saves[0])})
+	s.verify("after WriteBatch of an update")
+	if s.reopen() {
+		s.verify("opened again")
+	}
+}
+
+// Every place that a bad member can have, and several of them at once.
+func batchesWithBad(s *session) {
+	stored, finished := s.saved("stored"), in(task.StateDone, s.new("finished"))
+	s.save(finished)
+	again := func() task.Operation {
+		op := stored
+		op.Name = "saved again"
+		return op
+	}
+	late := func() task.Operation { return in(task.StateFailed, finished) }
+	unknown := func() task.Operation { return in(task.StateRunning, s.new("unknown")) }
+	for place := range 3 {
+		good := func(name string) task.Operation { return s.new(fmt.Sprint(name, " ", place)) }
+		saves := []task.Operation{good("a"), good("b")}
+		s.batch(slices.Insert(saves, place, again()), nil)
+		s.verify("after WriteBatch with a save of what is stored")
+		for _, bad := range []task.Operation{late(), unknown()} {
+			updates := []task.Operation{in(task.StateRunning, saves[0]), in(task.StateRunning, saves[1])}
+			s.batch(nil, slices.Insert(updates, place, bad))
+			s.verify("after WriteBatch with an update of what is " + bad.Name)
+		}
+	}
+	twice := s.new("twice")
+	s.batch([]task.Operation{again(), twice, twice, again(), s.new("last")},
+		[]task.Operation{late(), in(task.StateDone, stored), unknown(), in(task.StateDone, twice)})
+	s.verify("after WriteBatch with many that can't be stored")
+	s.batch([]task.Operation{again()}, []task.Operation{unknown()})
+	s.verify("after WriteBatch of what can't be stored")
+}
+
+func batchesOfSame(s *session) {
+	old := s.saved("old")
+	a, b := s.new("a"), s.new("b")
+	s.batch([]task.Operation{a, b}, []task.Operation{
+		in(task.StateRunning, a), in(task.StateDone, a),
+		in(task.StateRunning, old), in(task.StateFailed, old),
+		in(task.StateCancelled, b),
+	})
+	s.verify("after WriteBatch")
+}
+
+func batchesOfNone(s *session) {
+	s.saved("a")
+	s.batch(nil, nil)
+	s.batch([]task.Operation{}, []task.Operation{})
+	s.verify("after WriteBatch")
+}
+
+var recoverChecks = []check{
+	{
+		name: "recover",
+		rule: "Recover makes what a store that is closed has left PENDING or RUNNING FAILED with the reason, yields each once, and touches nothing that is finished.",
+		has:  has[task.Recoverer],
+		test: recovers,
+	},
+	{
+		name: "recover-break",
+		rule: "What Recover yields is stored; when its caller breaks out of the loop, the next Recover goes on with the rest.",
+		has:  has[task.Recoverer],
+		test: recoversInParts,
+	},
+	{
+		name: "recover-living",
+		rule: "Recover leaves alone what a manager on the open store runs.",
+		has:  has[task.Recoverer],
+		test: recoversNoLiving,
+	},
+}
+
+// left has a store that is closed leave operations in all states behind.
+func (s *session) left(rounds int) bool {
+	for i := range rounds {
+		for _, state := range states {
+			op := s.saved(fmt.Sprint(state, " ", i))
+			op = in(state, op)
+			op.Metadata = json.RawMessage(`{"pool":"tank"}`)
+			s.update(op)
+		}
+	}
+	return s.reopen()
+}
+
+func recovers(s *session) {
+	if !s.left(2) {
+		return
+	}
+	const reason = "it's the reason"
+	if n := s.recover(reason, -1); n != 4 {
+		s.errorf("Recover yielded %d operations, want 4", n)
+	}
+	s.expectFailed(reason)
+	s.verify("after Recover")
+	if n := s.recover("another reason", -1); n != 0 {
+		s.errorf("a second Recover yielded %d operations, want none", n)
+	}
+	s.verify("after a second Recover")
+	if s.reopen() {
+		if n := s.recover("another reason", -1); n != 0 {
+			s.errorf("opened again, Recover yielded %d operations, want none", n)
+		}
+		s.verify("opened again")
+	}
+}
+
+// recover calls Recover and breaks out of the loop after so many operations,
+// if that is not negative. It checks those, and returns how many they are.
+func (s *session) recover(reason string, most int) (n int) {
+	for op, err := range s.db.(task.Recoverer).Recover(reason) {
+		if err != nil || op == nil {
+			s.errorf("Recover yielded %s, %v, want an operation", show(op), err)
+			return n
+		}
+		n++
+		if at := s.find(op.ID); at == nil || at.State.Finished() {
+			s.errorf("Recover yielded %s, which is not left to recover", short(op.Name))
+		} else {
+			at.State, at.Error, at.UpdatedAt = task.StateFailed, reason, later(at, op)
+			s.same("yielded by Recover", op, at)
+		}
+		if n == most {
+			break
+		}
+	}
+	return n
+}
+
+// later returns when an operation was updated, or when it was before, if that
+// should be later.
+func later(before, now *task.Operation) time.Time {
+	if now.UpdatedAt.Before(before.UpdatedAt) {
+		return before.UpdatedAt
+	}
+	return now.UpdatedAt
+}
+
+// expectFailed notes that nothing is left unfinished. Of what was not yielded,
+// because of a break, only the store knows when it was updated.
+func (s *session) expectFailed(reason string) {
+	for i := range s.want {
+		at := &s.want[i]
+		if at.State.Finished() {
+			continue
+		}
+		at.State, at.Error = task.StateFailed, reason
+		if got, err := s.db.Get(at.ID); err == nil && got != nil {
+			at.UpdatedAt = later(at, got)
+		}
+	}
+}
+
+func recoversInParts(s *session) {
+	if !s.left(3) {
+		return
+	}
+	const reason = "it's the reason"
+	if n := s.recover(reason, 1); n != 1 {
+		s.errorf("Recover yielded %d operations up to a break, want 1", n)
+	}
+	for _, want := range s.want {
+		got, err := s.db.Get(want.ID)
+		switch {
+		case err != nil:
+			s.errorf("after a break: Get(%s) = %v", short(want.Name), err)
+		case want.State.Finished(): // the one that was yielded too
+			s.same("after a break: Get", got, &want)
+		}
+	}
+	s.recover(reason, -1) // yields what is unfinished still: none to all of the rest
+	s.expectFailed(reason)
+	s.verify("after a second Recover")
+}
+
+func recoversNoLiving(s *session) {
+	if !s.left(1) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	m, err := task.New(s.db, quiet)
+	if err != nil {
+		s.errorf("task.New = %v", err)
+		return
+	}
+	defer m.Close()
+	started, release := make(chan struct{}), make(chan struct{})
+	op, err := m.Submit("living", func(context.Context, func(int)) (any, error) {
+		close(started)
+		<-release
+		return "finished", nil
+	})
+	if err != nil {
+		s.errorf("Submit = %v", err)
+		return
+	}
+	<-started
+	for op, err := range s.db.(task.Recoverer).Recover("taken for dead") {
+		s.errorf("Recover yielded %s, %v, though all that is unfinished is running", show(op), err)
+	}
+	close(release)
+	if got, err := m.Wait(ctx, op.ID); err != nil || got.State != task.StateDone || got.Result != "finished" {
+		s.errorf("after Recover it ended as %s, %v, want it DONE", show(got), err)
+	}
+	s.answer("Manager.Close", m.Close(), nil)
+}

@@ -1,0 +1,184 @@
+package tasktest
+
+import (
+	"cmp"
+	"errors"
+	"iter"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// A Call is a call of a method of a store that [Inject] has returned.
+type Call struct {
+	Method string // "Save", "Update", "List", "Get", "WriteBatch" or "Recover"
+	N      int    // how many calls of any method of that store came before
+}
+
+// Inject returns a store that asks fault what is to become of each call. If
+// the answer is nil, the call is passed on to db. If it is an error, db is not
+// called, and that error is what the call returns: WriteBatch for each
+// operation, and Recover as the only thing it yields. See [Lost] for errors
+// that come after the deed.
+//
+// The store has the abilities of db, no more and no less: it is a
+// [task.BatchWriter] or a [task.Recoverer] if db is. It has no Close; close
+// db. A call of Recover is one when its result is ranged over.
+//
+// As calls come from many goroutines, fault must be safe for that. It may
+// take its time, and look at the program under test.
+func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
+	s := &injected{db: db, fault: fault}
+	b, batches := db.(task.BatchWriter)
+	r, recovers := db.(task.Recoverer)
+	switch { // a further ability doubles the cases
+	case batches && recovers:
+		return struct {
+			*injected
+			injectedBatch
+			injectedRecover
+		}{s, injectedBatch{s, b}, injectedRecover{s, r}}
+	case batches:
+		return struct {
+			*injected
+			injectedBatch
+		}{s, injectedBatch{s, b}}
+	case recovers:
+		return struct {
+			*injected
+			injectedRecover
+		}{s, injectedRecover{s, r}}
+	default:
+		return s
+	}
+}
+
+// FailNth is a fault for [Inject]: call n, counted from 0, fails with err.
+func FailNth(n int, err error) func(Call) error {
+	return failIf(func(c Call) bool { return c.N == n }, err)
+}
+
+// FailFrom is a fault for [Inject]: call n, counted from 0, and all later ones
+// fail with err.
+func FailFrom(n int, err error) func(Call) error {
+	return failIf(func(c Call) bool { return c.N >= n }, err)
+}
+
+func failIf(cond func(Call) bool, err error) func(Call) error {
+	return func(c Call) error {
+		if cond(c) {
+			return err
+		}
+		return nil
+	}
+}
+
+// Delay is a fault for [Inject]: every call is passed on after d.
+func Delay(d time.Duration) func(Call) error {
+	return func(Call) error {
+		time.Sleep(d)
+		return nil
+	}
+}
+
+// Lost returns an error that stands for a lost acknowledgement: as the answer
+// of a fault it has the call passed on, and then fail with err all the same.
+func Lost(err error) error { return &lostError{err} }
+
+type lostError struct{ err error }
+
+func (e *lostError) Error() string { return "done, but reported as failed: " + e.err.Error() }
+func (e *lostError) Unwrap() error { return e.err }
+
+type injected struct {
+	db    task.Persistence
+	fault func(Call) error
+	calls atomic.Int64
+}
+
+// ask returns whether to pass a call on, and with what error it then fails.
+func (s *injected) ask(method string) (pass bool, err error) {
+	err = s.fault(Call{Method: method, N: int(s.calls.Add(1)) - 1})
+	var lost *lostError
+	if errors.As(err, &lost) {
+		return true, lost.err
+	}
+	return err == nil, err
+}
+
+func (s *injected) do(method string, call func() error) error {
+	pass, err := s.ask(method)
+	if !pass {
+		return err
+	}
+	own := call()
+	return cmp.Or(err, own)
+}
+
+func (s *injected) Save(op *task.Operation) error {
+	return s.do("Save", func() error { return s.db.Save(op) })
+}
+
+func (s *injected) Update(op *task.Operation) error {
+	return s.do("Update", func() error { return s.db.Update(op) })
+}
+
+func (s *injected) List(limit, offset int) (ops []*task.Operation, err error) {
+	err = s.do("List", func() (err error) {
+		ops, err = s.db.List(limit, offset)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return ops, nil
+}
+
+func (s *injected) Get(id string) (op *task.Operation, err error) {
+	err = s.do("Get", func() (err error) {
+		op, err = s.db.Get(id)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return op, nil
+}
+
+type injectedBatch struct {
+	store *injected
+	db    task.BatchWriter
+}
+
+func (s injectedBatch) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	err := s.store.do("WriteBatch", func() error {
+		errs = s.db.WriteBatch(saves, updates)
+		return nil
+	})
+	if err != nil {
+		return slices.Repeat([]error{err}, len(saves)+len(updates))
+	}
+	return errs
+}
+
+type injectedRecover struct {
+	store *injected
+	db    task.Recoverer
+}
+
+func (s injectedRecover) Recover(reason string) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		pass, err := s.store.ask("Recover")
+		switch {
+		case err == nil:
+			s.db.Recover(reason)(yield)
+			return
+		case pass:
+			for range s.db.Recover(reason) {
+			}
+		}
+		yield(nil, err)
+	}
+}

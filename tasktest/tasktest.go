@@ -1,0 +1,387 @@
+// Package tasktest helps to test what stands around package task:
+// [TestPersistence] checks a store against the contract of [task.Persistence],
+// and [Inject] makes a store fail on purpose, to see what a program then does.
+package tasktest
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// TestPersistence checks a store against the contract of [task.Persistence],
+// and of each further ability that it has: [task.BatchWriter] and
+// [task.Recoverer]. It runs one subtest for each rule; one that fails says the
+// rule, what was expected and what was found.
+//
+// The function open opens the store whose data is in the directory dir, which
+// is new and empty the first time. Opened again for the same directory, the
+// store must show the same operations. One that is an [io.Closer] is closed
+// before it is opened again, and at the end. For a store without files, open
+// can keep a map from dir to store.
+//
+// The operations are as a manager makes them: their IDs are UUIDs, texts are
+// valid UTF-8, and times are in UTC, to the microsecond. Run it with the race
+// detector: stores are called from many goroutines at once.
+func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, error)) {
+	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks) {
+		t.Run(c.name, func(t *testing.T) {
+			if err := c.run(t.TempDir(), open); errors.Is(err, errUnable) {
+				t.Skip(err)
+			} else if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A check tests one rule of the contract.
+type check struct {
+	name string
+	rule string
+	has  func(task.Persistence) bool // whether a store has the ability; nil if all have
+	test func(*session)
+}
+
+// has reports whether a store has the ability I.
+func has[I task.Persistence](db task.Persistence) bool {
+	_, ok := db.(I)
+	return ok
+}
+
+var errUnable = errors.New("the store does not have this ability")
+
+// run checks the store in a new directory. The error says the rule and all
+// that was found to break it.
+func (c check) run(dir string, open func(dir string) (task.Persistence, error)) error {
+	s := &session{
+		open: func() (task.Persistence, error) { return open(dir) },
+		rand: rand.New(rand.NewPCG(0, 0)),
+	}
+	if s.reopen() {
+		if c.has != nil && !c.has(s.db) {
+			s.errs = []error{errUnable}
+		} else {
+			c.test(s)
+		}
+	}
+	s.close()
+	if len(s.errs) == 0 {
+		return nil
+	}
+	const most = 5
+	if n := len(s.errs); n > most {
+		s.errs = append(s.errs[:most], fmt.Errorf("and %d more", n-most))
+	}
+	return fmt.Errorf("%s\n%w", c.rule, errors.Join(s.errs...))
+}
+
+// A session is a store under test, what it should hold by now, and what has
+// been found wrong with it.
+type session struct {
+	open func() (task.Persistence, error)
+	db   task.Persistence
+	rand *rand.Rand
+
+	mu   sync.Mutex       // guards what follows
+	want []task.Operation // what should be stored, by order of Save
+	errs []error
+}
+
+func (s *session) errorf(format string, args ...any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.errs = append(s.errs, fmt.Errorf(format, args...))
+}
+
+// reopen closes the store and opens it again. It reports whether there is a
+// store to go on with.
+func (s *session) reopen() bool {
+	s.close()
+	db, err := s.open()
+	if err != nil || db == nil {
+		s.errorf("open = %v, %v, want a store", db, err)
+		return false
+	}
+	s.db = db
+	return true
+}
+
+func (s *session) close() {
+	if c, ok := s.db.(io.Closer); ok {
+		if err := c.Close(); err != nil {
+			s.errorf("Close = %v, want nil", err)
+		}
+	}
+	s.db = nil
+}
+
+// noon is when the operations of most checks happen. They differ in nothing
+// that is not the rule's own, so that a wrong store breaks the rule it breaks.
+var noon = time.Date(2024, 2, 29, 12, 0, 0, 0, time.UTC)
+
+// new returns a new operation. The order of IDs is not that of their making.
+func (s *session) new(name string) task.Operation {
+	r := s.rand
+	return task.Operation{
+		ID: fmt.Sprintf("%08x-%04x-7%03x-8%03x-%012x",
+			r.Uint32(), r.Uint32N(1<<16), r.Uint32N(1<<12), r.Uint32N(1<<12), r.Uint64N(1<<48)),
+		Name:      name,
+		State:     task.StatePending,
+		CreatedAt: noon,
+		UpdatedAt: noon,
+	}
+}
+
+// saved returns a new operation that the store has saved.
+func (s *session) saved(name string) task.Operation {
+	op := s.new(name)
+	s.save(op)
+	return op
+}
+
+// in returns op in another state, with what comes with that.
+func in(state task.State, op task.Operation) task.Operation {
+	op.State = state
+	op.UpdatedAt = op.CreatedAt.Add(2 * time.Second)
+	if state != task.StatePending {
+		op.StartedAt = op.CreatedAt.Add(time.Second)
+		op.Progress = 40
+	}
+	if state == task.StateDone {
+		op.Progress = 100
+		op.Result = json.RawMessage(`"the result"`)
+	}
+	if state == task.StateFailed {
+		op.Error = "the error"
+	}
+	return op
+}
+
+// save calls Save and checks that it answers as the contract says. The store
+// gets a copy of its own, here as everywhere.
+func (s *session) save(op task.Operation) {
+	want := s.expectSave(op)
+	s.answer(fmt.Sprintf("Save(%s)", short(op.Name)), s.db.Save(&op), want)
+}
+
+// update does the same with Update.
+func (s *session) update(op task.Operation) {
+	want := s.expectUpdate(op)
+	s.answer(fmt.Sprintf("Update(%s to %s)", short(op.Name), op.State), s.db.Update(&op), want)
+}
+
+// batch does the same with WriteBatch.
+func (s *session) batch(saves, updates []task.Operation) {
+	var want []error
+	for _, op := range saves {
+		want = append(want, s.expectSave(op))
+	}
+	for _, op := range updates {
+		want = append(want, s.expectUpdate(op))
+	}
+	errs := s.db.(task.BatchWriter).WriteBatch(copies(saves), copies(updates))
+	if len(errs) == 0 && !slices.ContainsFunc(want, func(err error) bool { return err != nil }) {
+		return
+	}
+	if len(errs) != len(want) {
+		s.errorf("WriteBatch(%d saves, %d updates) returned %d errors, want one for each, or none if all are stored",
+			len(saves), len(updates), len(errs))
+		return
+	}
+	for i, op := range slices.Concat(saves, updates) {
+		s.answer(fmt.Sprintf("WriteBatch(%d saves, %d updates), error %d, of %s in state %s",
+			len(saves), len(updates), i, short(op.Name), op.State), errs[i], want[i])
+	}
+}
+
+func copies(ops []task.Operation) (pointers []*task.Operation) {
+	for _, op := range ops {
+		pointers = append(pointers, &op)
+	}
+	return pointers
+}
+
+var errDuplicate = errors.New("an operation with the same ID is stored")
+
+// expectSave does to s.want what Save should do, and returns what it should
+// answer.
+func (s *session) expectSave(op task.Operation) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.find(op.ID) != nil {
+		return errDuplicate
+	}
+	s.want = append(s.want, op)
+	return nil
+}
+
+func (s *session) expectUpdate(op task.Operation) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := s.find(op.ID)
+	if at == nil || at.State.Finished() {
+		return task.ErrNotFound
+	}
+	op.Name, op.CreatedAt = at.Name, at.CreatedAt
+	*at = op
+	return nil
+}
+
+// find returns what should be stored under an ID. The caller holds s.mu.
+func (s *session) find(id string) *task.Operation {
+	if i := slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == id }); i >= 0 {
+		return &s.want[i]
+	}
+	return nil
+}
+
+func (s *session) answer(call string, err, want error) {
+	switch {
+	case want == nil && err != nil:
+		s.errorf("%s = %v, want nil", call, err)
+	case want == errDuplicate && err == nil:
+		s.errorf("%s = nil, want an error, since %v already", call, want)
+	case want == task.ErrNotFound && !errors.Is(err, want):
+		s.errorf("%s = %v, want an error that wraps task.ErrNotFound", call, err)
+	}
+}
+
+// verify checks that the store shows what it should, and nothing else. It is
+// called while nobody else uses the session.
+func (s *session) verify(when string) {
+	rows, err := s.db.List(len(s.want)+1, 0)
+	if want := s.page(len(s.want), len(s.want)+1, 0); err != nil {
+		s.errorf("%s: List = %v, want %d operations", when, err, len(want))
+	} else if !samePage(rows, want) {
+		s.errorf("%s: List shows %s, want %s", when, names(rows), names(want))
+	} else {
+		for i, row := range rows {
+			s.same(when+": List", row, want[i])
+		}
+	}
+	for i := range s.want {
+		got, err := s.db.Get(s.want[i].ID)
+		if err != nil {
+			s.errorf("%s: Get(%s) = %v, want the operation", when, short(s.want[i].Name), err)
+			continue
+		}
+		s.same(when+": Get", got, &s.want[i])
+	}
+}
+
+// page returns what List should return after the first n operations of s.want
+// were saved.
+func (s *session) page(n, limit, offset int) (page []*task.Operation) {
+	for i := n - 1; i >= 0 && len(page) < limit; i-- {
+		if offset > 0 {
+			offset--
+		} else {
+			page = append(page, &s.want[i])
+		}
+	}
+	return page
+}
+
+func samePage(got, want []*task.Operation) bool {
+	return slices.EqualFunc(got, want, func(a, b *task.Operation) bool { return a != nil && a.ID == b.ID })
+}
+
+func names(ops []*task.Operation) string {
+	const most = 10
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d operations [", len(ops))
+	for i, op := range ops[:min(most, len(ops))] {
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(show(op))
+	}
+	if len(ops) > most {
+		b.WriteString(", ...")
+	}
+	b.WriteByte(']')
+	return b.String()
+}
+
+func show(op *task.Operation) string {
+	if op == nil {
+		return "nil"
+	}
+	return fmt.Sprintf("%s %s", short(op.Name), op.State)
+}
+
+// same checks that an operation is the same as another.
+func (s *session) same(what string, got, want *task.Operation) {
+	if d := diff(got, want); d != "" {
+		s.errorf("%s(%s): %s", what, short(want.Name), d)
+	}
+}
+
+// diff says in which fields two operations differ, "" if in none.
+func diff(got, want *task.Operation) string {
+	if got == nil {
+		return "no operation"
+	}
+	var all []string
+	field := func(name, got, want string) {
+		if got != want {
+			all = append(all, fmt.Sprintf("%s is %s, want %s", name, short(got), short(want)))
+		}
+	}
+	value := func(name string, got, want any) {
+		g, _ := got.(json.RawMessage)
+		w, _ := want.(json.RawMessage)
+		if len(g) == 0 || !bytes.Equal(g, w) { // to decode the same bytes would take long
+			field(name, jsonText(got), jsonText(want))
+		}
+	}
+	field("ID", got.ID, want.ID)
+	field("Name", got.Name, want.Name)
+	field("State", string(got.State), string(want.State))
+	field("Progress", fmt.Sprint(got.Progress), fmt.Sprint(want.Progress))
+	value("Metadata", got.Metadata, want.Metadata)
+	value("Result", got.Result, want.Result)
+	field("Error", got.Error, want.Error)
+	field("CreatedAt", timeText(got.CreatedAt), timeText(want.CreatedAt))
+	field("StartedAt", timeText(got.StartedAt), timeText(want.StartedAt))
+	field("UpdatedAt", timeText(got.UpdatedAt), timeText(want.UpdatedAt))
+	return strings.Join(all, "; ")
+}
+
+// jsonText returns the JSON that v encodes to, the same for the same value:
+// with sorted keys, but with numbers as they are written.
+func jsonText(v any) string {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Sprintf("no JSON (%v)", err)
+	}
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.UseNumber()
+	if err := d.Decode(&v); err != nil {
+		return fmt.Sprintf("no JSON (%v)", err)
+	}
+	raw, _ = json.Marshal(v)
+	return string(raw)
+}
+
+func timeText(t time.Time) string { return t.Format(time.RFC3339Nano) }
+
+// short quotes a text, of a long one both ends.
+func short(text string) string {
+	const most = 100
+	if len(text) <= most {
+		return fmt.Sprintf("%q", text)
+	}
+	return fmt.Sprintf("%q...%q (%d bytes)", text[:most/2], text[len(text)-most/2:], len(text))
+}

@@ -1,0 +1,407 @@
+package task_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/tasktest"
+)
+
+var errSweep = errors.New("injected failure")
+
+// TestSweep runs a scenario with one call of the store failing, the first, the
+// second and so on until runs are over before that call comes. Whichever it
+// is, nothing that was acknowledged is lost, and nobody waits for ever.
+func TestSweep(t *testing.T) {
+	for store, opener := range sweepStores {
+		for name, fault := range sweepFaults {
+			t.Run(store+"/"+name, func(t *testing.T) {
+				t.Parallel()                         // mostly they wait for the disk
+				for i, over := 0, 0; over < 3; i++ { // runs differ a little in their number of calls
+					over++
+					t.Run(fmt.Sprint("call ", i), func(t *testing.T) {
+						defer time.AfterFunc(time.Minute, func() { panic("it hangs") }).Stop() // by the real clock
+						synctest.Test(t, func(t *testing.T) {
+							if sweep(t, opener(t), fault(i)) {
+								over = 0
+							}
+						})
+					})
+				}
+			})
+		}
+	}
+}
+
+// sweepStores are the kinds of store. The functions that they return open a
+// store, which shows the same operations every time.
+var sweepStores = map[string]func(t *testing.T) func() task.Persistence{
+	"memory": func(*testing.T) func() task.Persistence {
+		db := task.NewMemoryStore()
+		return func() task.Persistence { return db }
+	},
+	"batches": func(*testing.T) func() task.Persistence {
+		db := &batchCounter{Persistence: task.NewMemoryStore()}
+		return func() task.Persistence { return db }
+	},
+	"four methods": func(*testing.T) func() task.Persistence {
+		db := bare{task.NewMemoryStore()}
+		return func() task.Persistence { return db }
+	},
+	"sqlite": func(t *testing.T) func() task.Persistence {
+		path := filepath.Join(t.TempDir(), "tasks.db")
+		return func() task.Persistence { return openSQLite(t, path) }
+	},
+}
+
+var sweepFaults = map[string]func(i int) func(tasktest.Call) error{
+	"fails once":         func(i int) func(tasktest.Call) error { return tasktest.FailNth(i, errSweep) },
+	"fails from then on": func(i int) func(tasktest.Call) error { return tasktest.FailFrom(i, errSweep) },
+	"lost once":          func(i int) func(tasktest.Call) error { return tasktest.FailNth(i, tasktest.Lost(errSweep)) },
+	"lost from then on":  func(i int) func(tasktest.Call) error { return tasktest.FailFrom(i, tasktest.Lost(errSweep)) },
+}
+
+// sweepJobs are the ways in which an operation can end.
+var sweepJobs = []sweepJob{
+	{
+		name: "quick",
+		fn:   func(context.Context, func(int)) (any, error) { return "result", nil },
+		want: task.Operation{State: task.StateDone, Progress: 100, Result: "result"},
+	},
+	{
+		name: "reports",
+		opts: []task.SubmitOption{task.WithMetadata("first")},
+		fn: func(ctx context.Context, update func(int)) (any, error) {
+			update(40)
+			time.Sleep(150 * time.Millisecond) // so that this is stored
+			return nil, task.SetMetadata(ctx, "second")
+		},
+		want: task.Operation{State: task.StateDone, Progress: 100, Metadata: "second"},
+	},
+	{
+		name: "fails",
+		fn: func(_ context.Context, update func(int)) (any, error) {
+			update(40)
+			return "partial", errors.New("broken")
+		},
+		want: task.Operation{State: task.StateFailed, Progress: 40, Result: "partial", Error: "broken"},
+	},
+	{
+		name: "panics",
+		fn:   func(context.Context, func(int)) (any, error) { panic("broken") },
+		want: task.Operation{State: task.StateFailed, Error: "panic: broken"},
+	},
+	{
+		name:   "cancelled",
+		cancel: true,
+		fn:     untilCancelled,
+		want:   task.Operation{State: task.StateCancelled, Error: "operation cancelled"},
+	},
+	{
+		name:   "cancelled in vain",
+		cancel: true,
+		fn:     func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); return "result", nil },
+		want:   task.Operation{State: task.StateDone, Progress: 100, Result: "result"},
+	},
+	{
+		name: "closed",
+		fn:   untilCancelled,
+		want: task.Operation{State: task.StateFailed, Error: "Task failed due to system shutdown: manager closed"},
+	},
+}
+
+type sweepJob struct {
+	name   string
+	cancel bool
+	opts   []task.SubmitOption
+	fn     task.Func
+	want   task.Operation // as it ends; the other fields don't matter
+}
+
+// A sweepRun is one run of the scenario.
+type sweepRun struct {
+	t     *testing.T
+	open  func() task.Persistence
+	db    task.Persistence // to look at, without faults
+	fault func(tasktest.Call) error
+	log   bytes.Buffer // of the managers
+	ops   []*sweepOp
+
+	calls    atomic.Int64 // of the store by managers
+	faults   atomic.Int64 // how many of them failed
+	surfaced atomic.Bool  // one of them, by an error that a caller got
+}
+
+// A sweepOp is an operation that was to be submitted.
+type sweepOp struct {
+	sweepJob
+	id    string       // "" if Submit returned an error
+	calls atomic.Int64 // of its function
+	told  string       // what Wait returned, as JSON; "" for an error
+	final string       // what was stored when the manager was closed, as JSON; "" for nothing final
+}
+
+// sweep runs the scenario and reports whether a call has failed.
+func sweep(t *testing.T, open func() task.Persistence, fault func(tasktest.Call) error) bool {
+	s := &sweepRun{t: t, open: open, fault: fault}
+	s.db = s.open()
+
+	s.restart("first")
+	logger := task.WithLogger(slog.New(slog.NewTextHandler(&s.log, nil)))
+	m, err := task.New(s.faulty(), logger)
+	if s.saw("New", err); err != nil {
+		m, err = task.New(s.faulty(), logger)
+		s.saw("New again", err)
+	}
+	if err == nil {
+		s.use(m)
+	}
+
+	s.restart("second")
+	m = task.NewManager(s.faulty(), logger)
+	time.Sleep(time.Second) // if recovery has failed, it is tried again
+	s.use(m)
+	if left := s.unfinished(); len(left) > 0 && s.faults.Load() <= 1 {
+		t.Errorf("left unfinished, though no more than one call has failed: %v", left)
+	}
+
+	s.restart("third")
+	m, err = task.New(s.db, quiet)
+	recoveryMust(t, err)
+	recoveryMust(t, m.Close())
+	s.settled()
+	s.close()
+
+	if s.faults.Load() > 0 && !s.surfaced.Load() && !strings.Contains(s.log.String(), errSweep.Error()) {
+		t.Error("nobody was told of the failure, not even the log")
+	}
+	return s.faults.Load() > 0
+}
+
+// restart leaves the store behind as a process does that dies, with operations
+// in some states, and opens it again.
+func (s *sweepRun) restart(name string) {
+	for _, state := range []task.State{task.StatePending, task.StateRunning, task.StateDone} {
+		id := fmt.Sprintf("left before the %s manager, %s", name, state)
+		recoveryMust(s.t, s.db.Save(&task.Operation{ID: id, Name: "left", State: state}))
+	}
+	s.close()
+	s.db = s.open()
+}
+
+func (s *sweepRun) close() {
+	if c, ok := s.db.(io.Closer); ok {
+		recoveryMust(s.t, c.Close())
+	}
+}
+
+// faulty returns the store with the fault. Calls are counted over restarts.
+func (s *sweepRun) faulty() task.Persistence {
+	return tasktest.Inject(s.db, func(c tasktest.Call) error {
+		c.N = int(s.calls.Add(1)) - 1
+		err := s.fault(c)
+		if err != nil {
+			s.faults.Add(1)
+		}
+		return err
+	})
+}
+
+// saw takes note of an error that a caller got: no other one is to be expected.
+func (s *sweepRun) saw(call string, err error) {
+	if err == nil {
+		return
+	}
+	s.surfaced.Store(true)
+	if !errors.Is(err, errSweep) {
+		s.t.Errorf("%s: %v", call, err)
+	}
+}
+
+// unfinished returns the IDs of operations that are stored as unfinished.
+func (s *sweepRun) unfinished() map[string]bool {
+	ids := make(map[string]bool)
+	for _, op := range s.stored() {
+		if !op.State.Finished() {
+			ids[op.ID] = true
+		}
+	}
+	return ids
+}
+
+func (s *sweepRun) stored() []*task.Operation {
+	ops, err := s.db.List(1000, 0)
+	recoveryMust(s.t, err)
+	return ops
+}
+
+// use has a manager do all that it can do, and closes it.
+func (s *sweepRun) use(m *task.Manager) {
+	before := s.unfinished()
+	var waits sync.WaitGroup
+	ops := s.submit(m, &waits)
+	synctest.Wait() // until all that can start has started
+	for _, op := range ops {
+		if op.cancel && op.id != "" {
+			if err := m.Cancel(op.id); err != nil {
+				s.t.Errorf("Cancel: %v", err)
+			}
+		}
+	}
+	synctest.Wait()
+	_, err := m.List(100, 0)
+	s.saw("List", err)
+	time.Sleep(200 * time.Millisecond) // until all but those to be closed have returned
+
+	began := time.Now()
+	closed := m.Close()
+	s.saw("Close", closed)
+	if took := time.Since(began); took > 7*time.Second {
+		s.t.Errorf("Close took %v", took)
+	}
+	waits.Wait()
+	for id := range s.unfinished() {
+		if !before[id] && (closed == nil || !strings.Contains(closed.Error(), id)) {
+			s.t.Errorf("%s is not finished, and Close says %v", id, closed)
+		}
+	}
+	for _, op := range ops {
+		s.account(op)
+	}
+}
+
+// submit submits operations, first one after the other, then all at once.
+func (s *sweepRun) submit(m *task.Manager, waits *sync.WaitGroup) (ops []*sweepOp) {
+	submit := func(op *sweepOp) {
+		got, err := m.Submit(op.name, s.counted(op), op.opts...)
+		if s.saw("Submit", err); err == nil {
+			op.id = got.ID
+			waits.Go(func() { s.wait(m, op) })
+		}
+	}
+	for range 2 {
+		for _, job := range sweepJobs {
+			ops = append(ops, &sweepOp{sweepJob: job})
+		}
+	}
+	s.ops = append(s.ops, ops...)
+	for _, op := range ops[:len(sweepJobs)] {
+		submit(op)
+	}
+	var all sync.WaitGroup
+	for _, op := range ops[len(sweepJobs):] {
+		all.Go(func() { submit(op) })
+	}
+	all.Wait()
+	return ops
+}
+
+// counted returns the function of an operation.
+func (s *sweepRun) counted(op *sweepOp) task.Func {
+	return func(ctx context.Context, update func(int)) (any, error) {
+		op.calls.Add(1)
+		self, _ := task.FromContext(ctx)
+		if _, err := s.db.Get(self.ID); err != nil {
+			s.t.Errorf("%s: its function runs, and the store says %v", op.name, err)
+		}
+		return op.fn(ctx, update)
+	}
+}
+
+// wait waits for an operation. What it is told must be stored by then.
+func (s *sweepRun) wait(m *task.Manager, op *sweepOp) {
+	got, err := m.Wait(context.Background(), op.id)
+	if s.saw("Wait", err); err != nil {
+		return
+	}
+	op.told = sweepJSON(got)
+	stored, err := s.db.Get(op.id)
+	if err != nil || sweepJSON(stored) != op.told {
+		s.t.Errorf("%s: told   %s,\nstored %s, %v", op.name, op.told, sweepJSON(stored), err)
+	}
+}
+
+func sweepJSON(op *task.Operation) string {
+	raw, err := json.Marshal(op)
+	if err != nil {
+		return err.Error()
+	}
+	return string(raw)
+}
+
+// account checks what has become of an operation when its manager is closed.
+func (s *sweepRun) account(op *sweepOp) {
+	if op.id == "" {
+		if n := op.calls.Load(); n > 0 {
+			s.t.Errorf("%s: Submit failed, and its function was called %d times", op.name, n)
+		}
+		return
+	}
+	if n := op.calls.Load(); n != 1 {
+		s.t.Errorf("%s: its function was called %d times", op.name, n)
+	}
+	got, err := s.db.Get(op.id)
+	if err != nil {
+		s.t.Errorf("%s: %v", op.name, err)
+		return
+	}
+	if got.State.Finished() {
+		op.final = sweepJSON(got)
+		want := op.want
+		want.ID, want.Name = op.id, op.name
+		want.CreatedAt, want.StartedAt, want.UpdatedAt = got.CreatedAt, got.StartedAt, got.UpdatedAt
+		if want := sweepJSON(&want); op.final != want {
+			s.t.Errorf("%s: stored %s,\nwant   %s", op.name, op.final, want)
+		}
+	}
+	if op.told != "" && op.told != op.final {
+		s.t.Errorf("%s: told   %s,\nstored %s", op.name, op.told, op.final)
+	}
+}
+
+// settled checks that all has come to its end, and only once.
+func (s *sweepRun) settled() {
+	stored := make(map[string]*task.Operation)
+	for _, row := range s.stored() {
+		if stored[row.ID] = row; !row.State.Finished() {
+			s.t.Errorf("it is not finished: %+v", row)
+		}
+	}
+	for _, op := range s.ops {
+		row := stored[op.id]
+		switch {
+		case op.id == "":
+		case row == nil:
+			s.t.Errorf("%s: it is gone", op.name)
+		case op.final == "" && (row.State != task.StateFailed || row.Error != recoveryText):
+			s.t.Errorf("%s: nobody recovered it: %+v", op.name, row)
+		case op.final != "" && op.final != sweepJSON(row):
+			s.t.Errorf("%s: finished as %s,\nthen as %s", op.name, op.final, sweepJSON(row))
+		}
+		delete(stored, op.id)
+	}
+	// What was left by other code, and what nobody knows to be stored, because
+	// Submit returned an error.
+	for id, row := range stored {
+		ok := row.State == task.StateFailed && (row.Error == recoveryText || strings.Contains(row.Error, "Submit failed"))
+		if strings.HasPrefix(id, "left") && strings.HasSuffix(id, "DONE") {
+			ok = row.State == task.StateDone
+		}
+		if !ok {
+			s.t.Errorf("nobody was told of it, and it is %+v", row)
+		}
+	}
+}

@@ -97,7 +97,8 @@ func newManager(db Persistence, opts []Option) *Manager {
 // empty, fn is nil or the metadata is not JSON, after Close or Shutdown
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
 // that is told within about 20 seconds: up to 10 in which an earlier write
-// gives up, and 10 for this one.
+// gives up, and 10 for this one. With a store that has the four methods only,
+// it may have to wait for as many calls as there are operations that change.
 //
 // Submissions that arrive while a commit is under way share the next one.
 func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
@@ -153,6 +154,9 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 
 // enqueue has the row of a new task committed. The writer then has it admitted.
 func (m *Manager) enqueue(t *task) error {
+	if m.writer.doubtful.Load() >= maxDoubtful {
+		return fmt.Errorf("the store has failed %d times, and has yet to tell what became of that", maxDoubtful)
+	}
 	m.mu.Lock()
 	if m.refuses {
 		m.mu.Unlock()
@@ -339,6 +343,9 @@ func (m *Manager) Cancel(id string) error {
 	case <-t.done:
 		if t.err != nil {
 			return fmt.Errorf("task: cancel %s: %w", id, t.err)
+		}
+		if state := t.snapshot().State; state != StateCancelled { // Close was quicker
+			return fmt.Errorf("task: cancel %s: already %s: %w", id, state, ErrNotFound)
 		}
 		return nil
 	case <-failed:

@@ -242,6 +242,26 @@ func TestCloseWithWaiting(t *testing.T) {
 	})
 }
 
+// TestCancelWhileClosing: Close has decided what becomes of those that wait,
+// and Cancel does not claim to have.
+func TestCancelWhileClosing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &sluggishStore{MemoryStore: task.NewMemoryStore()}
+		m := newManager(t, db, task.WithLimit(1))
+		submit(t, m, untilCancelled)
+		op := submit(t, m, untilCancelled)
+		db.delay = time.Second
+		go m.Close()
+		synctest.Wait()
+		if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("Cancel: %v, want ErrNotFound", err)
+		}
+		if got, _ := m.Get(op.ID); got.State != task.StateFailed {
+			t.Errorf("it is %s", got.State)
+		}
+	})
+}
+
 // TestCloseWithManyWaiting: Close does not give up while it gets on.
 func TestCloseWithManyWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

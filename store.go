@@ -55,8 +55,9 @@ type BatchWriter interface {
 	// for each of updates, in that order. It returns an error for each of them
 	// in the same order, nil where it succeeded, or no errors at all if every
 	// one did: an operation that can't be stored must not keep the others from
-	// being stored. On return they are durable. No two of the updates are of the same operation, except that
-	// one which finishes it may follow one which does not.
+	// being stored. On return they are durable. No two of the updates are of
+	// the same operation, except that one which finishes it may follow one
+	// which does not.
 	WriteBatch(saves, updates []*Operation) []error
 }
 

@@ -648,47 +648,62 @@ func (s *SQLiteStore) Update(op *Operation) error {
 // WriteBatch implements [BatchWriter]. Drivers have errors of their own each, so
 // whom an error concerns is told by where it occurs. Begin and commit are
 // everybody's: if they fail, so does the whole batch. If a statement fails, it
-// may be its operation's fault: all are then tried one by one.
+// may be its operation's fault: that is then tried alone, between the others.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
-	errs := make([]error, len(saves)+len(updates))
-	write := func(c *sql.Conn, i int) error {
-		if i < len(saves) {
-			errs[i] = insert(c, saves[i], s.owner.ID)
-		} else {
-			errs[i] = update(c, updates[i-len(saves)])
+	b := &batch{store: s, saves: saves, updates: updates, errs: make([]error, len(saves)+len(updates))}
+	b.write(0, len(b.errs))
+	return b.errs
+}
+
+type batch struct {
+	store          *SQLiteStore
+	saves, updates []*Operation
+	errs           []error // of saves, then of updates
+}
+
+// write stores the operations from up to to. It reports false if that is of no
+// use any more.
+func (b *batch) write(from, to int) bool {
+	for from < to {
+		failed, err := b.transact(from, to)
+		if err == nil {
+			return true
 		}
-		if errs[i] == nil || errors.Is(errs[i], ErrNotFound) { // which has changed nothing
-			return nil
+		var own statementError
+		if !errors.As(err, &own) {
+			copy(b.errs[from:], slices.Repeat([]error{err}, len(b.errs)-from))
+			return false
 		}
-		return statementError{errs[i]}
+		if to-from == 1 {
+			b.errs[from] = err
+			return true
+		}
+		if !b.write(from, failed) || !b.write(failed, failed+1) {
+			return false
+		}
+		from = failed + 1
 	}
-	err := s.transact(func(c *sql.Conn) error {
-		for i := range errs {
-			if err := write(c, i); err != nil {
-				return err
+	return true
+}
+
+// transact stores the operations from up to to in one transaction. If a
+// statement fails, that is a statementError, and failed says whose it was.
+func (b *batch) transact(from, to int) (failed int, err error) {
+	err = b.store.transact(func(c *sql.Conn) error {
+		for i := from; i < to; i++ {
+			if i < len(b.saves) {
+				err = insert(c, b.saves[i], b.store.owner.ID)
+			} else {
+				err = update(c, b.updates[i-len(b.saves)])
+			}
+			if b.errs[i] = err; err != nil && !errors.Is(err, ErrNotFound) { // which has changed nothing
+				failed = i
+				return statementError{err}
 			}
 		}
 		return nil
 	})
-	if err == nil {
-		return errs
-	}
-	var own statementError
-	if !errors.As(err, &own) || len(errs) == 1 {
-		return slices.Repeat([]error{err}, len(errs))
-	}
-	for i := range errs {
-		err := s.transact(func(c *sql.Conn) error { return write(c, i) })
-		if err == nil {
-			continue
-		}
-		errs[i] = err
-		if !errors.As(err, &own) {
-			copy(errs[i:], slices.Repeat([]error{err}, len(errs)-i))
-			break
-		}
-	}
-	return errs
+	return failed, err
 }
 
 // A statementError is one that a single operation may be to blame for.

@@ -1956,3 +1956,51 @@ func TestSQLiteWithoutCgo(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
+
+// One bad operation costs a few transactions, however many are beside it.
+func TestSQLiteBatchBadMembers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "app.db")
+	db, set := sqliteSpied(t, path)
+	s := sqliteUse(t, db)
+	sqliteExecute(t, db, `CREATE TRIGGER bad BEFORE INSERT ON tasks WHEN new.name = 'bad' BEGIN SELECT RAISE(ABORT, 'bad row'); END`)
+	var mu sync.Mutex
+	begins := 0
+	set(func(query string, run func() error) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if strings.HasPrefix(query, "BEGIN IMMEDIATE") {
+			begins++
+		}
+		return run()
+	})
+	const n = 1000
+	ops := make([]*Operation, n)
+	for i := range ops {
+		ops[i] = sqliteOp(fmt.Sprint(i), StatePending)
+		if i == 0 || i == 500 || i == n-1 {
+			ops[i].Name = "bad"
+		}
+	}
+	for i, err := range s.WriteBatch(ops, nil) {
+		if bad := ops[i].Name == "bad"; (err != nil) != bad || bad && !strings.Contains(err.Error(), "bad row") {
+			t.Errorf("operation %d: %v", i, err)
+		}
+	}
+	if got, err := s.List(2*n, 0); err != nil || len(got) != n-3 {
+		t.Errorf("%d are stored, %v", len(got), err)
+	}
+	if begins > 10 {
+		t.Errorf("%d transactions", begins)
+	}
+}
+
+// A task's clock goes on from CreatedAt, whatever is done to the system's.
+func TestTaskClock(t *testing.T) {
+	for _, ahead := range []time.Duration{-time.Hour, 0, time.Hour} {
+		began := time.Now()
+		task := &task{began: began, first: Operation{CreatedAt: began.Add(ahead).UTC()}}
+		if d := task.now().Sub(task.first.CreatedAt); d < -time.Microsecond || d > time.Minute {
+			t.Errorf("the clock was set by %v since: %v have passed", -ahead, d)
+		}
+	}
+}

@@ -87,7 +87,8 @@ func (s State) live() bool {
 // an error is kept beside it. A panic fails the operation, not the program.
 //
 // A Func must not call [Manager.Close] or [Manager.Shutdown] of its own
-// manager: both wait for it to return.
+// manager: both wait for it to return. Nor must it wait for an operation that
+// needs its own place (see [WithLimit]) or key (see [WithLock]).
 type Func func(ctx context.Context, update func(progress int)) (interface{}, error)
 
 // Errors to test for with [errors.Is]. What the package returns wraps them.

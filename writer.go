@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -30,7 +31,10 @@ const (
 
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = time.Second
-	closeGrace = 5 * time.Second // how long close goes on trying in vain
+	maxOverdue = 10 * time.Second // how long slow writes may hold up trying again
+	closeGrace = 5 * time.Second  // how long close goes on trying in vain
+
+	maxDoubtful = 10_000 // first rows that may or may not be stored; more are not tried
 
 	// After so many tries in a row in which the final state of an operation
 	// could not be stored, but another write of the same operation just before
@@ -49,6 +53,8 @@ type writer struct {
 	wake    chan struct{} // holds a token when there may be something to write
 	closing chan struct{} // closed by close
 	stopped chan struct{} // closed when the goroutine has ended
+
+	doubtful atomic.Int64 // tasks whose Save failed, and that are not settled
 
 	deadline time.Time // when to give up; set before closing is closed, and from then on by the goroutine
 
@@ -146,7 +152,14 @@ func (w *writer) run() {
 			w.abandon()
 			return
 		}
-		if w.write() || w.retry() {
+		began := time.Now()
+		wrote := w.write()
+		// Those who submit without a pause must not keep what failed from being
+		// tried again; but nobody is to wait for two slow writes before his own.
+		if wrote && time.Since(began) > time.Second && time.Since(w.retryAt) < maxOverdue {
+			continue
+		}
+		if w.retry() || wrote {
 			continue
 		}
 		if closing && len(w.unstored) == 0 {
@@ -339,6 +352,7 @@ func (w *writer) saveDone(t *task, err error) {
 	} else {
 		// Should the row be there after all, then as one that has FAILED.
 		t.doubtful = true
+		w.doubtful.Add(1)
 		t.finish(outcome{state: StateFailed, err: "not started, because Submit failed: " + err.Error()})
 		w.manager.forget(t)
 	}
@@ -364,6 +378,9 @@ func (w *writer) settle(t *task, op *Operation, err error) {
 	}
 	t.err = err
 	t.mu.Unlock()
+	if t.doubtful {
+		w.doubtful.Add(-1)
+	}
 	w.manager.forget(t)
 	close(t.done)
 	if w.isClosing() {

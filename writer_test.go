@@ -748,3 +748,61 @@ func sqliteExec(t testing.TB, path, stmt string) {
 		t.Fatal(err)
 	}
 }
+
+// TestRetryUnderLoad: those who submit without a pause do not keep a final
+// state that failed once from being tried again.
+func TestRetryUnderLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore()}
+		failed := false // only the writer's goroutine calls the hook
+		db.set(func(save bool, op *task.Operation) error {
+			time.Sleep(time.Millisecond) // or time would stand still
+			if op.Name == "test" && op.State.Finished() && !failed {
+				failed = true
+				return errDisk
+			}
+			return nil
+		})
+		m := newManager(t, db)
+		ctx, stop := context.WithCancel(t.Context())
+		var load sync.WaitGroup
+		for range 64 {
+			load.Go(func() {
+				for ctx.Err() == nil {
+					if _, err := m.Submit("load", nothing); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		op := submit(t, m, nothing)
+		start := time.Now()
+		if got := wait(t, m, op.ID); got.State != task.StateDone || time.Since(start) > 5*time.Second {
+			t.Errorf("%s after %v", got.State, time.Since(start))
+		}
+		stop()
+		load.Wait()
+	})
+}
+
+// TestSubmitWhileDown: what is kept of failed Submits, in case they succeeded
+// after all, is bounded.
+func TestSubmitWhileDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &hookStore{Persistence: task.NewMemoryStore()}
+		db.set(func(bool, *task.Operation) error { return errDisk })
+		m := newManager(t, db)
+		var last error
+		for range 10_100 {
+			if _, last = m.Submit("never", func(context.Context, func(int)) (any, error) { panic("it runs") }); last == nil {
+				t.Fatal("Submit succeeded")
+			}
+		}
+		if !strings.Contains(last.Error(), "failed 10000 times") {
+			t.Errorf("the last Submit: %v", last)
+		}
+		db.set(nil)
+		time.Sleep(10 * time.Second)
+		wait(t, m, submit(t, m, nothing).ID)
+	})
+}

@@ -34,7 +34,7 @@ type row struct {
 func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNNING" }
 
 // A checker compares one database with the workers' journals, through
-// connections of its own and as it grows. Between two looks at a database it
+// connections of its own. Between two looks at a database it
 // keeps no connection: with it, SQLite would never have to rebuild what the
 // dead have left.
 type checker struct {
@@ -43,7 +43,6 @@ type checker struct {
 	fates   map[process]*fate
 
 	rows       map[string]row    // as they were seen last
-	last       int64             // the highest rowid seen
 	unfinished map[string]bool   // the IDs of the rows that were
 	owners     map[string]string // the life of each owner, as a prefix of names
 	closed     map[string]bool   // the prefixes of the lives that were closed
@@ -98,12 +97,12 @@ func (c *checker) violation(format string, args ...any) {
 }
 
 // check compares what has been acknowledged since the last check with what is
-// stored, and what is stored with what was. A full check looks at all rows
-// again, and at the structure of the database.
+// stored, and what is stored with what was, and checks the structure of the
+// database.
 //
 // The journals are read before the database, which so must have all that is in
 // them.
-func (c *checker) check(full bool) error {
+func (c *checker) check() error {
 	c.acks.checks++
 	var news []record
 	for p, r := range c.readers {
@@ -121,7 +120,7 @@ func (c *checker) check(full bool) error {
 			c.closed[r.Name] = true
 		}
 	}
-	if err := c.look(full); err != nil {
+	if err := c.look(); err != nil {
 		return err
 	}
 	for _, r := range news {
@@ -134,7 +133,7 @@ func (c *checker) check(full bool) error {
 }
 
 // look brings c.rows up to date, in one transaction.
-func (c *checker) look(full bool) error {
+func (c *checker) look() error {
 	path := (&url.URL{Path: filepath.ToSlash(databasePath(c.dir))}).EscapedPath()
 	db, err := sql.Open("sqlite3", "file:"+path+"?mode=ro&_busy_timeout=8000")
 	if err != nil {
@@ -146,65 +145,42 @@ func (c *checker) look(full bool) error {
 		return err
 	}
 	defer tx.Rollback()
-	if full {
-		var result string
-		if err := tx.QueryRow(`PRAGMA integrity_check`).Scan(&result); err != nil {
-			return err
-		}
-		if result != "ok" {
-			c.violation("integrity check: %s", result)
-		}
-		n := 0
-		if err := c.query(tx, &n, `1`); err != nil {
-			return err
-		}
-		if n != len(c.rows) {
-			c.violation("%d rows were there, and %d are left", len(c.rows), n)
-		}
-		return nil
-	}
-	if err := c.query(tx, nil, `rowid > ?`, c.last); err != nil {
+	var result string
+	if err := tx.QueryRow(`PRAGMA integrity_check`).Scan(&result); err != nil {
 		return err
 	}
-	ids, err := json.Marshal(keys(c.unfinished))
+	if result != "ok" {
+		c.violation("integrity check: %s", result)
+	}
+	n, err := c.query(tx)
 	if err != nil {
 		return err
 	}
-	return c.query(tx, nil, `id IN (SELECT value FROM json_each(?))`, string(ids))
-}
-
-// keys is not an iterator, so that the map may change.
-func keys(m map[string]bool) []string {
-	all := make([]string, 0, len(m))
-	for k := range m {
-		all = append(all, k)
+	if n != len(c.rows) {
+		c.violation("%d rows were there, and %d are left", len(c.rows), n)
 	}
-	return all
+	return nil
 }
 
-// query has c.saw look at the rows that meet a condition, and counts them.
-func (c *checker) query(tx *sql.Tx, n *int, where string, args ...any) error {
-	rows, err := tx.Query(`SELECT rowid, id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
+// query has c.saw look at all rows, and counts them.
+func (c *checker) query(tx *sql.Tx) (n int, err error) {
+	rows, err := tx.Query(`SELECT id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
 		coalesce(error, ''), CAST(created_at AS TEXT), CAST(updated_at AS TEXT), coalesce(CAST(started_at AS TEXT), ''),
-		coalesce(owner, '') FROM tasks WHERE `+where, args...)
+		coalesce(owner, '') FROM tasks`)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var r row
-		var rowid int64
-		if err := rows.Scan(&rowid, &r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result,
+		if err := rows.Scan(&r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result,
 			&r.err, &r.created, &r.updated, &r.started, &r.owner); err != nil {
-			return err
+			return n, err
 		}
-		c.last = max(c.last, rowid)
 		c.saw(r)
-		if n != nil {
-			*n++
-		}
+		n++
 	}
-	return rows.Err()
+	return n, rows.Err()
 }
 
 // saw compares a row with what it was before.

@@ -20,7 +20,6 @@ import (
 const (
 	slots       = 3  // workers at a time
 	roundsPerDB = 25 // after which a fresh database is taken, so that checks stay quick
-	fullEvery   = 8  // of how many checks one is full
 	patience    = 2 * time.Minute
 	maxPause    = 400 * time.Millisecond // between two rounds
 )
@@ -113,7 +112,7 @@ func (s *storm) history() error {
 	}
 	for n := 0; n < roundsPerDB && !s.over(); n++ {
 		s.pause(maxPause)
-		if err := s.round(n); err != nil {
+		if err := s.round(); err != nil {
 			return err
 		}
 	}
@@ -131,7 +130,7 @@ func (s *storm) pause(atMost time.Duration) {
 }
 
 // round kills some workers, starts them again, and checks.
-func (s *storm) round(n int) error {
+func (s *storm) round() error {
 	victims := s.rng.Perm(slots)
 	switch s.rng.IntN(6) {
 	case 0: // all
@@ -161,7 +160,7 @@ func (s *storm) round(n int) error {
 			return err
 		}
 	}
-	err := s.check(n%fullEvery == fullEvery-1 || s.tamper != nil)
+	err := s.check()
 	s.checkOwnerFiles()
 	return err
 }
@@ -295,7 +294,7 @@ func (s *storm) bury(n int) {
 }
 
 // check reports all that is wrong at this moment.
-func (s *storm) check(full bool) error {
+func (s *storm) check() error {
 	for _, c := range s.workers {
 		select {
 		case <-c.gone:
@@ -306,7 +305,7 @@ func (s *storm) check(full bool) error {
 		default:
 		}
 	}
-	return s.checker.check(full)
+	return s.checker.check()
 }
 
 // checkOwnerFiles checks that files of the dead don't pile up: one that lives
@@ -357,10 +356,7 @@ func (s *storm) end() error {
 	if files := s.checker.ownerFiles(); len(files) > 0 {
 		s.checker.violation("owner files are left: %q", files)
 	}
-	if err := s.checker.check(false); err != nil {
-		return err
-	}
-	return s.checker.check(true)
+	return s.checker.check()
 }
 
 // visit has a manager come and go.

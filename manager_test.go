@@ -19,6 +19,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // quiet keeps a test's output free of what the manager logs.
@@ -36,6 +37,7 @@ var stores = map[string]func(t testing.TB) task.Persistence{
 
 func openSQLite(t testing.TB, path string) *task.SQLiteStore {
 	t.Helper()
+	testos.CheckLeaks(t)
 	store, err := task.OpenSQLite(path)
 	if err != nil {
 		t.Fatal(err)
@@ -46,6 +48,7 @@ func openSQLite(t testing.TB, path string) *task.SQLiteStore {
 
 func newManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Manager {
 	t.Helper()
+	testos.CheckLeaks(t)
 	m, err := task.New(db, append(opts, quiet)...)
 	if err != nil {
 		t.Fatal(err)

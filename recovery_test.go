@@ -25,6 +25,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 const recoveryText = "Task failed due to system restart"
@@ -116,6 +117,7 @@ func (l *recoveryLog) option() task.Option { return task.WithLogger(slog.New(l))
 // recoveryNew returns a new manager on db and its log.
 func recoveryNew(t *testing.T, db task.Persistence) (*task.Manager, *recoveryLog) {
 	t.Helper()
+	testos.CheckLeaks(t)
 	l := new(recoveryLog)
 	m, err := task.New(db, l.option())
 	recoveryMust(t, err)
@@ -129,6 +131,7 @@ func recoveryNew(t *testing.T, db task.Persistence) (*task.Manager, *recoveryLog
 
 func recoveryOpen(t *testing.T, path string) *task.SQLiteStore {
 	t.Helper()
+	testos.CheckLeaks(t)
 	store, err := task.OpenSQLite(path)
 	recoveryMust(t, err)
 	t.Cleanup(func() { store.Close() })

@@ -29,7 +29,6 @@ func TestSweep(t *testing.T) {
 	for store, opener := range sweepStores {
 		for name, fault := range sweepFaults {
 			t.Run(store+"/"+name, func(t *testing.T) {
-				t.Parallel()                         // mostly they wait for the disk
 				for i, over := 0, 0; over < 3; i++ { // runs differ a little in their number of calls
 					over++
 					t.Run(fmt.Sprint("call ", i), func(t *testing.T) {

@@ -107,7 +107,6 @@ func TestLockedForLong(t *testing.T) {
 	if testing.Short() {
 		t.Skip("waits for 9 seconds")
 	}
-	t.Parallel()
 	path := filepath.Join(t.TempDir(), "tasks.db")
 	m := newManager(t, openSQLite(t, path))
 	fn, started, release := blocker(nil)
@@ -157,7 +156,6 @@ func TestDatabaseTakenAway(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("this system keeps open files")
 	}
-	t.Parallel()
 	for name, take := range map[string]func(path string) error{
 		"deleted": os.Remove,
 		"replaced": func(path string) error {

@@ -1,10 +1,13 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -24,6 +27,7 @@ type Manager struct {
 	cancel   context.CancelCauseFunc
 	writer   *writer
 	follower *follower
+	hub      *hub
 	drained  chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
 	ended    chan struct{} // closed once Close has done its work
 	closeErr error         // set before ended is closed
@@ -85,6 +89,8 @@ func newManager(db Persistence, opts []Option) *Manager {
 		}
 	}
 	m.follower = newFollower(m)
+	m.hub = newHub()
+	go m.hub.run()
 	m.writer = newWriter(m)
 	go m.writer.run()
 	return m
@@ -173,6 +179,7 @@ func (m *Manager) enqueue(t *task) error {
 func (m *Manager) admit(t *task) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	t.announce()
 	switch {
 	case m.closed:
 		t.finish(outcome{state: StateFailed, err: errTextShutdown})
@@ -235,6 +242,15 @@ func (m *Manager) live(id string) *task {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.tasks[id]
+}
+
+// liveTasks returns all live operations, by order of submission.
+func (m *Manager) liveTasks() []*task {
+	m.mu.Lock()
+	tasks := slices.Collect(maps.Values(m.tasks))
+	m.mu.Unlock()
+	slices.SortFunc(tasks, func(a, b *task) int { return cmp.Compare(a.first.ID, b.first.ID) })
+	return tasks
 }
 
 // present makes what callers get of op, a copy of their own.
@@ -476,6 +492,7 @@ func (m *Manager) close() error {
 	m.cancel(ErrClosed)
 	m.functions.Wait()
 	err := m.writer.close()
+	m.hub.close()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.drain()

@@ -193,6 +193,9 @@ type task struct {
 	err    error         // set before done is closed: why no final state is stored
 	dirty  bool          // the writer knows that op has changed
 
+	version   uint64 // of op
+	announced bool   // the row is stored: watchers may know
+
 	// What follows belongs to the writer's goroutine.
 	doubtful bool  // Save returned an error: there should be no row
 	refused  bool  // a change could not be stored
@@ -222,17 +225,40 @@ func (t *task) report(progress int) {
 		return
 	}
 	t.op.Progress = progress
-	t.changed()
+	t.changed(false)
 }
 
-// changed has the writer store the operation some time soon.
-// The caller holds t.mu.
-func (t *task) changed() {
+// changed has the writer store the operation some time soon, and the watchers
+// told. The caller holds t.mu.
+func (t *task) changed(state bool) {
 	t.op.UpdatedAt = t.now()
+	t.tell(state)
 	if !t.dirty {
 		t.dirty = true
 		t.manager.writer.touch(t)
 	}
+}
+
+// tell tells the watchers what the operation is now, at once if that is another
+// state. The caller holds t.mu.
+func (t *task) tell(state bool) {
+	t.version++
+	if t.announced {
+		t.manager.hub.tell(t.news(), state)
+	}
+}
+
+// news returns what there is to tell. The caller holds t.mu.
+func (t *task) news() news {
+	return news{op: t.op, version: t.version, err: t.err}
+}
+
+// announce tells the watchers that there is such an operation.
+func (t *task) announce() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.announced = true
+	t.tell(true)
 }
 
 // start makes the task RUNNING, unless it has been cancelled meanwhile.
@@ -245,7 +271,7 @@ func (t *task) start(cancel context.CancelCauseFunc) bool {
 	t.cancel = cancel
 	t.op.State = StateRunning
 	t.op.StartedAt = t.now()
-	t.changed()
+	t.changed(true)
 	return true
 }
 
@@ -412,6 +438,6 @@ func SetMetadata(ctx context.Context, v any) error {
 		return fmt.Errorf("task: set metadata of %s: its function has returned", t.first.ID)
 	}
 	t.op.Metadata = with.Metadata
-	t.changed()
+	t.changed(false)
 	return nil
 }

@@ -63,9 +63,10 @@ type follower struct {
 
 type followed struct {
 	waiters int
-	done    chan struct{} // closed once op or err is set
-	op      *Operation    // the finished operation
-	err     error         // why there is none
+	op      *Operation    // as it was found last
+	version uint64        // of op
+	done    chan struct{} // closed once op has finished or err is set
+	err     error         // why op will not finish
 }
 
 func newFollower(m *Manager) *follower {
@@ -75,7 +76,7 @@ func newFollower(m *Manager) *follower {
 // wait is Manager.Wait for an operation of another manager, which is
 // unfinished.
 func (f *follower) wait(ctx context.Context, op *Operation) (*Operation, error) {
-	w := f.join(op.ID)
+	w := f.join(op)
 	defer f.leave(op.ID, w)
 	select {
 	case <-w.done:
@@ -91,13 +92,14 @@ func (f *follower) wait(ctx context.Context, op *Operation) (*Operation, error) 
 	return f.manager.present(*w.op), nil
 }
 
-func (f *follower) join(id string) *followed {
+// join follows an operation that is unfinished. Call leave in the end.
+func (f *follower) join(op *Operation) *followed {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	w := f.followed[id]
+	w := f.followed[op.ID]
 	if w == nil {
-		w = &followed{done: make(chan struct{})}
-		f.followed[id] = w
+		w = &followed{op: op, done: make(chan struct{})}
+		f.followed[op.ID] = w
 	}
 	w.waiters++
 	if f.stop == nil {
@@ -138,11 +140,13 @@ func (f *follower) poll(ctx context.Context) {
 		for _, id := range f.ids() {
 			op, err := m.stored(id)
 			switch {
-			case errors.Is(err, ErrNotFound), err == nil && !op.State.live():
-				f.tell(id, op, err)
-			case err != nil && m.ctx.Err() != nil:
+			case err == nil:
+				f.found(op)
+			case errors.Is(err, ErrNotFound):
+				f.lost(id, err)
+			case m.ctx.Err() != nil:
 				// The store has been closed after the manager, or nearly so.
-				f.tell(id, nil, fmt.Errorf("%w: %w", ErrClosed, err))
+				f.lost(id, fmt.Errorf("%w: %w", ErrClosed, err))
 			}
 		}
 	}
@@ -154,12 +158,33 @@ func (f *follower) ids() []string {
 	return slices.Collect(maps.Keys(f.followed))
 }
 
-// tell ends the waiting for an operation.
-func (f *follower) tell(id string, op *Operation, err error) {
+// found tells those who follow an operation what it is now.
+func (f *follower) found(op *Operation) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	w := f.followed[op.ID]
+	if w == nil {
+		return
+	}
+	if before := w.op; op.State != before.State || op.Progress != before.Progress || !op.UpdatedAt.Equal(before.UpdatedAt) {
+		w.op = op
+		w.version++
+		f.manager.hub.tell(news{op: *op, version: w.version, foreign: true}, op.State != before.State)
+	}
+	if !op.State.live() {
+		close(w.done)
+		delete(f.followed, op.ID)
+	}
+}
+
+// lost tells those who follow an operation why they will not see its end.
+func (f *follower) lost(id string, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if w := f.followed[id]; w != nil {
-		w.op, w.err = op, err
+		w.err = err
+		w.version++
+		f.manager.hub.tell(news{op: *w.op, version: w.version, foreign: true, err: err}, true)
 		close(w.done)
 		delete(f.followed, id)
 	}

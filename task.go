@@ -99,12 +99,17 @@ var (
 	ErrNotFound = errors.New("operation not found")
 
 	// ErrClosed is returned by Submit after Close or Shutdown was called. It is
-	// also the cause of the contexts that Close cancels, and what Wait returns
-	// for an operation whose final state Close could not store.
+	// also the cause of the contexts that Close cancels, what Wait returns for
+	// an operation whose final state Close could not store, and the last thing
+	// that Watch says.
 	ErrClosed = errors.New("manager closed")
 
 	// ErrCancelled is the cause of a context that Cancel cancelled.
 	ErrCancelled = errors.New("operation cancelled")
+
+	// ErrLagged is the last thing that Watch says to a receiver that is too
+	// slow.
+	ErrLagged = errors.New("too slow: news of operations were lost")
 )
 
 // The texts in Operation.Error of operations that ended with their process.

@@ -377,6 +377,7 @@ func (w *writer) settle(t *task, op *Operation, err error) {
 		t.op = *op
 	}
 	t.err = err
+	t.tell(true)
 	t.mu.Unlock()
 	if t.doubtful {
 		w.doubtful.Add(-1)
@@ -419,7 +420,10 @@ func (w *writer) keep(t *task, err error) {
 	w.postpone(err)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.op.Error = validUTF8(fmt.Sprintf("%s, which can't be stored yet: %v", t.final.State, err))
+	if text := validUTF8(fmt.Sprintf("%s, which can't be stored yet: %v", t.final.State, err)); text != t.op.Error {
+		t.op.Error = text
+		t.tell(false)
+	}
 	if t.failed != nil {
 		close(t.failed)
 		t.failed = nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -236,6 +237,43 @@ func BenchmarkMemory(b *testing.B) {
 		}
 		b.ReportMetric(float64(heap()-before)/float64(count), "B/finished")
 		runtime.KeepAlive(m)
+	}
+}
+
+// BenchmarkPrune deletes 1,000,000 operations while others are submitted one
+// after the other, and shows how long Submit takes meanwhile and without.
+func BenchmarkPrune(b *testing.B) {
+	path := history(b, 1_000_000)
+	m := newManager(b, openSQLite(b, path))
+	submits := func(until func() bool) (p50, p99 time.Duration) {
+		var all []time.Duration
+		for !until() {
+			start := time.Now()
+			submit(b, m, nothing)
+			all = append(all, time.Since(start))
+			time.Sleep(time.Millisecond)
+		}
+		slices.Sort(all)
+		return all[len(all)/2], all[len(all)*99/100]
+	}
+	for b.Loop() {
+		end := time.Now().Add(10 * time.Second)
+		p50, p99 := submits(func() bool { return time.Now().After(end) })
+		b.ReportMetric(float64(p50.Microseconds()), "µs-p50-before")
+		b.ReportMetric(float64(p99.Microseconds()), "µs-p99-before")
+		pruned := make(chan int, 1)
+		start := time.Now()
+		go func() {
+			n, err := m.Prune(start)
+			if err != nil {
+				b.Error(err)
+			}
+			pruned <- n
+		}()
+		p50, p99 = submits(func() bool { return len(pruned) > 0 })
+		b.ReportMetric(float64(p50.Microseconds()), "µs-p50-pruning")
+		b.ReportMetric(float64(p99.Microseconds()), "µs-p99-pruning")
+		b.ReportMetric(float64(<-pruned)/time.Since(start).Seconds(), "pruned/s")
 	}
 }
 

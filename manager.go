@@ -21,19 +21,20 @@ import (
 // soon as the final state is stored.
 type Manager struct {
 	// Immutable.
-	db       Persistence
-	log      *slog.Logger
-	ctx      context.Context // the parent of every function's context
-	cancel   context.CancelCauseFunc
-	writer   *writer
-	follower *follower
-	hub      *hub
-	drained  chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
-	ended    chan struct{} // closed once Close has done its work
-	closeErr error         // set before ended is closed
+	db        Persistence
+	log       *slog.Logger
+	ctx       context.Context // the parent of every function's context
+	cancel    context.CancelCauseFunc
+	writer    *writer
+	follower  *follower
+	hub       *hub
+	retention time.Duration // how long to keep the history; 0 for ever
+	drained   chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
+	ended     chan struct{} // closed once Close has done its work
+	closeErr  error         // set before ended is closed
 
-	// functions counts the goroutines that run functions, and the one that
-	// retries recovery. Add only while holding mu and not closed.
+	// functions counts the goroutines that run functions, and those that retry
+	// recovery and prune. Add only while holding mu and not closed.
 	functions sync.WaitGroup
 
 	mu      sync.Mutex       // guards what follows; taken before any task.mu
@@ -56,6 +57,7 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 		m.Close()
 		return nil, fmt.Errorf("task: recovery: %w", err)
 	}
+	m.startPruning()
 	return m, nil
 }
 
@@ -68,7 +70,14 @@ func NewManager(db Persistence, opts ...Option) *Manager {
 		m.log.Error("task: recovery failed, will be tried again", "err", err)
 		m.functions.Go(m.keepRecovering)
 	}
+	m.startPruning()
 	return m
+}
+
+func (m *Manager) startPruning() {
+	if m.retention > 0 {
+		m.functions.Go(m.keepPruning)
+	}
 }
 
 func newManager(db Persistence, opts []Option) *Manager {
@@ -293,31 +302,98 @@ func (m *Manager) stored(id string) (*Operation, error) {
 	return m.present(*op), nil
 }
 
+// A ListOption says which operations [Manager.List] is to return. Of several
+// that say the same, the last one counts.
+type ListOption func(*Filter)
+
+// ByState lets List return only operations in one of those states, or in any
+// if none is given.
+func ByState(states ...State) ListOption {
+	return func(f *Filter) { f.States = slices.Compact(slices.Sorted(slices.Values(states))) }
+}
+
+// ByName lets List return only operations with exactly that name, or with any
+// if it is empty. No index helps with that: in a long history a rare name
+// takes a while.
+func ByName(name string) ListOption {
+	return func(f *Filter) { f.Name = name }
+}
+
+// Before lets List return only operations that were submitted before the one
+// with that ID, or all if it is empty: the last operation of a page leads to
+// the next one, whatever has been submitted meanwhile, and that as fast
+// as to the first.
+func Before(id string) ListOption {
+	return func(f *Filter) { f.Before = id }
+}
+
 // List returns up to limit operations after skipping offset, the newest
 // submission first: those of this manager as they are now, the others as they
 // are stored. The page is empty, not nil, past the end of the history and if
-// limit is 0. A negative limit or offset is an error.
-func (m *Manager) List(limit, offset int) ([]*Operation, error) {
+// limit is 0. A negative limit or offset is an error, and so is [Before] an
+// unknown operation, which wraps [ErrNotFound].
+func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
 	if limit < 0 {
 		return nil, fmt.Errorf("task: list: negative limit %d", limit)
 	}
 	if offset < 0 {
 		return nil, fmt.Errorf("task: list: negative offset %d", offset)
 	}
+	var f Filter
+	for _, opt := range opts {
+		if opt != nil {
+			opt(&f)
+		}
+	}
 	if limit == 0 {
 		return []*Operation{}, nil
 	}
-	rows, err := m.db.List(limit, offset)
+	ops, err := m.list(f, limit, offset)
 	if err != nil {
 		return nil, fmt.Errorf("task: list: %w", err)
 	}
-	ops := make([]*Operation, 0, len(rows))
+	return ops, nil
+}
+
+func (m *Manager) list(f Filter, limit, offset int) ([]*Operation, error) {
+	if len(f.States) == 0 && f.Name == "" && f.Before == "" {
+		rows, err := m.db.List(limit, offset)
+		return m.appendCurrent(make([]*Operation, 0, len(rows)), f, rows), err
+	}
+	if len(f.States) > 0 {
+		m.writer.flush() // or the database would say PENDING of what is RUNNING
+	}
+	ops := []*Operation{}
+	for {
+		rows, err := listFiltered(m.db, f, limit-len(ops), offset)
+		if err != nil && (len(ops) == 0 || !errors.Is(err, ErrNotFound)) {
+			return nil, err
+		}
+		ops = m.appendCurrent(ops, f, rows)
+		if len(rows) == 0 || len(ops) == limit {
+			return ops, nil
+		}
+		last := rows[len(rows)-1]
+		if last == nil {
+			return ops, nil
+		}
+		// Some have changed since they were found: there may be more.
+		f.Before, offset = last.ID, 0
+	}
+}
+
+// appendCurrent appends the operations of stored rows as they are now, if the
+// filter still matches.
+func (m *Manager) appendCurrent(ops []*Operation, f Filter, rows []*Operation) []*Operation {
 	for _, row := range rows {
-		if row != nil {
-			ops = append(ops, m.current(row))
+		if row == nil {
+			continue
+		}
+		if op := m.current(row); f.matches(op) {
+			ops = append(ops, op)
 		}
 	}
-	return ops, nil
+	return ops
 }
 
 // current returns the operation of a stored row as it is now.
@@ -418,6 +494,50 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 		return t.snapshot(), fmt.Errorf("task: wait for %s: %w", id, t.err)
 	}
 	return t.snapshot(), nil
+}
+
+// Prune deletes the operations that finished before that time from the history,
+// a few at a time, so that Submit is not held up, and returns how many it has
+// deleted. With a store that can't delete, that is an error which wraps
+// [errors.ErrUnsupported]; see [Pruner].
+func (m *Manager) Prune(before time.Time) (int, error) {
+	n, err := m.prune(context.Background(), before)
+	if err != nil {
+		return n, fmt.Errorf("task: prune: %w", err)
+	}
+	return n, nil
+}
+
+func (m *Manager) prune(ctx context.Context, before time.Time) (n int, err error) {
+	for some, err := range prune(m.db, before) {
+		n += some
+		if err != nil || ctx.Err() != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// keepPruning deletes operations from the history once they are old enough,
+// until the manager is closed.
+func (m *Manager) keepPruning() {
+	every := min(max(m.retention/10, time.Second), time.Hour)
+	for {
+		n, err := m.prune(m.ctx, time.Now().Add(-m.retention))
+		if errors.Is(err, errors.ErrUnsupported) {
+			m.log.Error("task: the history is kept for ever", "err", err)
+			return
+		}
+		if err != nil {
+			m.log.Error("task: pruning failed, will be tried again", "err", err)
+		}
+		m.log.Debug("task: pruned", "count", n)
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-time.After(every):
+		}
+	}
 }
 
 // updateProgress reports progress from outside an operation's function.

@@ -12,9 +12,11 @@ import (
 	"reflect"
 	"runtime"
 	"runtime/pprof"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -734,4 +736,170 @@ func TestGoroutineNamesTask(t *testing.T) {
 	if want := fmt.Sprintf(`"task":"test", "task_id":"%s"`, op.ID); !strings.Contains(dump.String(), want) {
 		t.Errorf("no %s in %s", want, &dump)
 	}
+}
+
+// historyOf submits operations with those names, one after the other, that end
+// in the state that begins like the name.
+func historyOf(t *testing.T, m *task.Manager, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		op, err := m.Submit(name, func(ctx context.Context, update func(int)) (any, error) {
+			switch name[0] {
+			case 'D':
+				return nil, nil
+			case 'F':
+				return nil, errors.New("broken")
+			case 'C':
+				cancelSelf(ctx)
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.ContainsAny(name[:1], "DFC") {
+			wait(t, m, op.ID)
+		}
+	}
+}
+
+func names(ops []*task.Operation) string {
+	var names []string
+	for _, op := range ops {
+		names = append(names, op.Name)
+	}
+	return strings.Join(names, " ")
+}
+
+func TestListFiltered(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		historyOf(t, m, "D1", "F1", "R1", "C1", "D2", "F2", "D1", "R2", "F1", "D3")
+		all, err := m.List(100, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cursor := func(name string) task.ListOption {
+			i := slices.IndexFunc(all, func(op *task.Operation) bool { return op.Name == name })
+			return task.Before(all[i].ID)
+		}
+		const done, failed, cancelled, running, pending = task.StateDone, task.StateFailed, task.StateCancelled, task.StateRunning, task.StatePending
+		for _, tt := range []struct {
+			want          string
+			limit, offset int
+			opts          []task.ListOption
+		}{
+			{"D3 F1 R2 D1 F2 D2 C1 R1 F1 D1", 100, 0, []task.ListOption{nil, task.ByState(), task.ByName(""), task.Before("")}},
+			{"D3 D1 D2 D1", 100, 0, []task.ListOption{task.ByState(done)}},
+			{"R2 R1", 100, 0, []task.ListOption{task.ByState(running)}},
+			{"R2", 1, 0, []task.ListOption{task.ByState(running)}},
+			{"R1", 1, 1, []task.ListOption{task.ByState(running, running)}},
+			{"", 100, 0, []task.ListOption{task.ByState(pending)}},
+			{"", 100, 0, []task.ListOption{task.ByState("NONSENSE' OR 1=1 --")}},
+			{"R2 C1 R1", 100, 0, []task.ListOption{task.ByState(running, cancelled)}},
+			{"F1 D1 F2", 3, 1, []task.ListOption{task.ByState(failed, done)}},
+			{"C1", 100, 0, []task.ListOption{task.ByState(failed), task.ByState(cancelled)}},
+			{"D1 D1", 100, 0, []task.ListOption{task.ByName("D1")}},
+			{"", 100, 0, []task.ListOption{task.ByName("D")}},
+			{"", 100, 0, []task.ListOption{task.ByName("D1"), task.ByState(failed)}},
+			{"F1", 100, 0, []task.ListOption{task.ByName("F1"), task.ByState(failed, done), cursor("F2")}},
+			{"F2 D2", 2, 0, []task.ListOption{cursor("D1")}},
+			{"D2 C1", 2, 1, []task.ListOption{cursor("D1")}},
+			{"", 100, 0, []task.ListOption{task.Before(all[9].ID)}},
+			{"", 0, 0, []task.ListOption{cursor("D1")}},
+			{"", 100, math.MaxInt, []task.ListOption{task.ByState(done)}},
+			{"D3 D1 D2 D1", math.MaxInt, 0, []task.ListOption{task.ByState(done)}},
+		} {
+			got, err := m.List(tt.limit, tt.offset, tt.opts...)
+			if err != nil || got == nil || names(got) != tt.want {
+				t.Errorf("List(%d, %d, ...) = %q, %v, want %q", tt.limit, tt.offset, names(got), err, tt.want)
+			}
+		}
+		for _, opts := range [][]task.ListOption{
+			{task.Before("unknown")},
+			{task.Before("unknown"), task.ByState(done), task.ByName("D1")},
+		} {
+			if got, err := m.List(10, 0, opts...); !errors.Is(err, task.ErrNotFound) {
+				t.Errorf("Before an unknown operation: %v, %v, want ErrNotFound", got, err)
+			}
+		}
+	})
+}
+
+// TestListByStateNow: what has changed a moment ago is neither missed nor
+// shown in the state that it was in.
+func TestListByStateNow(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		for range 20 {
+			started := make(chan struct{})
+			op := submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+				close(started)
+				return untilCancelled(ctx, update)
+			})
+			<-started
+			running, err := m.List(100, 0, task.ByState(task.StateRunning))
+			if err != nil || len(running) != 1 || running[0].ID != op.ID {
+				t.Fatalf("running: %v, %v", running, err)
+			}
+			if waiting, err := m.List(100, 0, task.ByState(task.StatePending)); err != nil || len(waiting) > 0 {
+				t.Fatalf("pending: %v, %v", waiting, err)
+			}
+			op.Cancel()
+			wait(t, m, op.ID)
+		}
+		m.Close()
+		if running, err := m.List(100, 0, task.ByState(task.StateRunning)); err != nil || len(running) > 0 {
+			t.Errorf("after Close: %v, %v", running, err)
+		}
+	})
+}
+
+func TestPrune(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		historyOf(t, m, "D1", "F1", "R1", "C1")
+		time.Sleep(time.Millisecond)
+		cut := time.Now()
+		time.Sleep(time.Millisecond)
+		historyOf(t, m, "D2", "R2")
+		want := "R2 D2 R1"
+		n, err := m.Prune(cut)
+		if _, ok := db.(task.Pruner); !ok {
+			if !errors.Is(err, errors.ErrUnsupported) {
+				t.Errorf("Prune: %v, want ErrUnsupported", err)
+			}
+			return
+		}
+		if n != 3 || err != nil {
+			t.Errorf("Prune = %d, %v, want 3", n, err)
+		}
+		if ops, err := m.List(10, 0); err != nil || names(ops) != want {
+			t.Errorf("%q is left, %v, want %q", names(ops), err, want)
+		}
+		if n, err := m.Prune(time.Time{}); n != 0 || err != nil {
+			t.Errorf("Prune of nothing = %d, %v", n, err)
+		}
+		m.Close()
+		if n, err := m.Prune(time.Now().Add(time.Hour)); n != 3 || err != nil {
+			t.Errorf("Prune of all = %d, %v, want 3", n, err)
+		}
+	})
+}
+
+func TestRetention(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil, task.WithRetention(time.Hour))
+		historyOf(t, m, "D1", "R1")
+		time.Sleep(30 * time.Minute)
+		historyOf(t, m, "D2")
+		time.Sleep(29 * time.Minute)
+		if ops, _ := m.List(10, 0); names(ops) != "D2 R1 D1" {
+			t.Errorf("before: %s", names(ops))
+		}
+		time.Sleep(8 * time.Minute)
+		if ops, _ := m.List(10, 0); names(ops) != "D2 R1" {
+			t.Errorf("after: %s", names(ops))
+		}
+		m.Close()
+		newManager(t, bare{task.NewMemoryStore()}, task.WithRetention(time.Hour)).Close()
+	})
 }

@@ -21,7 +21,7 @@ import (
 // it, nobody modifies. Limits and offsets are never negative.
 //
 // A store may have further abilities, which the manager uses when they are
-// there: see [BatchWriter] and [Recoverer].
+// there: see [BatchWriter], [Recoverer], [FilteredLister] and [Pruner].
 type Persistence interface {
 	// Save stores a new operation. On return it is durable, as far as the
 	// store promises that. If there is an operation with the same ID already,
@@ -173,6 +173,92 @@ func latest(times ...time.Time) time.Time {
 	return slices.MaxFunc(times, time.Time.Compare)
 }
 
+// A Filter says which operations a list is of.
+type Filter struct {
+	States []State // in one of these states; of none for all
+	Name   string  // with exactly this name; "" for all
+	Before string  // submitted before the operation with this ID; "" for all
+}
+
+// matches reports whether the state and the name are as the filter says.
+func (f Filter) matches(op *Operation) bool {
+	return (len(f.States) == 0 || slices.Contains(f.States, op.State)) && (f.Name == "" || op.Name == f.Name)
+}
+
+// A FilteredLister is a [Persistence] that can find operations by more than
+// their place in the history.
+type FilteredLister interface {
+	Persistence
+
+	// ListFiltered does what List does with those operations that the filter
+	// is for. It returns an error that wraps [ErrNotFound] if there is no
+	// operation with the ID Before.
+	ListFiltered(f Filter, limit, offset int) ([]*Operation, error)
+}
+
+// listFiltered uses the store's ListFiltered if it has one, and else looks at
+// the whole history, page by page.
+func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, error) {
+	if db, ok := db.(FilteredLister); ok {
+		return db.ListFiltered(f, limit, offset)
+	}
+	const page = 1000
+	var ops []*Operation
+	seen := make(map[string]bool) // a page begins with what is on the one before if something was saved
+	before := f.Before            // what is yet to be found
+	for at := 0; len(ops) < limit; {
+		rows, err := db.List(page, at)
+		if err != nil {
+			return nil, err
+		}
+		if len(rows) == 0 {
+			if before != "" {
+				return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
+			}
+			break
+		}
+		at += len(rows)
+		for _, op := range rows {
+			switch {
+			case op == nil || seen[op.ID]:
+			case before != "":
+				if op.ID == before {
+					before = ""
+				}
+			case !f.matches(op):
+			case offset > 0:
+				seen[op.ID] = true
+				offset--
+			case len(ops) < limit:
+				seen[op.ID] = true
+				ops = append(ops, op)
+			}
+		}
+	}
+	return ops, nil
+}
+
+// A Pruner is a [Persistence] that can delete operations.
+type Pruner interface {
+	Persistence
+
+	// Prune deletes the operations that have finished before that time. It does
+	// so in steps that keep nobody else waiting for long, and yields how many
+	// operations each has deleted. What is not finished, or has no UpdatedAt,
+	// stays.
+	Prune(before time.Time) iter.Seq2[int, error]
+}
+
+// prune uses the store's Prune. Nothing else will do.
+func prune(db Persistence, before time.Time) iter.Seq2[int, error] {
+	if db, ok := db.(Pruner); ok {
+		return db.Prune(before)
+	}
+	return func(yield func(int, error) bool) {
+		yield(0, fmt.Errorf("%T has no Prune: %w", db, errors.ErrUnsupported))
+	}
+}
+
 // A MemoryStore is a [Persistence] that forgets everything with its process.
 // It keeps all unfinished operations and the 10,000 that finished last.
 //
@@ -250,8 +336,13 @@ func (s *MemoryStore) retire(row *memoryRow) {
 	oldest := s.finished[0]
 	s.finished[0] = nil
 	s.finished = s.finished[1:]
-	oldest.gone = true
-	delete(s.rows, oldest.op.ID)
+	s.drop(oldest)
+}
+
+// drop deletes a row. The caller holds s.mu.
+func (s *MemoryStore) drop(row *memoryRow) {
+	row.gone = true
+	delete(s.rows, row.op.ID)
 	if len(s.order) > 2*len(s.rows) {
 		s.order = slices.DeleteFunc(s.order, func(r *memoryRow) bool { return r.gone })
 	}
@@ -259,14 +350,27 @@ func (s *MemoryStore) retire(row *memoryRow) {
 
 // List implements [Persistence].
 func (s *MemoryStore) List(limit, offset int) ([]*Operation, error) {
+	return s.ListFiltered(Filter{}, limit, offset)
+}
+
+// ListFiltered implements [FilteredLister].
+func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	rows := s.order
+	if f.Before != "" {
+		i := slices.IndexFunc(rows, func(r *memoryRow) bool { return r.op.ID == f.Before && !r.gone })
+		if i < 0 {
+			return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
+		}
+		rows = rows[:i]
+	}
 	ops := make([]*Operation, 0, max(0, min(limit, len(s.rows))))
-	for _, row := range slices.Backward(s.order) {
+	for _, row := range slices.Backward(rows) {
 		if len(ops) == limit {
 			break
 		}
-		if row.gone {
+		if row.gone || !f.matches(&row.op) {
 			continue
 		}
 		if offset > 0 {
@@ -312,4 +416,22 @@ func (s *MemoryStore) orphans() (ids []string) {
 		}
 	}
 	return ids
+}
+
+// Prune implements [Pruner].
+func (s *MemoryStore) Prune(before time.Time) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		s.mu.Lock()
+		n := 0
+		s.finished = slices.DeleteFunc(s.finished, func(row *memoryRow) bool {
+			old := !row.op.UpdatedAt.IsZero() && row.op.UpdatedAt.Before(before)
+			if old {
+				s.drop(row)
+				n++
+			}
+			return old
+		})
+		s.mu.Unlock()
+		yield(n, nil)
+	}
 }

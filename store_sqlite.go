@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"iter"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -843,6 +844,52 @@ func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
 	return s.query(`SELECT `+columns+` FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
 }
 
+// ListFiltered implements [FilteredLister]. By state it uses the index, except
+// for those DONE.
+func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
+	var where []string
+	var args []any
+	if f.Name != "" {
+		where = append(where, `name = ?`)
+		args = append(args, f.Name)
+	}
+	if f.Before != "" {
+		where = append(where, `rowid < (SELECT rowid FROM tasks WHERE id = ?)`)
+		args = append(args, f.Before)
+	}
+	if len(f.States) > 0 {
+		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
+		where, args = whereState(f.States, where, args, last)
+	}
+	query := `SELECT ` + columns + ` FROM tasks`
+	if len(where) > 0 {
+		query += ` WHERE ` + strings.Join(where, ` AND `)
+	}
+	ops, err := s.query(query+` ORDER BY rowid DESC LIMIT ? OFFSET ?`, append(args, limit, offset)...)
+	if err == nil && len(ops) == 0 && f.Before != "" {
+		_, err = s.Get(f.Before)
+	}
+	return ops, err
+}
+
+// whereState has the last rows found that are in one of those states, and for
+// which where holds. Each state has a query of its own, because only so is
+// each answered in the order of the index.
+func whereState(states []State, where []string, args []any, last int64) ([]string, []any) {
+	var queries []string
+	var all []any
+	for _, state := range states {
+		terms := append([]string{`state = ?`}, where...)
+		if state != StateDone {
+			terms = append(terms, `state <> 'DONE'`)
+		}
+		queries = append(queries, `SELECT rowid FROM (SELECT rowid FROM tasks WHERE `+strings.Join(terms, ` AND `)+
+			` ORDER BY rowid DESC LIMIT ?)`)
+		all = append(append(append(all, string(state)), args...), last)
+	}
+	return []string{`rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`}, all
+}
+
 // Get implements [Persistence].
 func (s *SQLiteStore) Get(id string) (*Operation, error) {
 	ops, err := s.query(`SELECT `+columns+` FROM tasks WHERE id IN (?, CAST(? AS BLOB)) LIMIT 1`, id, id)
@@ -997,4 +1044,103 @@ func failOrphans(c *sql.Conn, o sql.NullString, reason string) ([]*Operation, er
 		}
 	}
 	return ops, nil
+}
+
+// pruneChunk is how many rows Prune looks at, and at most deletes, at a time.
+const pruneChunk = 100
+
+// Prune implements [Pruner]. The file does not get smaller, but what is deleted
+// makes room in it.
+func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		var after sql.NullString // the ID of the last row that stays
+		for {
+			ids, old, err := s.oldest(after, before)
+			if err != nil {
+				yield(0, err)
+				return
+			}
+			if len(ids) == 0 {
+				return
+			}
+			start := time.Now()
+			n, err := s.delete(old)
+			if len(old) > 0 && !yield(n, err) || err != nil {
+				return
+			}
+			for _, id := range ids {
+				if !old[id] {
+					after = sql.NullString{String: id, Valid: true}
+				}
+			}
+			time.Sleep(time.Since(start)) // in which others may write
+		}
+	}
+}
+
+const finished = `state IN ('DONE', 'FAILED', 'CANCELLED')`
+
+// oldest returns the IDs of the first rows after one, or of all if there is no
+// such row, and which of them Prune may delete.
+func (s *SQLiteStore) oldest(after sql.NullString, before time.Time) (ids []string, old map[string]bool, err error) {
+	err = s.read(func() error {
+		ids, old = nil, make(map[string]bool)
+		rows, err := s.db.Query(`SELECT id, `+finished+`, coalesce(CAST(updated_at AS TEXT), '') FROM tasks
+			WHERE rowid > coalesce((SELECT rowid FROM tasks WHERE id = ?), -9223372036854775808) AND typeof(id) = 'text'
+			ORDER BY rowid LIMIT ?`, after, pruneChunk)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var id, updated string
+			var finished bool
+			if err := rows.Scan(&id, &finished, &updated); err != nil {
+				return err
+			}
+			ids = append(ids, id)
+			if at := cellTime(updated); finished && !at.IsZero() && at.Before(before) {
+				old[id] = true
+			}
+		}
+		return rows.Err()
+	})
+	return ids, old, err
+}
+
+// delete deletes finished operations, and takes out of ids those that stay,
+// because a trigger of the database wants it so.
+func (s *SQLiteStore) delete(ids map[string]bool) (n int, err error) {
+	if len(ids) == 0 {
+		return 0, nil
+	}
+	var stay []string
+	err = s.transact(func(c *sql.Conn) error {
+		n, stay = 0, nil
+		for id := range ids {
+			res, err := c.ExecContext(context.Background(), `DELETE FROM tasks WHERE id = ? AND `+finished, id)
+			if err != nil {
+				return err
+			}
+			deleted, err := res.RowsAffected()
+			if err != nil {
+				return err
+			}
+			if n += int(deleted); deleted > 0 {
+				continue
+			}
+			var left int
+			if err := c.QueryRowContext(context.Background(), `SELECT count(*) FROM tasks WHERE id = ?`, id).Scan(&left); err != nil {
+				return err
+			}
+			if left > 0 {
+				stay = append(stay, id)
+			}
+		}
+		return nil
+	})
+	for _, id := range stay {
+		delete(ids, id)
+	}
+	return n, err
 }

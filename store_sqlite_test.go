@@ -2004,3 +2004,88 @@ func TestTaskClock(t *testing.T) {
 		}
 	}
 }
+
+// By state, the index answers, in its own order, whatever else is asked; by
+// Before, the rowid does.
+func TestSQLitePlanFiltered(t *testing.T) {
+	for _, analyze := range []string{"", "ANALYZE"} {
+		path := filepath.Join(t.TempDir(), "app.db")
+		sqliteOpen(t, path).Close()
+		sqliteMake(t, path, `
+			WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000)
+			INSERT INTO tasks (id, name, state) SELECT i, 'x', CASE WHEN i % 10 = 0 THEN 'FAILED' ELSE 'DONE' END FROM n;
+			`+analyze)
+		db, set := sqliteSpied(t, path)
+		s := sqliteUse(t, db)
+		for _, test := range []struct {
+			f           Filter
+			want, avoid string
+		}{
+			{Filter{States: []State{StateFailed}}, "INDEX tasks_state_not_done (state=?", "SCAN tasks"},
+			{Filter{States: []State{StateFailed, StateCancelled}, Before: "500"}, "INDEX tasks_state_not_done (state=? AND rowid<?)", "SCAN tasks"},
+			{Filter{States: []State{StateFailed}, Name: "x"}, "INDEX tasks_state_not_done (state=?", "SCAN tasks"},
+			{Filter{Before: "500"}, "INTEGER PRIMARY KEY (rowid<?)", "TEMP B-TREE"},
+		} {
+			var got string
+			set(func(query string, run func() error) error {
+				if strings.HasPrefix(query, "SELECT") && strings.Contains(query, "OFFSET") {
+					got = query
+				}
+				return run()
+			})
+			ops, err := s.ListFiltered(test.f, 5, 0)
+			set(func(_ string, run func() error) error { return run() })
+			if err != nil || len(ops) != 5 {
+				t.Errorf("%+v: %d operations, %v", test.f, len(ops), err)
+			}
+			if plan := sqlitePlan(t, db, got); !strings.Contains(plan, test.want) || strings.Contains(plan, test.avoid) {
+				t.Errorf("%+v: plan %q of %s", test.f, plan, got)
+			}
+		}
+	}
+}
+
+// What Prune can't read, or can't name, it leaves alone, and it ends.
+func TestSQLitePruneLeaves(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.db")
+	s := sqliteOpen(t, path)
+	var script strings.Builder
+	old := 0
+	for i, cell := range sqliteTimes {
+		fmt.Fprintf(&script, "INSERT INTO tasks (id, name, state, updated_at) VALUES ('t%d', %d, 'DONE', %s);\n", i, i, cell[0])
+		if cell[1] != "" {
+			old++
+		}
+	}
+	for i, state := range []string{"'PENDING'", "'RUNNING'", "'PAUSED'", "''", "CAST('DONE' AS BLOB)"} {
+		fmt.Fprintf(&script, "INSERT INTO tasks (id, name, state, updated_at) VALUES ('s%d', 'state', %s, '2024-01-01');\n", i, state)
+	}
+	for i := range 3 * pruneChunk { // keys that are no text
+		fmt.Fprintf(&script, "INSERT INTO tasks (id, name, state, updated_at) VALUES (CAST('b%d' AS BLOB), 'blob', 'DONE', '2024-01-01');\n", i)
+	}
+	script.WriteString("INSERT INTO tasks (id, name, state, updated_at) VALUES (NULL, 'null', 'DONE', '2024-01-01'), ('', 'empty', 'DONE', '2024-01-01');\n")
+	for i := range 3 * pruneChunk {
+		fmt.Fprintf(&script, "INSERT INTO tasks (id, name, state, updated_at) VALUES ('o%d', 'old', 'FAILED', '2024-01-01');\n", i)
+		fmt.Fprintf(&script, "INSERT INTO tasks (rowid, id, name, state, updated_at) VALUES (-%d, 'n%d', 'negative', 'CANCELLED', '2024-01-01');\n", i+1, i)
+	}
+	sqliteMake(t, path, script.String())
+	script.Reset()
+	script.WriteString("CREATE TRIGGER keep BEFORE DELETE ON tasks WHEN old.name = 'keep' BEGIN SELECT RAISE(IGNORE); END;\n")
+	for i := range 3 * pruneChunk {
+		fmt.Fprintf(&script, "INSERT INTO tasks (id, name, state, updated_at) VALUES ('k%d', 'keep', 'DONE', '2024-01-01');\n", i)
+	}
+	sqliteMake(t, path, script.String())
+	n := 0
+	for some, err := range s.Prune(time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)) {
+		if n += some; err != nil || some > pruneChunk {
+			t.Fatal(some, err)
+		}
+	}
+	if want := old + 6*pruneChunk + 1; n != want {
+		t.Errorf("deleted %d rows, want %d", n, want)
+	}
+	ops, err := s.List(10_000, 0)
+	if want := len(sqliteTimes) - old + 5 + 6*pruneChunk + 1; err != nil || len(ops) != want {
+		t.Errorf("%d rows are left, %v, want %d", len(ops), err, want)
+	}
+}

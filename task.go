@@ -49,6 +49,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"time"
 )
 
 // A State says where an operation is in its life.
@@ -131,6 +132,15 @@ func WithLogger(l *slog.Logger) Option {
 			m.log = l
 		}
 	}
+}
+
+// WithRetention makes the manager delete operations from the history when they
+// finished longer ago than age: at the start, and then again and again, every
+// tenth of age, but not more often than every second nor less than every hour.
+// An age of 0 or less keeps them for ever, as is the default. See
+// [Manager.Prune].
+func WithRetention(age time.Duration) Option {
+	return func(m *Manager) { m.retention = max(age, 0) }
 }
 
 // A SubmitOption configures one operation.

@@ -58,11 +58,12 @@ type writer struct {
 
 	deadline time.Time // when to give up; set before closing is closed, and from then on by the goroutine
 
-	mu          sync.Mutex // guards what follows; taken last
-	saves       []*task    // first rows to store, in order of submission
-	finals      []*task    // final states to store
-	changes     []*task    // changes to store
-	changeSince time.Time  // when the oldest of changes came
+	mu          sync.Mutex      // guards what follows; taken last
+	saves       []*task         // first rows to store, in order of submission
+	finals      []*task         // final states to store
+	changes     []*task         // changes to store
+	changeSince time.Time       // when the oldest of changes came
+	flushes     []chan struct{} // closed when all changes until now are stored
 
 	// What follows belongs to the goroutine.
 	refused  []*task // their changes could not be stored
@@ -109,6 +110,19 @@ func (w *writer) touch(t *task) {
 	w.mu.Unlock()
 	if first {
 		w.signal()
+	}
+}
+
+// flush has all changes stored now, as far as they can be.
+func (w *writer) flush() {
+	done := make(chan struct{})
+	w.mu.Lock()
+	w.flushes = append(w.flushes, done)
+	w.mu.Unlock()
+	w.signal()
+	select {
+	case <-done:
+	case <-w.stopped:
 	}
 }
 
@@ -210,7 +224,12 @@ func (w *writer) next() (when time.Time, ok bool) {
 
 // write makes one write of what is due, and reports whether anything was.
 func (w *writer) write() bool {
-	saves, finals, changes := w.take()
+	saves, finals, changes, flushes := w.take()
+	defer func() {
+		for _, done := range flushes {
+			close(done)
+		}
+	}()
 	if len(saves)+len(finals)+len(changes) == 0 {
 		return false
 	}
@@ -260,7 +279,7 @@ func failed(err error) bool {
 }
 
 // take returns what is due to be written now.
-func (w *writer) take() (saves, finals, changes []*task) {
+func (w *writer) take() (saves, finals, changes []*task, flushes []chan struct{}) {
 	now := time.Now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -271,9 +290,10 @@ func (w *writer) take() (saves, finals, changes []*task) {
 		saves, w.saves = cut(w.saves, maxBatch)
 		finals, w.finals = cut(w.finals, maxBatch)
 	}
+	flushes, w.flushes = w.flushes, nil
 	retry := !now.Before(w.retryAt)
 	switch {
-	case retry && now.Sub(w.changeSince) >= changeDelay:
+	case retry && (now.Sub(w.changeSince) >= changeDelay || len(flushes) > 0):
 		changes, w.changes = w.changes, nil
 	case len(saves)+len(finals) > 0:
 		changes, w.changes = cut(w.changes, maxRiders)
@@ -281,7 +301,7 @@ func (w *writer) take() (saves, finals, changes []*task) {
 	if retry {
 		changes = append(changes, w.refused...)
 		w.refused = nil
-		return saves, finals, changes
+		return saves, finals, changes, flushes
 	}
 	// What may spoil the write does not ride along.
 	changes = slices.DeleteFunc(changes, func(t *task) bool {
@@ -290,7 +310,7 @@ func (w *writer) take() (saves, finals, changes []*task) {
 		}
 		return t.refused
 	})
-	return saves, finals, changes
+	return saves, finals, changes, flushes
 }
 
 func cut(s []*task, n int) (head, tail []*task) {

@@ -1,0 +1,95 @@
+package taskhttp_test
+
+import (
+	"context"
+	"crypto/subtle"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/taskhttp"
+)
+
+func ExampleHandler() {
+	manager := task.NewManager(nil) // in memory; see task.OpenSQLite
+	defer manager.Close()
+
+	mux := http.NewServeMux()
+	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(manager)))
+	// http.ListenAndServe("localhost:8080", mux), and look at http://localhost:8080/api/tasks/ui
+
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	answer, _ := http.Get(server.URL + "/api/tasks/?state=RUNNING")
+	body, _ := io.ReadAll(answer.Body)
+	answer.Body.Close()
+	fmt.Println(answer.StatusCode, string(body))
+	// Output: 200 {"tasks":[]}
+}
+
+func ExampleAccepted() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	scrub := func(ctx context.Context, update func(int)) (any, error) { return "no errors found", nil }
+	mux := http.NewServeMux()
+	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(manager)))
+	mux.HandleFunc("POST /api/pools/{pool}/scrub", func(w http.ResponseWriter, r *http.Request) {
+		op, err := manager.Submit("scrub "+r.PathValue("pool"), scrub)
+		if err != nil {
+			taskhttp.Error(w, r, err)
+			return
+		}
+		taskhttp.Accepted(w, "/api/tasks", op)
+	})
+
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	answer, _ := http.Post(server.URL+"/api/pools/tank/scrub", "", nil)
+	answer.Body.Close()
+	fmt.Println(answer.StatusCode)
+	answer, _ = http.Get(server.URL + answer.Header.Get("Location") + "/wait")
+	answer.Body.Close()
+	fmt.Println(answer.StatusCode)
+	// Output:
+	// 202
+	// 200
+}
+
+// Who may see and cancel tasks is the application's to say: it wraps the
+// handler. Browsers send cookies and passwords to event streams too.
+func ExampleHandler_authentication() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	onlyAdmin := func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			user, password, _ := r.BasicAuth()
+			if user != "admin" || subtle.ConstantTimeCompare([]byte(password), []byte("secret")) != 1 {
+				w.Header().Set("WWW-Authenticate", `Basic realm="NAS"`)
+				http.Error(w, "who are you?", http.StatusUnauthorized)
+				return
+			}
+			h.ServeHTTP(w, r)
+		})
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/api/tasks/", onlyAdmin(http.StripPrefix("/api/tasks", taskhttp.Handler(manager))))
+
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	answer, _ := http.Get(server.URL + "/api/tasks/")
+	answer.Body.Close()
+	fmt.Println(answer.StatusCode)
+
+	r, _ := http.NewRequest("GET", server.URL+"/api/tasks/", nil)
+	r.SetBasicAuth("admin", "secret")
+	answer, _ = http.DefaultClient.Do(r)
+	answer.Body.Close()
+	fmt.Println(answer.StatusCode)
+	// Output:
+	// 401
+	// 200
+}

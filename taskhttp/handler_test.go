@@ -1,0 +1,452 @@
+package taskhttp_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/taskhttp"
+)
+
+type listing struct {
+	Tasks  []task.Operation
+	Cursor string `json:"next_cursor"`
+}
+
+func (l listing) names() (names []string) {
+	for _, op := range l.Tasks {
+		names = append(names, op.Name)
+	}
+	return names
+}
+
+func TestList(t *testing.T) {
+	store, err := task.OpenSQLite(filepath.Join(t.TempDir(), "tasks.db"))
+	must(t, err)
+	defer store.Close()
+	m := newManager(t, store)
+	defer m.Close()
+	s := newSite(t, mount(m))
+
+	var raw map[string]any
+	s.do("GET", "/", 200, &raw)
+	if tasks, ok := raw["tasks"].([]any); !ok || len(tasks) != 0 || len(raw) != 1 {
+		t.Errorf("empty history: %v", raw)
+	}
+
+	for i := range 120 {
+		run(t, m, fmt.Sprint("task ", i), nil, nil)
+	}
+	run(t, m, "scrub", nil, errors.New("no"))
+	run(t, m, "scrub", nil, nil)
+	live := newPuppet(t, m, "live")
+	live.update(40)
+
+	tests := []struct {
+		query string
+		want  []string // the first names
+		count int
+		more  bool
+	}{
+		{"", []string{"live", "scrub", "scrub", "task 119"}, 50, true},
+		{"?limit=1", []string{"live"}, 1, true},
+		{"?limit=123", []string{"live"}, 123, false},
+		{"?limit=122", []string{"live"}, 122, true},
+		{"?limit=500", []string{"live"}, 123, false},
+		{"?state=RUNNING", []string{"live"}, 1, false},
+		{"?state=FAILED", []string{"scrub"}, 1, false},
+		{"?state=FAILED,RUNNING", []string{"live", "scrub"}, 2, false},
+		{"?state=FAILED&state=RUNNING", []string{"live", "scrub"}, 2, false},
+		{"?state=", []string{"live", "scrub"}, 50, true},
+		{"?state=PENDING", nil, 0, false},
+		{"?name=scrub", []string{"scrub", "scrub"}, 2, false},
+		{"?name=scrub&state=DONE", []string{"scrub"}, 1, false},
+		{"?name=task+7&token=x", []string{"task 7"}, 1, false},
+		{"?name=%3Cb%3E", nil, 0, false},
+	}
+	for _, test := range tests {
+		var got listing
+		answer := s.do("GET", "/"+test.query, 200, &got)
+		if names := got.names(); len(names) != test.count || !slices.Equal(names[:len(test.want)], test.want) {
+			t.Errorf("%s: %d tasks %q, want %d beginning with %q", test.query, len(names), names, test.count, test.want)
+		}
+		if (got.Cursor != "") != test.more {
+			t.Errorf("%s: next_cursor %q, more: %v", test.query, got.Cursor, test.more)
+		}
+		if answer.Header.Get("Cache-Control") != "no-store" || answer.Header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: header %v", test.query, answer.Header)
+		}
+	}
+
+	// Page by page, while there are new submissions.
+	var names []string
+	var got listing
+	for cursor := ""; ; cursor = got.Cursor {
+		got = listing{}
+		s.do("GET", "/?limit=10&state=DONE&cursor="+cursor, 200, &got)
+		names = append(names, got.names()...)
+		if got.Cursor == "" {
+			break
+		}
+		run(t, m, "new", nil, nil)
+	}
+	if len(names) != 121 || names[0] != "scrub" || names[1] != "task 119" || names[120] != "task 0" {
+		t.Errorf("page by page: %d names: %q", len(names), names)
+	}
+}
+
+func TestListBadParameters(t *testing.T) {
+	s := newSite(t, mount(newManager(t, nil)))
+	for query, detail := range map[string]string{
+		"limit=0":            `parameter limit: "0" is not a number from 1 to 500`,
+		"limit=-1":           "parameter limit",
+		"limit=501":          "parameter limit",
+		"limit=many":         `parameter limit: "many"`,
+		"state=running":      `parameter state: "running" is none of [PENDING`,
+		"state=DONE,%FF":     `parameter state: "\xff"`,
+		"cursor=nonsense":    `parameter cursor: there is no operation "nonsense"`,
+		"state=DONE;limit=1": "semicolon",
+		"name=%zz":           "invalid URL escape",
+	} {
+		s.fails("GET", "/?"+query, 400, detail)
+	}
+}
+
+func TestGet(t *testing.T) {
+	store := newBrokenStore()
+	m := newManager(t, store)
+	s := newSite(t, mount(m))
+	done := run(t, m, "<b> & co", map[string]int{"disks": 4}, nil)
+	live := newPuppet(t, m, "live", task.WithMetadata(map[string]string{"pool": "tank"}))
+	live.update(30)
+
+	var got task.Operation
+	answer := s.do("GET", "/"+done.ID, 200, &got)
+	if got.Name != done.Name || got.State != task.StateDone || got.Result.(map[string]any)["disks"] != 4.0 ||
+		!got.UpdatedAt.Equal(done.UpdatedAt) {
+		t.Errorf("got %+v, want %+v", got, done)
+	}
+	if answer.Header.Get("X-Content-Type-Options") != "nosniff" || answer.Header.Get("Cache-Control") != "no-store" {
+		t.Errorf("header %v", answer.Header)
+	}
+	got = task.Operation{}
+	s.do("GET", "/"+live.ID, 200, &got)
+	if got.State != task.StateRunning || got.Progress != 30 || got.Metadata.(map[string]any)["pool"] != "tank" {
+		t.Errorf("got %+v", got)
+	}
+	s.fails("GET", "/nonsense", 404, "nonsense: operation not found")
+	s.fails("GET", "/"+done.ID+"%2Fx", 404, "operation not found")
+
+	store.fail(true)
+	s.fails("GET", "/"+done.ID, 500, "disk I/O error")
+	s.fails("GET", "/", 500, "disk I/O error")
+	s.fails("GET", "/"+done.ID+"/wait", 500, "disk I/O error")
+	s.fails("GET", "/"+done.ID+"/events", 500, "disk I/O error")
+	s.fails("POST", "/"+done.ID+"/cancel", 500, "disk I/O error")
+	s.do("GET", "/"+live.ID, 200, nil) // is in memory
+	store.fail(false)
+}
+
+func TestCancel(t *testing.T) {
+	store := task.NewMemoryStore()
+	m := newManager(t, store, task.WithLimit(1))
+	other := newManager(t, store)
+	s := newSite(t, mount(m))
+	running := newPuppet(t, m, "running")
+	waiting := newPuppet(t, m, "waiting")
+	others := newPuppet(t, other, "another's")
+
+	tests := []struct {
+		name   string
+		path   string
+		status int
+		states []task.State
+	}{
+		{"pending", waiting.ID, 202, []task.State{task.StateCancelled}},
+		{"pending again", waiting.ID, 200, []task.State{task.StateCancelled}},
+		{"running", running.ID, 202, []task.State{task.StateRunning, task.StateCancelled}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			var got task.Operation
+			s.do("POST", "/"+test.path+"/cancel", test.status, &got, "Sec-Fetch-Site", "same-origin")
+			if got.ID != test.path || !slices.Contains(test.states, got.State) {
+				t.Errorf("got %+v, want a state of %v", got, test.states)
+			}
+		})
+	}
+	_, err := m.Wait(t.Context(), running.ID)
+	must(t, err)
+	answer := s.request(t.Context(), "POST", "/"+running.ID+"/cancel", strings.NewReader(strings.Repeat("ignored", 1<<20)))
+	answer.Body.Close()
+	if answer.StatusCode != 200 {
+		t.Errorf("cancel of a cancelled one, with a body: %s", answer.Status)
+	}
+
+	s.fails("POST", "/nonsense/cancel", 404, "operation not found")
+	s.fails("POST", "/"+others.ID+"/cancel", 409, "another manager runs it")
+	if op, _ := m.Get(others.ID); op.State.Finished() {
+		t.Errorf("another's is %s", op.State)
+	}
+}
+
+func TestCrossOrigin(t *testing.T) {
+	m := newManager(t, nil)
+	s := newSite(t, mount(m))
+	op := newPuppet(t, m, "mine")
+	for _, header := range [][]string{
+		{"Sec-Fetch-Site", "cross-site"},
+		{"Sec-Fetch-Site", "same-site"},
+		{"Origin", "https://evil.example"},
+		{"Origin", "null"},
+	} {
+		s.fails("POST", "/"+op.ID+"/cancel", 403, "cross-origin", header...)
+		s.do("GET", "/", 200, nil, header...) // which the browser doesn't show them
+	}
+	if op, _ := m.Get(op.ID); op.State.Finished() {
+		t.Errorf("it is %s", op.State)
+	}
+	s.do("POST", "/"+op.ID+"/cancel", 202, nil, "Origin", strings.TrimSuffix(s.url, prefix))
+}
+
+func TestWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		s := newPipeSite(t, mount(m))
+		finished := run(t, m, "finished", "well", nil)
+		live := newPuppet(t, m, "live")
+
+		tests := []struct {
+			id, query string
+			end       time.Duration // when it ends; 0 for not
+			state     task.State
+			after     time.Duration
+		}{
+			{finished.ID, "", 0, task.StateDone, 0},
+			{live.ID, "?timeout=0", 0, task.StateRunning, 0},
+			{live.ID, "", 0, task.StateRunning, 30 * time.Second},
+			{live.ID, "?timeout=1m30s", 0, task.StateRunning, 90 * time.Second},
+			{live.ID, "?timeout=10m", 4 * time.Minute, task.StateFailed, 4 * time.Minute},
+		}
+		for _, test := range tests {
+			if test.end > 0 {
+				time.AfterFunc(test.end, func() { live.end(nil, errors.New("no")) })
+			}
+			start := time.Now()
+			var got task.Operation
+			s.do("GET", "/"+test.id+"/wait"+test.query, 200, &got)
+			if passed := time.Since(start).Truncate(time.Second); got.State != test.state || passed != test.after {
+				t.Errorf("%s: %s after %v, want %s after %v", test.query, got.State, passed, test.state, test.after)
+			}
+		}
+		for _, timeout := range []string{"-1s", "10m1s", "soon", "30"} {
+			s.fails("GET", "/"+live.ID+"/wait?timeout="+timeout, 400, `parameter timeout: "`+timeout)
+		}
+		s.fails("GET", "/nonsense/wait", 404, "operation not found")
+		m.Close()
+	})
+}
+
+func TestWaitStops(t *testing.T) {
+	tests := []struct {
+		name string
+		stop func(s *site, gone context.CancelFunc, m *task.Manager, op *puppet)
+		want string // the state, or nothing at all
+	}{
+		{"client gone", func(_ *site, gone context.CancelFunc, _ *task.Manager, _ *puppet) { gone() }, ""},
+		{"server shut down", func(s *site, _ context.CancelFunc, _ *task.Manager, _ *puppet) {
+			must(s.t, s.server.Shutdown(context.Background()))
+		}, "RUNNING"},
+		{"manager closed", func(s *site, _ context.CancelFunc, m *task.Manager, _ *puppet) { m.Close() }, "FAILED"},
+		{"cancelled", func(s *site, _ context.CancelFunc, m *task.Manager, op *puppet) { m.Cancel(op.ID) }, "CANCELLED"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newManager(t, nil)
+				returned := make(chan time.Time, 1)
+				h := mount(m)
+				s := newPipeSite(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					h.ServeHTTP(w, r)
+					returned <- time.Now()
+				}))
+				op := newPuppet(t, m, "live")
+				ctx, gone := context.WithCancel(t.Context())
+				start := time.Now()
+				stopped := make(chan bool)
+				time.AfterFunc(3*time.Second, func() { test.stop(s, gone, m, op); close(stopped) })
+				r, _ := http.NewRequestWithContext(ctx, "GET", s.url+"/"+op.ID+"/wait?timeout=10m", nil)
+				answer, err := s.client.Do(r)
+				body := ""
+				if err == nil {
+					raw, _ := io.ReadAll(answer.Body)
+					answer.Body.Close()
+					body = string(raw)
+				}
+				if passed := (<-returned).Sub(start).Truncate(time.Second); passed != 3*time.Second {
+					t.Errorf("it took %v", passed)
+				}
+				if test.want == "" && err == nil || !strings.Contains(body, test.want) {
+					t.Errorf("error %v, body %q, want %q", err, body, test.want)
+				}
+				<-stopped
+				gone()
+				m.Close()
+			})
+		})
+	}
+}
+
+func TestWaitForStoring(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newBrokenStore()
+		m := newManager(t, store)
+		s := newPipeSite(t, mount(m))
+		op := newPuppet(t, m, "live")
+		synctest.Wait()
+		store.fail(true)
+		op.end(nil, nil)
+		time.AfterFunc(time.Second, func() { m.Close() })
+		s.fails("GET", "/"+op.ID+"/wait", 503, "manager closed")
+		store.fail(false)
+		m.Close()
+	})
+}
+
+// A server's own limits are meant for ordinary answers.
+func TestServerTimeouts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		s := newPipeSite(t, mount(m), func(s *http.Server) {
+			s.ReadTimeout, s.WriteTimeout = 2*time.Second, 2*time.Second
+		})
+		op := newPuppet(t, m, "live")
+		r := s.listen(t.Context(), "/events")
+		r.want("snapshot live RUNNING 0")
+		go func() {
+			time.Sleep(time.Hour)
+			op.update(50)
+			time.Sleep(time.Minute)
+			op.end(nil, nil)
+		}()
+		r.want("operation live RUNNING 50")
+		waited := make(chan bool)
+		go func() { s.do("GET", "/"+op.ID+"/wait?timeout=10m", 200, nil); close(waited) }()
+		r.want("operation live DONE 100")
+		<-waited
+		m.Close()
+		r.want("closed")
+		r.wantEnd()
+	})
+}
+
+func TestMethods(t *testing.T) {
+	m := newManager(t, nil)
+	s := newSite(t, mount(m))
+	id := "/" + run(t, m, "done", nil, nil).ID
+	tests := []struct {
+		method, path string
+		status       int
+		allow        string
+	}{
+		{"HEAD", "/", 200, ""},
+		{"HEAD", id, 200, ""},
+		{"HEAD", id + "/wait", 200, ""},
+		{"HEAD", "/events", 200, ""},
+		{"HEAD", id + "/events", 200, ""},
+		{"HEAD", "/nonsense/events", 404, ""},
+		{"HEAD", "/nonsense", 404, ""},
+		{"HEAD", "/ui", 200, ""},
+		{"OPTIONS", "/", 204, "GET, HEAD, OPTIONS"},
+		{"OPTIONS", id + "/cancel", 204, "POST, OPTIONS"},
+		{"OPTIONS", "/a/b/c", 404, ""},
+		{"POST", "/", 405, "GET, HEAD, OPTIONS"},
+		{"DELETE", id, 405, "GET, HEAD, OPTIONS"},
+		{"GET", id + "/cancel", 405, "POST, OPTIONS"},
+		{"PUT", "/events", 405, "GET, HEAD, OPTIONS"},
+		{"POST", "/ui", 405, "GET, HEAD, OPTIONS"},
+		{"GET", "/a/b/c", 404, ""},
+		{"GET", id + "/", 404, ""},
+		{"GET", id + "/nothing", 404, ""},
+	}
+	for _, test := range tests {
+		answer := s.do(test.method, test.path, test.status, nil)
+		if got := answer.Header.Get("Allow"); got != test.allow {
+			t.Errorf("%s %s: Allow %q, want %q", test.method, test.path, got, test.allow)
+		}
+		if test.method != "HEAD" && test.status >= 400 {
+			s.fails(test.method, test.path, test.status, "")
+		}
+	}
+}
+
+// Not every application mounts the handler on a http.ServeMux.
+func TestPaths(t *testing.T) {
+	m := newManager(t, nil)
+	h := taskhttp.Handler(m)
+	for path, status := range map[string]int{
+		"": 200, "/": 200, "//": 404, "/.": 404, "/../ui": 404, "/ui": 200, "/ui/": 308, "/ui//": 404, "//ui": 404, "/ui/x": 404,
+	} {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.URL.Path = path
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		if w.Code != status {
+			t.Errorf("path %q: status %d, want %d", path, w.Code, status)
+		}
+	}
+}
+
+func TestError(t *testing.T) {
+	tests := []struct {
+		err    error
+		status int
+	}{
+		{fmt.Errorf("pool: %w", task.ErrNotFound), 404},
+		{fmt.Errorf("submit: %w", task.ErrClosed), 503},
+		{fmt.Errorf("watch: %w", task.ErrLagged), 503},
+		{fmt.Errorf("prune: %w", errors.ErrUnsupported), 501},
+		{fmt.Errorf("wait: %w", context.DeadlineExceeded), 504},
+		{&http.MaxBytesError{Limit: 10}, 413},
+		{errors.New("disk full"), 500},
+		{nil, 500},
+	}
+	for _, test := range tests {
+		r := httptest.NewRequest("GET", "/x?token=secret", nil)
+		w := httptest.NewRecorder()
+		w.Header().Set("ETag", `"x"`)
+		taskhttp.Error(w, r, test.err)
+		text := "unknown error"
+		if test.err != nil {
+			text = test.err.Error()
+		}
+		want := fmt.Sprintf(`{"type":"about:blank","title":%q,"status":%d,"detail":%q,"instance":"/x"}`+"\n",
+			http.StatusText(test.status), test.status, text)
+		if w.Code != test.status || w.Body.String() != want || w.Header().Get("ETag") != "" {
+			t.Errorf("%v: status %d, header %v, body %s, want %s", test.err, w.Code, w.Header(), w.Body, want)
+		}
+	}
+}
+
+func TestAccepted(t *testing.T) {
+	m := newManager(t, nil)
+	op := run(t, m, "started", nil, nil)
+	for _, base := range []string{prefix, prefix + "/"} {
+		w := httptest.NewRecorder()
+		taskhttp.Accepted(w, base, op)
+		if w.Code != 202 || w.Header().Get("Location") != prefix+"/"+op.ID ||
+			w.Header().Get("Content-Type") != "application/json" || !strings.Contains(w.Body.String(), op.ID) {
+			t.Errorf("status %d, header %v, body %s", w.Code, w.Header(), w.Body)
+		}
+	}
+}

@@ -1,0 +1,91 @@
+package taskhttp
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+
+	"github.com/mynt-nas/task"
+)
+
+// Problem details, as in RFC 9457.
+type problemDetails struct {
+	Type     string `json:"type"`
+	Title    string `json:"title"`
+	Status   int    `json:"status"`
+	Detail   string `json:"detail,omitempty"`
+	Instance string `json:"instance,omitempty"`
+}
+
+// badRequest is an error that is the client's fault.
+type badRequest struct{ error }
+
+func (e badRequest) Unwrap() error { return e.error }
+
+func badParameter(name, format string, args ...any) error {
+	return badRequest{fmt.Errorf("parameter "+name+": "+format, args...)}
+}
+
+// Error answers with err as problem details ([RFC 9457]) and with the status
+// that fits: 404 for [task.ErrNotFound], 503 for [task.ErrClosed], 501 for
+// [errors.ErrUnsupported], 504 for [context.DeadlineExceeded], 413 for a body
+// beyond the limit of [http.MaxBytesReader], and else 500.
+//
+// The client is told the error's text.
+//
+// [RFC 9457]: https://www.rfc-editor.org/rfc/rfc9457
+func Error(w http.ResponseWriter, r *http.Request, err error) {
+	if err == nil {
+		err = errors.New("unknown error")
+	}
+	problem(w, r, statusOf(err), err)
+}
+
+func statusOf(err error) int {
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, new(badRequest)):
+		return http.StatusBadRequest
+	case errors.As(err, &tooLarge):
+		return http.StatusRequestEntityTooLarge
+	case errors.Is(err, task.ErrNotFound):
+		return http.StatusNotFound
+	case errors.Is(err, task.ErrClosed), errors.Is(err, task.ErrLagged):
+		return http.StatusServiceUnavailable
+	case errors.Is(err, errors.ErrUnsupported):
+		return http.StatusNotImplemented
+	case errors.Is(err, context.DeadlineExceeded):
+		return http.StatusGatewayTimeout
+	default:
+		return http.StatusInternalServerError
+	}
+}
+
+// problem answers with an error.
+func problem(w http.ResponseWriter, r *http.Request, status int, err error) {
+	p := problemDetails{
+		Type:   "about:blank", // the title says it all
+		Title:  http.StatusText(status),
+		Status: status,
+		Detail: err.Error(),
+	}
+	if r != nil {
+		// Not r.URL, which may have been stripped of a prefix, and no query,
+		// which may hold what is nobody's business.
+		if u, err := url.ParseRequestURI(r.RequestURI); err == nil {
+			p.Instance = u.EscapedPath()
+		}
+	}
+	body, _ := json.Marshal(p) // strings and numbers: can't fail
+	header := w.Header()
+	header.Set("Content-Type", "application/problem+json")
+	header.Set("Cache-Control", "no-store")
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Del("Content-Length") // of the answer that it was to be
+	header.Del("ETag")
+	w.WriteHeader(status)
+	w.Write(append(body, '\n'))
+}

@@ -1,0 +1,89 @@
+package taskhttp
+
+import (
+	"bytes"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strings"
+	"time"
+)
+
+//go:embed page.html
+var pageHTML []byte
+
+//go:embed openapi.json
+var openAPI []byte
+
+var (
+	pageTag    = etag(pageHTML)
+	openAPITag = etag(openAPI)
+	pagePolicy = policy(pageHTML)
+)
+
+func etag(body []byte) string {
+	return fmt.Sprintf(`"%.12x"`, sha256.Sum256(body))
+}
+
+// policy returns a Content-Security-Policy under which the page may use its
+// own script and style and talk to its own origin, and nothing else.
+func policy(page []byte) string {
+	return strings.Join([]string{
+		"default-src 'none'",
+		"script-src" + hashes(page, "script"),
+		"style-src" + hashes(page, "style"),
+		"img-src data:", // its icon
+		"connect-src 'self'",
+		"frame-ancestors 'none'",
+		"base-uri 'none'",
+		"form-action 'none'",
+		"require-trusted-types-for 'script'", // whoever writes innerHTML by mistake gets an exception
+		"trusted-types 'none'",
+	}, "; ")
+}
+
+// hashes returns the sources that allow the inline elements of that name.
+func hashes(page []byte, element string) string {
+	var b strings.Builder
+	for _, m := range regexp.MustCompile(`(?s)<`+element+`>(.*?)</`+element+`>`).FindAllSubmatch(page, -1) {
+		sum := sha256.Sum256(m[1])
+		b.WriteString(" 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'")
+	}
+	return b.String()
+}
+
+func serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+	header := w.Header()
+	header.Set("Content-Security-Policy", pagePolicy)
+	header.Set("Referrer-Policy", "no-referrer")
+	header.Set("Cross-Origin-Opener-Policy", "same-origin")
+	header.Set("X-Frame-Options", "DENY")
+	serveStatic(w, r, "text/html; charset=utf-8", pageTag, pageHTML)
+	return nil
+}
+
+// redirectUI leads to the page without the slash, where its relative links
+// are right. http.Redirect would leave out the prefix.
+func redirectUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+	w.Header().Set("Location", "../ui")
+	w.WriteHeader(http.StatusPermanentRedirect)
+	return nil
+}
+
+func serveOpenAPI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+	serveStatic(w, r, "application/json", openAPITag, openAPI)
+	return nil
+}
+
+// serveStatic serves what changes only with the program.
+func serveStatic(w http.ResponseWriter, r *http.Request, contentType, tag string, body []byte) {
+	header := w.Header()
+	header.Set("Cache-Control", "no-cache")
+	header.Set("Content-Type", contentType)
+	header.Set("ETag", tag)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+}

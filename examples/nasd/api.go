@@ -1,0 +1,234 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/taskhttp"
+)
+
+// An api is the REST API of the daemon:
+//
+//	GET  /pools                     all pools, and how their last operations ended
+//	POST /pools                     {"name": NAME} makes a pool
+//	PUT  /pools/NAME/files/PATH     stores the body as a file
+//	POST /pools/NAME/scrub          reads all files and finds those that are corrupted
+//	POST /pools/NAME/accept         takes all files as they are for good
+//	POST /pools/NAME/replicate      {"to": NAME} copies what has changed to another pool
+//	POST /pools/NAME/snapshot       takes a snapshot
+//	GET  /pools/NAME/snapshots      the IDs of all snapshots, the oldest first
+//	     /tasks/                    the operations: see package taskhttp
+//	GET  /                          leads to the page of these
+//
+// A POST is answered with 202 and the operation that it has started.
+type api struct {
+	storage *storage
+	last    *lastResults
+}
+
+// newAPI returns the API. With local it answers only to the addresses of this
+// machine and to "localhost".
+func newAPI(s *storage, last *lastResults, local bool) http.Handler {
+	a := &api{s, last}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /pools", a.create)
+	mux.HandleFunc("GET /pools", a.pools)
+	mux.HandleFunc("PUT /pools/{name}/files/{path...}", a.put)
+	mux.HandleFunc("POST /pools/{name}/scrub", a.on(s.scrub))
+	mux.HandleFunc("POST /pools/{name}/accept", a.on(s.accept))
+	mux.HandleFunc("POST /pools/{name}/replicate", a.replicate)
+	mux.HandleFunc("POST /pools/{name}/snapshot", a.on(s.snapshot))
+	mux.HandleFunc("GET /pools/{name}/snapshots", a.snapshots)
+	mux.Handle("/tasks/", http.StripPrefix("/tasks", taskhttp.Handler(s.tasks)))
+	mux.Handle("GET /{$}", http.RedirectHandler("/tasks/ui", http.StatusFound))
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		fail(w, r, fmt.Errorf("%s %s: %w", r.Method, r.URL.Path, fs.ErrNotExist))
+	})
+
+	// A page of another site must not be able to start anything here, neither
+	// openly nor by having its own name resolve to this machine.
+	protection := http.NewCrossOriginProtection()
+	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		problem(w, http.StatusForbidden, "a page of another site may not do this")
+	}))
+	h := protection.Handler(mux)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if local && !isAddress(r.Host) {
+			problem(w, http.StatusMisdirectedRequest, "ask for this by its address, or as localhost")
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// isAddress reports whether a Host header has an address in it, and no name
+// but localhost.
+func isAddress(host string) bool {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	_, err := netip.ParseAddr(host)
+	return err == nil || host == "localhost"
+}
+
+func (a *api) create(w http.ResponseWriter, r *http.Request) {
+	var in struct {
+		Name string `json:"name"`
+	}
+	if err := readJSON(w, r, &in); err != nil {
+		fail(w, r, err)
+		return
+	}
+	op, err := a.storage.create(in.Name)
+	answer(w, r, op, err)
+}
+
+func (a *api) replicate(w http.ResponseWriter, r *http.Request) {
+	var in struct {
+		To string `json:"to"`
+	}
+	if err := readJSON(w, r, &in); err != nil {
+		fail(w, r, err)
+		return
+	}
+	op, err := a.storage.replicate(r.PathValue("name"), in.To)
+	answer(w, r, op, err)
+}
+
+// on answers a request that starts an operation on a pool.
+func (a *api) on(start func(pool string) (*task.Operation, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		op, err := start(r.PathValue("name"))
+		answer(w, r, op, err)
+	}
+}
+
+func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err error) {
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	taskhttp.Accepted(w, "/tasks", op)
+}
+
+func (a *api) pools(w http.ResponseWriter, r *http.Request) {
+	names, err := a.storage.names()
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	type pool struct {
+		Name string                     `json:"name"`
+		Last map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
+	}
+	pools := make([]pool, 0, len(names))
+	for _, name := range names {
+		pools = append(pools, pool{name, a.last.of(name)})
+	}
+	writeJSON(w, map[string]any{"pools": pools})
+}
+
+func (a *api) snapshots(w http.ResponseWriter, r *http.Request) {
+	p, err := a.storage.open(r.PathValue("name"))
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	defer p.close()
+	ids, err := p.snapshots()
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	writeJSON(w, map[string]any{"snapshots": ids})
+}
+
+func (a *api) put(w http.ResponseWriter, r *http.Request) {
+	p, err := a.storage.open(r.PathValue("name"))
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	defer p.close()
+	if err := p.put(r.Context(), r.PathValue("path"), patient(w, r)); err != nil {
+		fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// patient returns the body of a request. It may take as long as it likes, as
+// long as something comes every half minute.
+func patient(w http.ResponseWriter, r *http.Request) io.Reader {
+	c := http.NewResponseController(w)
+	return readerFunc(func(p []byte) (int, error) {
+		if err := c.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+			return 0, err
+		}
+		return r.Body.Read(p)
+	})
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func readJSON(w http.ResponseWriter, r *http.Request, v any) error {
+	d := json.NewDecoder(http.MaxBytesReader(w, io.NopCloser(patient(w, r)), 1<<20))
+	d.DisallowUnknownFields()
+	switch err := d.Decode(v); {
+	case errors.As(err, new(*http.MaxBytesError)):
+		return err // taskhttp knows that one
+	case err != nil:
+		return inputError("the body should be a JSON object: " + err.Error())
+	default:
+		return nil
+	}
+}
+
+func writeJSON(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		slog.Debug("answer not written", "err", err)
+	}
+}
+
+// fail answers with an error. What is not the storage service's is taskhttp's.
+func fail(w http.ResponseWriter, r *http.Request, err error) {
+	switch {
+	case errors.As(err, new(inputError)):
+		problem(w, http.StatusBadRequest, err.Error())
+	case errors.Is(err, fs.ErrNotExist):
+		problem(w, http.StatusNotFound, err.Error())
+	case errors.Is(err, fs.ErrExist), errors.Is(err, syscall.ENOTDIR):
+		problem(w, http.StatusConflict, err.Error())
+	case errors.As(err, new(readError)): // the body
+		problem(w, http.StatusBadRequest, err.Error())
+	case errors.Is(err, syscall.ENOSPC):
+		problem(w, http.StatusInsufficientStorage, err.Error())
+	default:
+		taskhttp.Error(w, r, err)
+	}
+}
+
+// problem answers with problem details (RFC 9457).
+func problem(w http.ResponseWriter, status int, detail string) {
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(map[string]any{
+		"title":  http.StatusText(status),
+		"status": status,
+		"detail": detail,
+	})
+}

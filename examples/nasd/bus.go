@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"sync"
+
+	"github.com/mynt-nas/task"
+)
+
+// A bus passes events on to whoever subscribes. The zero bus is ready for use.
+type bus struct {
+	mu     sync.Mutex // guards what follows
+	subs   []*subscriber
+	closed bool
+}
+
+// An event says that an operation is not as it was.
+type event struct {
+	op     *task.Operation // shared by all subscribers: nobody may change it
+	missed int             // how many events the subscriber was too slow for, just before this one
+}
+
+type subscriber struct {
+	events chan event
+	missed int
+}
+
+// subscribe returns a channel that gets all events from now on, and is closed
+// with the bus. What doesn't fit into its buffer is lost to this subscriber.
+func (b *bus) subscribe(buffer int) <-chan event {
+	s := &subscriber{events: make(chan event, buffer)}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		close(s.events)
+	} else {
+		b.subs = append(b.subs, s)
+	}
+	return s.events
+}
+
+// publish passes on an event. It never waits.
+func (b *bus) publish(op *task.Operation) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, s := range b.subs {
+		select {
+		case s.events <- event{op, s.missed}:
+			s.missed = 0
+		default:
+			s.missed++
+		}
+	}
+}
+
+// lose tells all subscribers that something was lost, with the next event.
+func (b *bus) lose() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, s := range b.subs {
+		s.missed++
+	}
+}
+
+// close ends the bus, after the last event.
+func (b *bus) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, s := range b.subs {
+		close(s.events)
+	}
+	b.subs, b.closed = nil, true
+}
+
+// feed forwards events until the manager is closed, and then closes the bus.
+func feed(m *task.Manager, b *bus) {
+	defer b.close()
+	for errors.Is(forward(m, b), task.ErrLagged) { // the whole process was held up
+		b.lose()
+	}
+}
+
+// forward is all it takes to feed a bus.
+func forward(m *task.Manager, b *bus) error {
+	for op, err := range m.Watch(context.Background()) {
+		if err != nil {
+			return err
+		}
+		b.publish(op)
+	}
+	return nil
+}
+
+// logFinished is a subscriber that logs how operations ended.
+func logFinished(events <-chan event) {
+	for e := range events {
+		if e.missed > 0 {
+			slog.Warn("the log lacks operations", "events", e.missed)
+		}
+		op := e.op
+		switch {
+		case !op.State.Finished():
+		case op.State == task.StateFailed:
+			slog.Error(op.Name, "state", op.State, "err", op.Error, "id", op.ID)
+		default:
+			slog.Info(op.Name, "state", op.State, "took", op.UpdatedAt.Sub(op.CreatedAt), "id", op.ID)
+		}
+	}
+}
+
+// A lastResults is a subscriber that knows how the last operation of each kind
+// ended for each pool.
+type lastResults struct {
+	tasks *task.Manager
+
+	mu   sync.Mutex                            // guards what follows
+	pool map[string]map[string]*task.Operation // by pool and kind; not to be changed
+}
+
+// newLastResults begins with what the history says.
+func newLastResults(m *task.Manager) *lastResults {
+	l := &lastResults{tasks: m, pool: make(map[string]map[string]*task.Operation)}
+	l.load()
+	return l
+}
+
+func (l *lastResults) load() {
+	ops, err := l.tasks.List(1000, 0, task.ByState(task.StateDone, task.StateFailed, task.StateCancelled))
+	if err != nil {
+		slog.Error("no last results", "err", err)
+	}
+	for _, op := range ops {
+		l.add(op)
+	}
+}
+
+// follow keeps it up to date. With the first event the history is read again:
+// Watch doesn't say when it begins, and that was before the event.
+func (l *lastResults) follow(events <-chan event) {
+	for first := true; ; first = false {
+		e, ok := <-events
+		if !ok {
+			return
+		}
+		if first || e.missed > 0 {
+			l.load()
+		}
+		l.add(e.op)
+	}
+}
+
+// add adds an operation that has finished, unless a later one has.
+func (l *lastResults) add(op *task.Operation) {
+	var a about
+	if !op.State.Finished() || op.DecodeMetadata(&a) != nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	kinds := l.pool[a.Pool]
+	if kinds == nil {
+		kinds = make(map[string]*task.Operation)
+		l.pool[a.Pool] = kinds
+	}
+	if last := kinds[a.Kind]; last == nil || last.UpdatedAt.Before(op.UpdatedAt) {
+		kinds[a.Kind] = op
+	}
+}
+
+// of returns how the last operations on a pool ended, by kind.
+func (l *lastResults) of(pool string) map[string]*task.Operation {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.pool[pool])
+}

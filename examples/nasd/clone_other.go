@@ -1,0 +1,11 @@
+//go:build !linux || !(386 || amd64 || arm || arm64 || loong64 || riscv64 || s390x)
+
+package main
+
+import (
+	"errors"
+	"os"
+)
+
+// clone would share the content of src with dst.
+func clone(dst, src *os.File) error { return errors.ErrUnsupported }

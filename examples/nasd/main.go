@@ -1,0 +1,181 @@
+// Nasd is a small NAS daemon: it shows the four parts of an appliance that
+// package task is made for, working together.
+//
+//	nasd -data DIR [-listen ADDR]
+//
+// The storage service (storage.go, scrub.go, replicate.go) keeps pools, which
+// are directories, scrubs them and replicates one to another. The snapshot
+// scheduler (snapshot.go) takes snapshots of each and thins them out. Whatever
+// takes time is an operation of one task.Manager. Its news go to an event bus
+// (bus.go), and the REST API (api.go) has them all under /tasks, with a page to
+// look at.
+//
+// DIR holds everything:
+//
+//	tasks.db                   the operations, of the past and the present
+//	lock                       held while a nasd serves DIR
+//	pools/NAME/files/          the files of a pool: yours to read and write,
+//	                           but for .incoming, where they are being written
+//	pools/NAME/manifest        the checksums of the files
+//	pools/NAME/snapshots/ID/   the files as they were: to read only
+//
+// It knows no users: whoever can connect may do everything. Listening on
+// 127.0.0.1, as it does unless told otherwise, those are the users of this
+// machine; put something that authenticates in front of it to let in others.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+type config struct {
+	data    string
+	listen  string
+	limit   int
+	history time.Duration
+	every   time.Duration
+	keep    int
+}
+
+func main() {
+	var c config
+	flag.StringVar(&c.data, "data", "", "keep everything in this `DIR`")
+	flag.StringVar(&c.listen, "listen", "127.0.0.1:8080", "listen on this `ADDR`; port 0 takes one that is free")
+	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once; 0 for any number")
+	flag.DurationVar(&c.history, "keep-history", 30*24*time.Hour, "forget operations that finished longer ago; 0 for never")
+	flag.DurationVar(&c.every, "snapshot-every", 10*time.Minute, "take snapshots of each pool that often; 0 for never")
+	flag.IntVar(&c.keep, "keep-snapshots", 12, fmt.Sprintf(
+		"keep the newest `N` snapshots of each pool, and the last ones of %d hours and %d days", keepHours, keepDays))
+	flag.Parse()
+	if c.data == "" || flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // the second signal ends it at once
+	if err := run(ctx, c, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "nasd:", err)
+		os.Exit(1)
+	}
+}
+
+// run is the daemon, until ctx is done.
+func run(ctx context.Context, c config, out io.Writer) (err error) {
+	if err := os.MkdirAll(c.data, 0o700); err != nil {
+		return err
+	}
+	// The locks of package task hold within one Manager. Two daemons would
+	// get in each other's way.
+	lock, err := lockFile(filepath.Join(c.data, "lock"))
+	if err != nil {
+		return fmt.Errorf("%s: %w", c.data, err)
+	}
+	defer lock.Close()
+	store, err := task.OpenSQLite(filepath.Join(c.data, "tasks.db"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	m, err := task.New(store, task.WithLimit(c.limit), task.WithRetention(c.history))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	s, err := openStorage(c.data, m)
+	if err != nil {
+		return err
+	}
+	defer s.pools.Close()
+	ln, err := net.Listen("tcp", c.listen)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, c, s, ln, out)
+}
+
+// serve has the parts of the daemon work together until ctx is done, and then
+// ends them in the order that lets each see the end of what it depends on.
+func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Writer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var parts sync.WaitGroup
+
+	bus := new(bus)
+	last := newLastResults(s.tasks)
+	toLog, toLast := bus.subscribe(1000), bus.subscribe(1000)
+	parts.Go(func() { logFinished(toLog) })
+	parts.Go(func() { last.follow(toLast) })
+	parts.Go(func() { feed(s.tasks, bus) })
+	if c.every > 0 {
+		sched := &scheduler{storage: s, every: c.every, keep: c.keep}
+		parts.Go(func() { sched.run(ctx) })
+	}
+	srv := &http.Server{
+		Handler: newAPI(s, last, isLoopback(ln.Addr())),
+		// No ReadTimeout and no WriteTimeout: they would end event streams. The
+		// handlers that read bodies set deadlines of their own.
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+	}
+	var served error
+	parts.Go(func() {
+		defer cancel()
+		served = srv.Serve(ln)
+	})
+	greet(out, "http://"+ln.Addr().String(), s)
+
+	<-ctx.Done()
+	slog.Info("shutting down")
+	// The server goes last: it has yet to tell those who watch how their
+	// operations ended. That ends the event streams.
+	err := s.tasks.Close()
+	grace, end := context.WithTimeout(context.Background(), 3*time.Second)
+	defer end()
+	if srv.Shutdown(grace) != nil {
+		srv.Close() // say, an upload that takes its time
+	}
+	parts.Wait()
+	if !errors.Is(served, http.ErrServerClosed) {
+		err = errors.Join(served, err)
+	}
+	return err
+}
+
+// greet says where the daemon is, and how to begin.
+func greet(out io.Writer, url string, s *storage) {
+	names, err := s.names()
+	fmt.Fprintln(out, "nasd is at", url)
+	if err != nil || len(names) > 0 {
+		return
+	}
+	fmt.Fprintf(out, `
+There is no pool yet. To make one, put a file into it, and scrub it:
+
+  curl %[1]s/pools -d '{"name":"tank"}'
+  echo hello, world | curl %[1]s/pools/tank/files/hello.txt -T -
+  curl %[1]s/pools/tank/scrub -X POST
+
+Then open %[1]s/ in a browser.
+`, url)
+}
+
+func isLoopback(a net.Addr) bool {
+	tcp, ok := a.(*net.TCPAddr)
+	return ok && tcp.IP.IsLoopback()
+}

@@ -1,0 +1,523 @@
+//go:build unix
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// TestMain lets the test binary stand in for the daemon.
+func TestMain(m *testing.M) {
+	if os.Getenv("NASD_TEST_MAIN") != "" {
+		go func() { // should the test not live to end it
+			io.Copy(io.Discard, os.Stdin)
+			os.Exit(3)
+		}()
+		main()
+		return
+	}
+	code := m.Run()
+	if left := goroutines(); code == 0 && left != "" {
+		fmt.Fprintf(os.Stderr, "goroutines left by tests:\n\n%s\n", left)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// goroutines returns the stacks of all but this goroutine, as soon as there are
+// none, or after some time.
+func goroutines() (left string) {
+	buf := make([]byte, 1<<20)
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		_, left, _ = strings.Cut(string(buf[:runtime.Stack(buf, true)]), "\n\n")
+		if left == "" || !strings.Contains(left, "mynt-nas") && !strings.Contains(left, "net/http") {
+			return ""
+		}
+	}
+	return left
+}
+
+// program returns the command that runs the daemon.
+func program(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	must(t, err)
+	cmd := exec.CommandContext(t.Context(), exe, args...)
+	cmd.Env = append(os.Environ(), "NASD_TEST_MAIN=1",
+		"GORACE=atexit_sleep_ms=0") // else -race adds a second to each run
+	_, err = cmd.StdinPipe() // which ends with this process, or when cmd has ended
+	must(t, err)
+	return cmd
+}
+
+// A daemon is one that runs.
+type daemon struct {
+	t      *testing.T
+	dir    string
+	url    string
+	greets string // what it said first
+	cmd    *exec.Cmd
+	log    bytes.Buffer // to be read when it has ended
+	client *http.Client
+	ended  chan struct{}
+}
+
+// start starts the daemon, and returns when it listens.
+func start(t *testing.T, dir string, args ...string) *daemon {
+	t.Helper()
+	d := &daemon{t: t, dir: dir, client: &http.Client{Transport: &http.Transport{}}, ended: make(chan struct{})}
+	d.cmd = program(t, append([]string{"-data", dir, "-listen", "127.0.0.1:0", "-snapshot-every", "0"}, args...)...)
+	d.cmd.Stderr = &d.log
+	out, err := d.cmd.StdoutPipe()
+	must(t, err)
+	must(t, d.cmd.Start())
+	t.Cleanup(func() {
+		d.end(syscall.SIGKILL)
+		if t.Failed() {
+			t.Logf("the daemon's log:\n%s", &d.log)
+		}
+	})
+	r := bufio.NewReader(out)
+	line, err := r.ReadString('\n')
+	if err != nil {
+		t.Fatalf("the daemon doesn't start: %v, %v", err, d.end(syscall.SIGKILL))
+	}
+	d.greets, d.url = line, strings.TrimSpace(strings.TrimPrefix(line, "nasd is at "))
+	go func() {
+		defer close(d.ended)
+		rest, _ := io.ReadAll(r)
+		d.greets += string(rest)
+	}()
+	return d
+}
+
+// end sends the daemon a signal and returns how it ended.
+func (d *daemon) end(sig syscall.Signal) error {
+	if d.cmd.ProcessState != nil {
+		return nil
+	}
+	d.cmd.Process.Signal(sig)
+	if d.url != "" {
+		<-d.ended
+	}
+	err := d.cmd.Wait()
+	d.client.CloseIdleConnections()
+	return err
+}
+
+func (d *daemon) request(method, path string, body io.Reader) *http.Response {
+	d.t.Helper()
+	req, err := http.NewRequestWithContext(d.t.Context(), method, d.url+path, body)
+	must(d.t, err)
+	resp, err := d.client.Do(req)
+	must(d.t, err)
+	return resp
+}
+
+// do makes a request, checks the status of the answer, and stores its JSON in
+// the value that into points to, unless that is nil.
+func (d *daemon) do(method, path, body string, status int, into any) {
+	d.t.Helper()
+	resp := d.request(method, path, strings.NewReader(body))
+	defer resp.Body.Close()
+	got, err := io.ReadAll(resp.Body)
+	must(d.t, err)
+	if resp.StatusCode != status {
+		d.t.Fatalf("%s %s: got %s, want %d: %s", method, path, resp.Status, status, got)
+	}
+	if into != nil {
+		must(d.t, json.Unmarshal(got, into))
+	}
+}
+
+// begin starts an operation.
+func (d *daemon) begin(path, body string) (op task.Operation) {
+	d.t.Helper()
+	d.do("POST", path, body, 202, &op)
+	return op
+}
+
+func (d *daemon) get(id string) (op task.Operation) {
+	d.t.Helper()
+	d.do("GET", "/tasks/"+id, "", 200, &op)
+	return op
+}
+
+// finish does an operation, checks in which state it ends, and stores its
+// result in the value that into points to, unless that is nil.
+func (d *daemon) finish(path, body string, state task.State, into any) task.Operation {
+	d.t.Helper()
+	op := d.begin(path, body)
+	d.do("GET", "/tasks/"+op.ID+"/wait?timeout=5m", "", 200, &op)
+	if op.State != state {
+		d.t.Fatalf("%s is %s at %d%% (%s), want %s", op.Name, op.State, op.Progress, op.Error, state)
+	}
+	if into != nil {
+		must(d.t, op.DecodeResult(into))
+	}
+	return op
+}
+
+// put makes a file.
+func (d *daemon) put(path, content string) {
+	d.t.Helper()
+	d.do("PUT", path, content, 204, nil)
+}
+
+// file returns where something in a pool is.
+func (d *daemon) file(pool, name string) string {
+	return filepath.Join(d.dir, "pools", pool, filesDir, name)
+}
+
+// A stream is a stream of server-sent events.
+type stream struct {
+	t    *testing.T
+	body io.ReadCloser
+	r    *bufio.Reader
+}
+
+func (d *daemon) stream(path string) *stream {
+	d.t.Helper()
+	resp := d.request("GET", path, nil)
+	d.t.Cleanup(func() { resp.Body.Close() })
+	if resp.StatusCode != 200 {
+		d.t.Fatalf("GET %s: %s", path, resp.Status)
+	}
+	return &stream{d.t, resp.Body, bufio.NewReader(resp.Body)}
+}
+
+// next returns the next event, or io.EOF.
+func (s *stream) next() (name string, data []byte, err error) {
+	for {
+		line, err := s.r.ReadString('\n')
+		if err != nil {
+			return "", nil, err
+		}
+		field, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
+		switch {
+		case field == "event":
+			name = value
+		case field == "data":
+			data = []byte(value)
+		case line == "\n" && name != "":
+			return name, data, nil
+		}
+	}
+}
+
+// until reads events until there is one of an operation that is as wanted.
+func (s *stream) until(what string, wanted func(op *task.Operation) bool) *task.Operation {
+	s.t.Helper()
+	for {
+		name, data, err := s.next()
+		if err != nil {
+			s.t.Fatalf("waiting for %s: %v", what, err)
+		}
+		op := new(task.Operation)
+		if name != "operation" {
+			continue
+		}
+		must(s.t, json.Unmarshal(data, op))
+		if wanted(op) {
+			return op
+		}
+	}
+}
+
+// untilAt waits until an operation is at a file.
+func (d *daemon) untilAt(id, file string) {
+	d.t.Helper()
+	s := d.stream("/tasks/" + id + "/events")
+	defer s.body.Close()
+	s.until("being at "+file, func(op *task.Operation) bool {
+		var a about
+		must(d.t, op.DecodeMetadata(&a))
+		return a.File == file
+	})
+}
+
+func TestProgram(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		args   []string
+		code   int
+		stderr string
+	}{
+		{"no directory", nil, 2, "-data DIR"},
+		{"argument", []string{"-data", t.TempDir(), "x"}, 2, "-data DIR"},
+		{"bad address", []string{"-data", t.TempDir(), "-listen", "256.0.0.1:0"}, 1, "nasd: listen"},
+		{"bad directory", []string{"-data", os.Args[0]}, 1, "not a directory"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cmd := program(t, tt.args...)
+			var stderr strings.Builder
+			cmd.Stderr = &stderr
+			if err := cmd.Run(); !errors.As(err, new(*exec.ExitError)) || cmd.ProcessState.ExitCode() != tt.code ||
+				!strings.Contains(stderr.String(), tt.stderr) {
+				t.Errorf("got %v and %q, want exit code %d and %q", err, stderr.String(), tt.code, tt.stderr)
+			}
+		})
+	}
+}
+
+// The whole story, over HTTP, as a user would live it.
+func TestDaemon(t *testing.T) {
+	d := start(t, t.TempDir())
+	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.finish("/pools", `{"name":"backup"}`, task.StateDone, nil)
+	d.do("POST", "/pools", `{"name":"tank"}`, 409, nil)
+	want := map[string]string{"a.txt": "one", "dir/b.txt": "two", "dir/dir/empty": ""}
+	for name, content := range want {
+		d.put("/pools/tank/files/"+name, content)
+	}
+
+	t.Run("scrub", func(t *testing.T) {
+		var r scrubResult
+		d.finish("/pools/tank/scrub", "", task.StateDone, &r)
+		if want := (scrubResult{Files: 3, Bytes: 6, New: files("a.txt", "dir/b.txt", "dir/dir/empty")}); !reflect.DeepEqual(r, want) {
+			t.Errorf("got %+v, want %+v", r, want)
+		}
+	})
+	t.Run("corruption", func(t *testing.T) {
+		path := d.file("tank", "dir/b.txt")
+		info, err := os.Stat(path)
+		must(t, err)
+		must(t, os.WriteFile(path, []byte("tvo"), 0o600))
+		must(t, os.Chtimes(path, time.Time{}, info.ModTime()))
+		var r scrubResult
+		op := d.finish("/pools/tank/scrub", "", task.StateFailed, &r)
+		if want := (scrubResult{Files: 3, Bytes: 6, Corrupted: files("dir/b.txt")}); !reflect.DeepEqual(r, want) {
+			t.Errorf("got %+v, want %+v", r, want)
+		}
+		d.untilLast("tank", "scrub", op.ID)
+		r = scrubResult{}
+		d.finish("/pools/tank/accept", "", task.StateDone, nil)
+		d.finish("/pools/tank/scrub", "", task.StateDone, nil)
+		d.put("/pools/tank/files/dir/b.txt", "two")
+		d.finish("/pools/tank/scrub", "", task.StateDone, &r)
+		if want := (scrubResult{Files: 3, Bytes: 6, Changed: files("dir/b.txt")}); !reflect.DeepEqual(r, want) {
+			t.Errorf("restored: got %+v, want %+v", r, want)
+		}
+	})
+	t.Run("replicate", func(t *testing.T) {
+		var r replicateResult
+		d.finish("/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
+		if want := (replicateResult{Copied: 3, Bytes: 6}); !reflect.DeepEqual(r, want) {
+			t.Errorf("got %+v, want %+v", r, want)
+		}
+		wantTree(t, d.file("tank", ""), want)
+		wantTree(t, d.file("backup", ""), want)
+	})
+	t.Run("snapshot", func(t *testing.T) {
+		var first, second snapshotResult
+		d.finish("/pools/tank/snapshot", "", task.StateDone, &first)
+		d.put("/pools/tank/files/a.txt", "three")
+		d.finish("/pools/tank/snapshot", "", task.StateDone, &second)
+		var got struct{ Snapshots []string }
+		d.do("GET", "/pools/tank/snapshots", "", 200, &got)
+		if !slices.Equal(got.Snapshots, []string{first.ID, second.ID}) || second.Linked != 2 {
+			t.Errorf("listed are %v, taken were %+v and %+v", got, first, second)
+		}
+		wantTree(t, filepath.Join(d.dir, "pools/tank/snapshots", first.ID), want)
+	})
+	t.Run("one at a time", func(t *testing.T) {
+		makeHuge(t, d.file("tank", "huge"))
+		first := d.begin("/pools/tank/scrub", "")
+		second := d.begin("/pools/tank/snapshot", "")
+		d.untilAt(first.ID, "huge") // where it will be for hours
+		d.finish("/pools/backup/scrub", "", task.StateDone, nil)
+		if op := d.get(second.ID); op.State != task.StatePending {
+			t.Errorf("the second is %s, want %s", op.State, task.StatePending)
+		}
+		for _, id := range []string{second.ID, first.ID} {
+			d.do("POST", "/tasks/"+id+"/cancel", "", 202, nil)
+			var op task.Operation
+			d.do("GET", "/tasks/"+id+"/wait?timeout=5m", "", 200, &op)
+			if op.State != task.StateCancelled {
+				t.Errorf("%s is %s, want %s", op.Name, op.State, task.StateCancelled)
+			}
+		}
+		must(t, os.Remove(d.file("tank", "huge")))
+		d.finish("/pools/tank/scrub", "", task.StateDone, nil)
+	})
+	t.Run("page", func(t *testing.T) {
+		resp := d.request("GET", "/", nil) // and where that leads
+		resp.Body.Close()
+		if got := resp.Request.URL.Path; got != "/tasks/ui" || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") {
+			t.Errorf("/ leads to %s, which is %v", got, resp.Header)
+		}
+	})
+}
+
+// untilLast waits until the pools are listed with an operation as the last of
+// its kind. That comes by the event bus, some time after the end.
+func (d *daemon) untilLast(pool, kind, id string) {
+	d.t.Helper()
+	for {
+		var got struct {
+			Pools []struct {
+				Name string
+				Last map[string]task.Operation
+			}
+		}
+		d.do("GET", "/pools", "", 200, &got)
+		for _, p := range got.Pools {
+			if p.Name == pool && p.Last[kind].ID == id {
+				return
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestGreeting(t *testing.T) {
+	dir := t.TempDir()
+	for _, want := range []bool{true, false} {
+		d := start(t, dir)
+		if want {
+			d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+		}
+		if out, err := program(t, "-data", dir, "-listen", "127.0.0.1:0").CombinedOutput(); err == nil ||
+			!strings.Contains(string(out), "another nasd serves") {
+			t.Errorf("a second daemon: %v, %s", err, out)
+		}
+		must(t, d.end(syscall.SIGINT))
+		if got := strings.Contains(d.greets, d.url+"/pools/tank/scrub"); got != want {
+			t.Errorf("it says %q, with advice: %v, want %v", d.greets, got, want)
+		}
+	}
+}
+
+// On SIGTERM the operations end, those who watch see it, and the daemon exits.
+func TestTerm(t *testing.T) {
+	d := start(t, t.TempDir())
+	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+	makeHuge(t, d.file("tank", "huge"))
+	running := d.begin("/pools/tank/scrub", "")
+	waiting := d.begin("/pools/tank/snapshot", "")
+	all := d.stream("/tasks/events")
+	if name, data, err := all.next(); name != "snapshot" || !bytes.Contains(data, []byte(running.ID)) {
+		t.Errorf("first comes %s %s, %v", name, data, err)
+	}
+	d.untilAt(running.ID, "huge")
+
+	ended := make(chan error, 1)
+	go func() { ended <- d.end(syscall.SIGTERM) }()
+	failed := make(map[string]string) // what the stream says, until it ends
+	for {
+		name, data, err := all.next()
+		if err == io.EOF {
+			break
+		}
+		must(t, err)
+		var op task.Operation
+		must(t, json.Unmarshal(data, &op))
+		if name == "operation" && op.State.Finished() {
+			failed[op.ID] = op.Error
+		}
+	}
+	must(t, <-ended)
+
+	d = start(t, d.dir)
+	for _, id := range []string{running.ID, waiting.ID} {
+		op := d.get(id)
+		if op.State != task.StateFailed || !strings.HasPrefix(op.Error, "Task failed due to system shutdown") {
+			t.Errorf("%s is %s %q", op.Name, op.State, op.Error)
+		}
+		// The server may end the stream before all is told.
+		if said, ok := failed[id]; ok && said != op.Error {
+			t.Errorf("%s: the stream said %q, and it is %q", op.Name, said, op.Error)
+		}
+	}
+	must(t, os.Remove(d.file("tank", "huge")))
+	d.finish("/pools/tank/scrub", "", task.StateDone, nil)
+	must(t, d.end(syscall.SIGTERM))
+}
+
+// Killed in the middle of it, the next daemon knows, and goes on.
+func TestKill(t *testing.T) {
+	d := start(t, t.TempDir())
+	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.finish("/pools", `{"name":"backup"}`, task.StateDone, nil)
+	d.put("/pools/tank/files/a", "a")
+	d.put("/pools/tank/files/z", "z")
+	makeHuge(t, d.file("tank", "huge"))
+	op := d.begin("/pools/tank/replicate", `{"to":"backup"}`)
+	d.untilAt(op.ID, "huge")
+	if err := d.end(syscall.SIGKILL); err == nil {
+		t.Error("killed, and no error")
+	}
+
+	d = start(t, d.dir)
+	op = d.get(op.ID)
+	if op.State != task.StateFailed || op.Error != "Task failed due to system restart" {
+		t.Errorf("it is %s %q", op.State, op.Error)
+	}
+	wantTree(t, d.file("backup", ""), map[string]string{"a": "a"})
+	must(t, os.Remove(d.file("tank", "huge")))
+	var r replicateResult
+	d.finish("/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
+	if want := (replicateResult{Copied: 1, Skipped: 1, Bytes: 2}); !reflect.DeepEqual(r, want) {
+		t.Errorf("got %+v, want %+v", r, want)
+	}
+	wantTree(t, d.file("backup", ""), map[string]string{"a": "a", "z": "z"})
+	d.finish("/pools/backup/scrub", "", task.StateDone, nil)
+}
+
+// The scheduler takes snapshots and thins them out, all as operations.
+func TestSchedule(t *testing.T) {
+	d := start(t, t.TempDir(), "-snapshot-every", "10ms", "-keep-snapshots", "2")
+	all := d.stream("/tasks/events")
+	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.put("/pools/tank/files/a", "a")
+	all.until("snapshots removed", func(op *task.Operation) bool {
+		var r thinResult
+		must(t, op.DecodeResult(&r))
+		return op.Name == "thin tank" && op.State == task.StateDone && len(r.Removed) > 0
+	})
+	must(t, d.end(syscall.SIGTERM))
+
+	d = start(t, d.dir)
+	var want []string
+	for cursor := ""; ; {
+		var page struct {
+			Tasks      []task.Operation
+			NextCursor string `json:"next_cursor"`
+		}
+		d.do("GET", "/tasks/?limit=500&state=DONE&cursor="+cursor, "", 200, &page)
+		for _, op := range page.Tasks { // the newest first
+			var r struct{ ID string }
+			if op.Name == "snapshot tank" {
+				must(t, op.DecodeResult(&r))
+				want = append(want, r.ID)
+			}
+		}
+		if cursor = page.NextCursor; cursor == "" {
+			break
+		}
+	}
+	var got struct{ Snapshots []string }
+	d.do("GET", "/pools/tank/snapshots", "", 200, &got)
+	slices.Reverse(got.Snapshots)
+	if len(got.Snapshots) < 2 || len(got.Snapshots) >= len(want) || !slices.Equal(got.Snapshots, want[:len(got.Snapshots)]) {
+		t.Errorf("there are %v, of %v taken", got.Snapshots, want)
+	}
+}

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+)
+
+// A replicateResult is what a replication has done.
+type replicateResult struct {
+	Copied     int   `json:"copied"`  // files
+	Skipped    int   `json:"skipped"` // that the target has already
+	Bytes      int64 `json:"bytes"`   // of all of these
+	Corrupted  list  `json:"corrupted,omitzero"`
+	Unreadable list  `json:"unreadable,omitzero"`
+}
+
+// replicate copies the files of p to another pool, but for those that have the
+// same size and time there. So it goes on where an earlier one was interrupted;
+// and a copy that a scrub calls corrupted stays so, until somebody deletes it.
+// It leaves alone what only the target has, and copies no symbolic links. What
+// is corrupted in p does not take the place of what may be a good copy.
+func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateResult, error) {
+	known, err := p.manifest()
+	if err != nil {
+		return nil, err
+	}
+	there, err := to.manifest()
+	if err != nil {
+		return nil, fmt.Errorf("the target: %w", err)
+	}
+	c := &copier{from: p, to: to, worker: w, known: known, there: there}
+	err = w.each(ctx, p.files, func(path string, err error) error { return c.visit(ctx, path, err) })
+	r := &c.result
+	r.Bytes = w.done
+	// Also of a part of them: their checksums are worth keeping.
+	err = errors.Join(err, syncParents(to.files, c.copied...), to.saveManifest(there))
+	if err == nil && r.Corrupted.Count+r.Unreadable.Count > 0 {
+		err = fmt.Errorf("not copied: %d corrupted and %d unreadable files", r.Corrupted.Count, r.Unreadable.Count)
+	}
+	return r, err
+}
+
+// A copier is one replication.
+type copier struct {
+	from, to *pool
+	worker   *worker
+	known    manifest // of from
+	there    manifest // of to, which is brought up to date
+	copied   []string
+	result   replicateResult
+}
+
+// visit copies a file if need be. An error that it returns is one of writing,
+// which ends it all: the disk is full.
+func (c *copier) visit(ctx context.Context, path string, err error) error {
+	if err == nil {
+		err = c.bring(ctx, path)
+	}
+	if errors.Is(err, errCorrupted) {
+		c.result.Corrupted.add(path)
+		return nil
+	}
+	return c.result.Unreadable.addUnreadable(ctx, path, err)
+}
+
+var errCorrupted = errors.New("corrupted")
+
+func (c *copier) bring(ctx context.Context, path string) error {
+	f, info, err := open(ctx, c.from.files, path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	old, isKnown := c.known.find(path, info)
+	if found, err := c.to.files.Lstat(path); err == nil && found.Mode().IsRegular() && unchanged(found, info) {
+		if _, ok := c.there.find(path, info); !ok && isKnown {
+			c.there[path] = old // an earlier one was killed; a scrub will tell
+		}
+		c.worker.moved(info.Size())
+		c.result.Skipped++
+		return nil
+	}
+	var sum string
+	m := meta{perm: info.Mode().Perm(), mtime: info.ModTime()}
+	err = replace(c.to.files, path, m, func(dst *os.File) error {
+		if sum, err = c.worker.copy(ctx, sparse{dst}, contents(f, info)); err != nil {
+			return err
+		}
+		if isKnown && sum != old.sum {
+			return errCorrupted
+		}
+		return sparse{dst}.truncate()
+	})
+	if err != nil {
+		return err
+	}
+	c.there[path] = newEntry(sum, info)
+	c.copied = append(c.copied, path)
+	c.result.Copied++
+	return nil
+}

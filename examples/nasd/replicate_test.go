@@ -1,0 +1,187 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"maps"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// twoPools returns a scrubbed pool with two files, and an empty one.
+func twoPools(t *testing.T) (p, to *pool) {
+	t.Helper()
+	s := newStorage(t, "tank", "backup")
+	p, to = openPool(t, s, "tank"), openPool(t, s, "backup")
+	write(t, p.files, "a", "a")
+	write(t, p.files, "b/c", "ccc")
+	_, err := scrubbed(t, p)
+	must(t, err)
+	return p, to
+}
+
+func TestReplicate(t *testing.T) {
+	want := map[string]string{"a": "a", "b/c": "ccc"}
+	tests := []struct {
+		name   string
+		change func(t *testing.T, p, to *pool) // after a first replication
+		want   replicateResult
+		err    string
+		also   map[string]string // what the target has besides, or instead
+	}{
+		{
+			name:   "nothing changed",
+			change: func(t *testing.T, p, to *pool) {},
+			want:   replicateResult{Skipped: 2, Bytes: 4},
+		},
+		{
+			name:   "changed",
+			change: func(t *testing.T, p, to *pool) { write(t, p.files, "a", "new") },
+			want:   replicateResult{Copied: 1, Skipped: 1, Bytes: 6},
+			also:   map[string]string{"a": "new"},
+		},
+		{
+			name: "of another time",
+			change: func(t *testing.T, p, to *pool) {
+				must(t, p.files.Chtimes("a", longAgo, longAgo.Add(time.Nanosecond)))
+			},
+			want: replicateResult{Copied: 1, Skipped: 1, Bytes: 4},
+		},
+		{
+			name: "lost and changed in the target",
+			change: func(t *testing.T, p, to *pool) {
+				must(t, to.files.RemoveAll("b"))
+				must(t, to.files.Chtimes("a", time.Time{}, time.Now()))
+			},
+			want: replicateResult{Copied: 2, Bytes: 4},
+		},
+		{
+			name:   "only in the target",
+			change: func(t *testing.T, p, to *pool) { write(t, to.files, "x/y", "mine") },
+			want:   replicateResult{Skipped: 2, Bytes: 4},
+			also:   map[string]string{"x/y": "mine"},
+		},
+		{
+			name: "corrupted in the source",
+			change: func(t *testing.T, p, to *pool) {
+				write(t, p.files, "a", "A") // of the same time
+				must(t, to.files.Chtimes("a", time.Time{}, time.Now()))
+			},
+			want: replicateResult{Skipped: 1, Bytes: 4, Corrupted: files("a")},
+			err:  "not copied: 1 corrupted and 0 unreadable files",
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p, to := twoPools(t)
+			r, err := p.replicate(t.Context(), new(worker), to)
+			must(t, err)
+			if want := (replicateResult{Copied: 2, Bytes: 4}); !reflect.DeepEqual(*r, want) {
+				t.Errorf("the first has done %+v, want %+v", *r, want)
+			}
+			tt.change(t, p, to)
+			r, err = p.replicate(t.Context(), new(worker), to)
+			if !reflect.DeepEqual(*r, tt.want) {
+				t.Errorf("got  %+v\nwant %+v", *r, tt.want)
+			}
+			if tt.err == "" && err != nil || tt.err != "" && (err == nil || err.Error() != tt.err) {
+				t.Errorf("got error %v, want %q", err, tt.err)
+			}
+			want := maps.Clone(want)
+			maps.Copy(want, tt.also)
+			wantTree(t, to.files.Name(), want)
+		})
+	}
+}
+
+func TestReplicateMeta(t *testing.T) {
+	p, to := twoPools(t)
+	must(t, p.files.Chmod("a", 0o751))
+	_, err := p.replicate(t.Context(), new(worker), to)
+	must(t, err)
+	info, err := to.files.Lstat("a")
+	must(t, err)
+	if !info.ModTime().Equal(longAgo) || runtime.GOOS != "windows" && info.Mode() != 0o751 {
+		t.Errorf("the copy is of %v with %v", info.ModTime(), info.Mode())
+	}
+	// It has checksums from the start.
+	write(t, to.files, "a", "A")
+	if r, err := scrubbed(t, to); err == nil || !reflect.DeepEqual(r.Corrupted, files("a")) || r.New.Count > 0 {
+		t.Errorf("a scrub of the target: %+v, %v", r, err)
+	}
+}
+
+// One that was killed has copied files but not kept their checksums.
+func TestReplicateAfterKill(t *testing.T) {
+	p, to := twoPools(t)
+	_, err := p.replicate(t.Context(), new(worker), to)
+	must(t, err)
+	must(t, to.saveManifest(manifest{}))
+	r, err := p.replicate(t.Context(), new(worker), to)
+	if err != nil || r.Skipped != 2 {
+		t.Errorf("got %+v and %v, want both skipped", r, err)
+	}
+	if r, err := scrubbed(t, to); err != nil || r.New.Count > 0 {
+		t.Errorf("a scrub of the target: %+v, %v; want nothing new", r, err)
+	}
+}
+
+func TestReplicateCancel(t *testing.T) {
+	p, to := twoPools(t)
+	makeHuge(t, filepath.Join(p.files.Name(), "b/huge"))
+	ctx, w := cancelled(t)
+	update := w.update
+	w.update = func(n int) {
+		if w.done >= 4+3*chunkSize {
+			update(n)
+		}
+	}
+	r, err := p.replicate(ctx, w, to)
+	if !errors.Is(err, task.ErrCancelled) || r.Bytes != 4+3*chunkSize || r.Copied != 2 {
+		t.Errorf("got %+v and %v, want two files and three chunks copied, and %v", r, err, task.ErrCancelled)
+	}
+	wantTree(t, to.files.Name(), map[string]string{"a": "a", "b/c": "ccc"})
+	if r, err := scrubbed(t, to); err != nil || r.New.Count > 0 {
+		t.Errorf("a scrub of the target: %+v, %v; want nothing new", r, err)
+	}
+	must(t, p.files.Remove("b/huge"))
+	if r, err := p.replicate(t.Context(), new(worker), to); err != nil || r.Skipped != 2 || r.Copied != 0 {
+		t.Errorf("once more: got %+v and %v, want both skipped", r, err)
+	}
+}
+
+// What can't be read is told; what can't be written ends it.
+func TestReplicateTrouble(t *testing.T) {
+	p, to := twoPools(t)
+	c := &copier{from: p, to: to, worker: new(worker)}
+	must(t, c.visit(t.Context(), "dir", readError{syscall.EIO}))
+	must(t, c.visit(t.Context(), "deleted", nil))
+	if !reflect.DeepEqual(c.result.Unreadable, files("dir")) {
+		t.Errorf("got %+v, want dir", c.result)
+	}
+	must(t, to.files.Mkdir("a", 0o700))
+	if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
+		t.Error("in place of a directory: no error")
+	}
+	must(t, to.files.Remove("a"))
+	must(t, to.files.RemoveAll(incoming))
+	write(t, to.files, incoming, "in the way")
+	if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
+		t.Error("nowhere to write: no error")
+	}
+	if _, err := to.files.Lstat("a"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got %v, want %v", err, fs.ErrNotExist)
+	}
+	for _, damaged := range []*pool{to, p} {
+		must(t, damaged.root.WriteFile(manifestFile, nil, 0o600))
+		if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
+			t.Error("a damaged manifest: no error")
+		}
+	}
+}

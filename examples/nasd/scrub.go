@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// A scrubResult is what a scrub has found.
+//
+// A file is corrupted if its content has changed although neither its size nor
+// its time has: no program does that, but disks do. It is reported until the
+// file is restored or the user accepts what it holds. Any other change is taken
+// to be meant: the new checksum is kept. Nobody can tell a file that was
+// deleted from one that was lost, so that it is reported as missing, once.
+type scrubResult struct {
+	Files      int   `json:"files"` // read
+	Bytes      int64 `json:"bytes"`
+	Corrupted  list  `json:"corrupted"`
+	Unreadable list  `json:"unreadable"` // files and directories
+	Missing    list  `json:"missing,omitzero"`
+	New        list  `json:"new,omitzero"`
+	Changed    list  `json:"changed,omitzero"`
+}
+
+// scrub compares all files with known, and keeps the checksums of those that
+// are new or have been changed. Cancelled, it keeps what it knew. It returns
+// an error, and the result as well, if there is anything wrong with the files.
+func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResult, error) {
+	s := &scrub{pool: p, worker: w, known: known, next: make(manifest)}
+	err := w.each(ctx, p.files, func(path string, err error) error { return s.visit(ctx, path, err) })
+	r := &s.result
+	r.Bytes = w.done
+	if err != nil {
+		return r, err
+	}
+	for _, path := range slices.Sorted(maps.Keys(known)) {
+		if _, ok := s.next[path]; !ok {
+			r.Missing.add(path)
+		}
+	}
+	if known == nil || !maps.Equal(known, s.next) {
+		if err := p.saveManifest(s.next); err != nil {
+			return r, err
+		}
+	}
+	if r.Corrupted.Count+r.Unreadable.Count > 0 {
+		return r, fmt.Errorf("corrupted: %d, unreadable: %d, of %d files",
+			r.Corrupted.Count, r.Unreadable.Count, r.Files+r.Unreadable.Count)
+	}
+	return r, nil
+}
+
+// A scrub is one pass over the files of a pool.
+type scrub struct {
+	pool   *pool
+	worker *worker
+	known  manifest // as it was
+	next   manifest // as it will be
+	result scrubResult
+}
+
+func (s *scrub) visit(ctx context.Context, path string, err error) error {
+	if err == nil {
+		err = s.check(ctx, path)
+	}
+	if errors.As(err, new(readError)) {
+		s.keep(path)
+	}
+	return s.result.Unreadable.addUnreadable(ctx, path, err)
+}
+
+// check reads one file and compares it with what is known.
+func (s *scrub) check(ctx context.Context, path string) error {
+	f, info, err := open(ctx, s.pool.files, path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	sum, err := s.worker.copy(ctx, io.Discard, contents(f, info))
+	if err != nil {
+		return err
+	}
+	now, err := f.Stat()
+	if err != nil {
+		return readError{err}
+	}
+	r := &s.result
+	r.Files++
+	old, ok := s.known[path]
+	_, same := s.known.find(path, info)
+	s.next[path] = newEntry(sum, info)
+	switch {
+	case !ok:
+		r.New.add(path)
+	case !unchanged(now, info) || !same:
+		r.Changed.add(path)
+	case sum != old.sum:
+		r.Corrupted.add(path)
+		s.next[path] = old
+	}
+	return nil
+}
+
+// keep keeps what is known of a file that can't be read, or of all files in
+// such a directory: they are not missing.
+func (s *scrub) keep(path string) {
+	for known, e := range s.known {
+		if known == path || strings.HasPrefix(known, path+"/") {
+			s.next[known] = e
+		}
+	}
+}

@@ -1,0 +1,251 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+func files(paths ...string) list { return list{len(paths), paths} }
+
+// scrubbed scrubs a pool by its manifest.
+func scrubbed(t *testing.T, p *pool) (*scrubResult, error) {
+	t.Helper()
+	known, err := p.manifest()
+	must(t, err)
+	return p.scrub(t.Context(), new(worker), known)
+}
+
+func TestScrub(t *testing.T) {
+	accept := func(t *testing.T, p *pool) {
+		if _, err := p.scrub(t.Context(), new(worker), nil); err != nil {
+			t.Error(err)
+		}
+	}
+	corrupt := func(t *testing.T, p *pool) { write(t, p.files, "b/c", "CCC") } // of the same time
+	tests := []struct {
+		name  string
+		steps []func(t *testing.T, p *pool) // a scrub after each but the last
+		want  scrubResult
+		err   string
+	}{
+		{
+			name: "clean",
+			want: scrubResult{Files: 2, Bytes: 4},
+		},
+		{
+			name:  "corrupted",
+			steps: []func(*testing.T, *pool){corrupt},
+			want:  scrubResult{Files: 2, Bytes: 4, Corrupted: files("b/c")},
+			err:   "corrupted: 1, unreadable: 0, of 2 files",
+		},
+		{
+			name:  "still corrupted",
+			steps: []func(*testing.T, *pool){corrupt, func(*testing.T, *pool) {}},
+			want:  scrubResult{Files: 2, Bytes: 4, Corrupted: files("b/c")},
+			err:   "corrupted: 1, unreadable: 0, of 2 files",
+		},
+		{
+			name: "corrupted and restored",
+			steps: []func(*testing.T, *pool){
+				corrupt, func(t *testing.T, p *pool) { write(t, p.files, "b/c", "ccc") },
+			},
+			want: scrubResult{Files: 2, Bytes: 4},
+		},
+		{
+			name:  "corrupted and accepted",
+			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) { corrupt(t, p); accept(t, p) }},
+			want:  scrubResult{Files: 2, Bytes: 4},
+		},
+		{
+			name: "time changed",
+			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) {
+				must(t, p.files.Chtimes("a", longAgo, longAgo.Add(time.Nanosecond)))
+			}},
+			want: scrubResult{Files: 2, Bytes: 4, Changed: files("a")},
+		},
+		{
+			name:  "size changed",
+			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) { write(t, p.files, "a", "aa") }},
+			want:  scrubResult{Files: 2, Bytes: 5, Changed: files("a")},
+		},
+		{
+			name: "changed and then corrupted",
+			steps: []func(*testing.T, *pool){
+				func(t *testing.T, p *pool) { write(t, p.files, "a", "aa") },
+				func(t *testing.T, p *pool) { write(t, p.files, "a", "aA") },
+			},
+			want: scrubResult{Files: 2, Bytes: 5, Corrupted: files("a")},
+			err:  "corrupted: 1, unreadable: 0, of 2 files",
+		},
+		{
+			name: "new and missing",
+			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) {
+				must(t, p.files.RemoveAll("b"))
+				write(t, p.files, "d", "d")
+			}},
+			want: scrubResult{Files: 2, Bytes: 2, New: files("d"), Missing: files("b/c")},
+		},
+		{
+			name: "missing, which is told once",
+			steps: []func(*testing.T, *pool){
+				func(t *testing.T, p *pool) { must(t, p.files.RemoveAll("b")) },
+				func(*testing.T, *pool) {},
+			},
+			want: scrubResult{Files: 1, Bytes: 1},
+		},
+		{
+			name: "what is being written",
+			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) {
+				write(t, p.files, incoming+"/x", "part")
+				write(t, p.files, "b/"+incoming, "no part of it")
+			}},
+			want: scrubResult{Files: 3, Bytes: 17, New: files("b/" + incoming)},
+		},
+		{
+			name:  "a name with everything in it",
+			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) { write(t, p.files, "\n \"%ü", "x") }},
+			want:  scrubResult{Files: 3, Bytes: 5, New: files("\n \"%ü")},
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPool(t)
+			write(t, p.files, "a", "a")
+			write(t, p.files, "b/c", "ccc")
+			r, err := scrubbed(t, p)
+			must(t, err)
+			if want := (scrubResult{Files: 2, Bytes: 4, New: files("a", "b/c")}); !reflect.DeepEqual(*r, want) {
+				t.Fatalf("the first scrub has found %+v, want %+v", *r, want)
+			}
+			r, err = scrubbed(t, p)
+			for _, step := range tt.steps {
+				step(t, p)
+				r, err = scrubbed(t, p)
+			}
+			if !reflect.DeepEqual(*r, tt.want) {
+				t.Errorf("got  %+v\nwant %+v", *r, tt.want)
+			}
+			if tt.err == "" && err != nil || tt.err != "" && (err == nil || err.Error() != tt.err) {
+				t.Errorf("got error %v, want %q", err, tt.err)
+			}
+		})
+	}
+}
+
+// What can't be read is told, and what is known of it is kept.
+func TestScrubUnreadable(t *testing.T) {
+	p := newPool(t)
+	s := &scrub{pool: p, worker: new(worker), next: make(manifest), known: manifest{
+		"dir/a": {sum: "a"}, "dir/b/c": {sum: "c"}, "dir2": {sum: "2"},
+	}}
+	must(t, s.visit(t.Context(), "dir", readError{syscall.EIO}))
+	want := manifest{"dir/a": {sum: "a"}, "dir/b/c": {sum: "c"}}
+	if !reflect.DeepEqual(s.result.Unreadable, files("dir")) || !reflect.DeepEqual(s.next, want) {
+		t.Errorf("got %+v and %v, want dir and %v", s.result, s.next, want)
+	}
+	must(t, s.visit(t.Context(), "deleted", nil))
+	if s.result.Unreadable.Count != 1 {
+		t.Errorf("a file that is gone is told as unreadable: %+v", s.result)
+	}
+	must(t, p.root.RemoveAll(filesDir))
+	if _, err := scrubbed(t, p); err == nil {
+		t.Error("no files directory: no error")
+	}
+}
+
+// A file that is changed while it is read is not corrupted.
+func TestScrubChanging(t *testing.T) {
+	p := newPool(t)
+	write(t, p.files, "a", "a")
+	_, err := scrubbed(t, p)
+	must(t, err)
+	known, err := p.manifest()
+	must(t, err)
+	change := func(int) {
+		f, err := p.files.OpenFile("a", os.O_WRONLY, 0)
+		must(t, err)
+		_, err = f.WriteString("b")
+		must(t, errors.Join(err, f.Close()))
+	}
+	for range 2 { // with its time as known, and with another
+		r, err := p.scrub(t.Context(), &worker{update: change}, known)
+		must(t, err)
+		if want := (scrubResult{Files: 1, Bytes: 1, Changed: files("a")}); !reflect.DeepEqual(*r, want) {
+			t.Errorf("got %+v, want %+v", *r, want)
+		}
+	}
+	if r, err := scrubbed(t, p); err != nil || !reflect.DeepEqual(r.Changed, files("a")) {
+		t.Errorf("got %+v and %v, want it changed", r, err)
+	}
+	if r, err := scrubbed(t, p); err != nil || !reflect.DeepEqual(*r, scrubResult{Files: 1, Bytes: 1}) {
+		t.Errorf("got %+v and %v, want it clean", r, err)
+	}
+}
+
+func TestScrubCancel(t *testing.T) {
+	p := newPool(t)
+	makeHuge(t, filepath.Join(p.files.Name(), "huge"))
+	before, err := p.manifest()
+	must(t, err)
+	ctx, w := cancelled(t)
+	r, err := p.scrub(ctx, w, before)
+	if !errors.Is(err, task.ErrCancelled) || r.Bytes != chunkSize {
+		t.Errorf("got %+v and %v, want one chunk read and %v", r, err, task.ErrCancelled)
+	}
+	if after, err := p.manifest(); err != nil || !reflect.DeepEqual(after, before) {
+		t.Errorf("the manifest is %v now, %v", after, err)
+	}
+}
+
+// Any damage of the manifest is found, and mended by accepting.
+func TestManifestDamaged(t *testing.T) {
+	p := newPool(t)
+	write(t, p.files, "a", "a")
+	write(t, p.files, "bad\xffname", "b") // where the file system takes that
+	_, err := scrubbed(t, p)
+	must(t, err)
+	good, err := p.root.ReadFile(manifestFile)
+	must(t, err)
+	known, err := parseManifest(string(good))
+	must(t, err)
+	if got := known.text(); got != string(good) {
+		t.Errorf("read and written again, %q is %q", good, got)
+	}
+	for i := range good {
+		if _, err := parseManifest(string(good[:i])); err == nil {
+			t.Errorf("only the first %d bytes: no error", i)
+		}
+		bad := []byte(string(good))
+		bad[i] ^= 1
+		if _, err := parseManifest(string(bad)); err == nil {
+			t.Errorf("byte %d flipped: no error", i)
+		}
+	}
+	for _, line := range []string{"", "a 1 2", "a x 2 \"a\"", "a 1 x \"a\"", "a 1 2 a"} {
+		if _, _, err := parseEntry(line); err == nil {
+			t.Errorf("the line %q: no error", line)
+		}
+	}
+
+	must(t, p.root.WriteFile(manifestFile, good[1:], 0o600))
+	if _, err := p.manifest(); err == nil || !strings.Contains(err.Error(), "/accept") {
+		t.Errorf("got %v, which doesn't say what to do", err)
+	}
+	must(t, p.root.Remove(manifestFile))
+	if _, err := p.manifest(); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v, want %v", err, os.ErrNotExist)
+	}
+	_, err = p.scrub(t.Context(), new(worker), nil)
+	must(t, err)
+	if r, err := scrubbed(t, p); err != nil || r.New.Count+r.Changed.Count+r.Missing.Count != 0 {
+		t.Errorf("got %+v and %v, want no change", r, err)
+	}
+}

@@ -1,0 +1,211 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+func TestSnapshot(t *testing.T) {
+	p := newPool(t)
+	write(t, p.files, "a", "a")
+	write(t, p.files, "b/c", "ccc")
+	write(t, p.root, partialSnapshot+"/x", "of one that was killed")
+
+	first, err := p.snapshot(t.Context(), new(worker))
+	must(t, err)
+	if first.Linked != 0 || first.Cloned+first.Copied != 2 || first.Bytes != 4 {
+		t.Errorf("the first: %+v, want two files cloned or copied", first)
+	}
+	write(t, p.files, "a", "A") // in place, and of the same time
+	f, err := p.files.OpenFile("b/c", os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteString("CCC")
+	must(t, errors.Join(err, f.Close()))
+	write(t, p.files, "d", "")
+
+	second, err := p.snapshot(t.Context(), new(worker))
+	must(t, err)
+	if second.Linked != 1 || second.Cloned+second.Copied != 2 || second.ID <= first.ID {
+		t.Errorf("the second: %+v, want one file linked and two cloned or copied", second)
+	}
+	dir := filepath.Join(p.root.Name(), snapshotsDir)
+	wantTree(t, filepath.Join(dir, first.ID), map[string]string{"a": "a", "b/c": "ccc"})
+	// To its size and time, a is as it was.
+	wantTree(t, filepath.Join(dir, second.ID), map[string]string{"a": "a", "b/c": "CCC", "d": ""})
+	ids, err := p.snapshots()
+	if want := []string{first.ID, second.ID}; err != nil || !slices.Equal(ids, want) {
+		t.Errorf("there are %v and %v, want %v", ids, err, want)
+	}
+	info, err := os.Lstat(filepath.Join(dir, second.ID, "a"))
+	must(t, err)
+	if info.Mode().Perm()&0o222 != 0 || !info.ModTime().Equal(longAgo) {
+		t.Errorf("in the snapshot there is a file with %v of %v", info.Mode(), info.ModTime())
+	}
+	if _, err := p.root.Lstat(partialSnapshot); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v, want %v", err, os.ErrNotExist)
+	}
+}
+
+func TestSnapshotCancel(t *testing.T) {
+	p := newPool(t)
+	write(t, p.files, "a", "a")
+	makeHuge(t, filepath.Join(p.files.Name(), "huge"))
+	ctx, w := cancelled(t)
+	if r, err := p.snapshot(ctx, w); !errors.Is(err, task.ErrCancelled) {
+		t.Errorf("got %+v and %v, want %v", r, err, task.ErrCancelled)
+	}
+	if left, err := os.ReadDir(filepath.Join(p.root.Name(), snapshotsDir)); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}
+
+func TestNewSnapshotID(t *testing.T) {
+	for _, tt := range []struct {
+		ids  []string
+		want string
+	}{
+		{nil, "20260102T030405.678Z"},
+		{[]string{"20260102T030405.677Z"}, "20260102T030405.678Z"},
+		{[]string{"20260102T030405.678Z"}, "20260102T030405.679Z"},
+		{[]string{"20260102T030405.678Z", "20261231T235959.999Z"}, "20270101T000000.000Z"},
+	} {
+		if got := newSnapshotID(longAgo.In(time.FixedZone("", 3600)), tt.ids); got != tt.want {
+			t.Errorf("after %v: got %s, want %s", tt.ids, got, tt.want)
+		}
+	}
+}
+
+func TestExpired(t *testing.T) {
+	now := time.Date(2026, 7, 7, 23, 59, 59, 0, time.UTC)
+	every := func(d time.Duration, n int) (ids []string) { // the oldest first
+		for i := range n {
+			ids = append(ids, now.Add(-time.Duration(n-1-i)*d).Format(snapshotID))
+		}
+		return ids
+	}
+	tests := []struct {
+		name string
+		ids  []string
+		keep int
+		left int
+	}{
+		{"none", nil, 3, 0},
+		{"fewer", every(time.Minute, 2), 3, 2},
+		{"of one hour", every(time.Minute, 30), 3, 3},
+		{"of one hour, to keep none", every(time.Minute, 30), 0, 1},
+		{"of 12 hours", every(10*time.Minute, 12*6), 3, 3 + 11},
+		{"of 48 hours", every(10*time.Minute, 48*6), 6, 6 + 23 + 1},
+		{"of 100 days", every(time.Hour, 100*24), 12, 24 + 29},
+		{"daily", every(24*time.Hour, 100), 2, 30},
+		{"yearly", every(365*24*time.Hour, 7), 2, 7},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			doomed := expired(tt.ids, tt.keep)
+			if got := len(tt.ids) - len(doomed); got != tt.left {
+				t.Errorf("%d left, want %d", got, tt.left)
+			}
+			if !slices.IsSorted(doomed) {
+				t.Errorf("not the oldest first: %v", doomed)
+			}
+			left := slices.DeleteFunc(slices.Clone(tt.ids), func(id string) bool { return slices.Contains(doomed, id) })
+			newest := tt.ids[len(tt.ids)-min(tt.keep, len(tt.ids)):]
+			if !slices.Equal(left[len(left)-len(newest):], newest) {
+				t.Errorf("left are %v, which lacks some of the newest", left)
+			}
+			if again := expired(left, tt.keep); len(again) > 0 {
+				t.Errorf("then, of what was to be left, %v", again)
+			}
+		})
+	}
+}
+
+func TestThin(t *testing.T) {
+	p := newPool(t)
+	ids := []string{"20260102T030405.001Z", "20260102T030405.002Z", "20260102T030405.003Z"}
+	for _, id := range append(ids, ".removed", "other") {
+		write(t, p.root, snapshotsDir+"/"+id+"/a", id)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(task.ErrCancelled)
+	if _, err := p.thin(ctx, new(worker), 1); !errors.Is(err, task.ErrCancelled) {
+		t.Errorf("got %v, want %v", err, task.ErrCancelled)
+	}
+	r, err := p.thin(t.Context(), new(worker), 1)
+	if want := (&thinResult{Kept: 1, Removed: ids[:2]}); err != nil || !reflect.DeepEqual(r, want) {
+		t.Errorf("got %+v and %v, want %+v", r, err, want)
+	}
+	wantTree(t, filepath.Join(p.root.Name(), snapshotsDir), map[string]string{ids[2] + "/a": ids[2], "other/a": "other"})
+}
+
+// The scheduler takes snapshots on time, and none while the last ones wait.
+func TestScheduler(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		m := task.NewManager(nil)
+		s, err := openStorage(dir, m)
+		must(t, err)
+		must(t, s.makePool(t.Context(), "tank", func(int) {}))
+		wants := func(when string, names ...string) {
+			t.Helper()
+			synctest.Wait()
+			ops, err := m.List(100, 0)
+			must(t, err)
+			var got []string
+			for _, op := range slices.Backward(ops) {
+				got = append(got, strings.TrimPrefix(op.Name+" "+string(op.State), "snapshot "))
+			}
+			if !slices.Equal(got, names) {
+				t.Errorf("%s: got %v, want %v", when, got, names)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			(&scheduler{storage: s, every: time.Hour, keep: 1}).run(ctx)
+		}()
+
+		// At once, as there is none; and no other before an hour is over.
+		wants("at once", "tank DONE", "thin tank DONE")
+		time.Sleep(59 * time.Minute)
+		wants("after 59 minutes", "tank DONE", "thin tank DONE")
+		release := make(chan struct{})
+		_, err = s.submit(about{Kind: "hold", Pool: "tank"}, func(context.Context, func(int)) (any, error) {
+			<-release
+			return nil, nil
+		})
+		must(t, err)
+		time.Sleep(10 * time.Hour)
+		wants("while the pool is busy", "tank DONE", "thin tank DONE", "hold tank RUNNING", "tank PENDING", "thin tank PENDING")
+		close(release)
+		synctest.Wait()
+		time.Sleep(30 * time.Minute)
+		wants("afterwards", "tank DONE", "thin tank DONE", "hold tank DONE", "tank DONE", "thin tank DONE")
+
+		// A schedule survives the daemon.
+		cancel()
+		<-ended
+		sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
+		must(t, sched.tend("tank", time.Now()))
+		wants("anew", "tank DONE", "thin tank DONE", "hold tank DONE", "tank DONE", "thin tank DONE")
+		if err := sched.tend("gone", time.Now()); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("got %v, want %v", err, os.ErrNotExist)
+		}
+		must(t, m.Close())
+		if err := sched.tend("tank", time.Now().Add(2*time.Hour)); !errors.Is(err, task.ErrClosed) {
+			t.Errorf("got %v, want %v", err, task.ErrClosed)
+		}
+		must(t, s.pools.Close())
+	})
+}

@@ -274,3 +274,131 @@ func recoversNoLiving(s *session) {
 	}
 	s.answer("Manager.Close", m.Close(), nil)
 }
+
+var filterChecks = []check{
+	{
+		name: "filtered",
+		rule: "ListFiltered does what List does with those operations that the filter is for; Before an unknown ID is an error that wraps task.ErrNotFound.",
+		has:  has[task.FilteredLister],
+		test: filters,
+	},
+}
+
+func filters(s *session) {
+	for i := range 3 {
+		for _, state := range states {
+			s.update(in(state, s.saved([]string{"scrub", "replicate"}[i%2])))
+		}
+	}
+	middle := s.want[len(s.want)/2].ID
+	for _, f := range []task.Filter{
+		{},
+		{States: []task.State{task.StateFailed}},
+		{States: []task.State{task.StateRunning, task.StateDone}},
+		{States: []task.State{"PAUSED"}},
+		{Name: "scrub"},
+		{Name: "scru"},
+		{Before: middle},
+		{Before: s.want[0].ID},
+		{States: []task.State{task.StatePending, task.StateCancelled}, Name: "replicate", Before: middle},
+	} {
+		for _, page := range [][2]int{{100, 0}, {2, 0}, {2, 1}, {0, 0}, {5, 100}} {
+			want := s.filtered(f, page[0], page[1])
+			got, err := s.db.(task.FilteredLister).ListFiltered(f, page[0], page[1])
+			if err != nil || !samePage(got, want) {
+				s.errorf("ListFiltered(%+v, %d, %d) = %s, %v, want %s", f, page[0], page[1], names(got), err, names(want))
+				continue
+			}
+			for i := range got {
+				s.same("ListFiltered", got[i], want[i])
+			}
+		}
+	}
+	got, err := s.db.(task.FilteredLister).ListFiltered(task.Filter{Before: s.new("").ID}, 10, 0)
+	if len(got) > 0 {
+		s.errorf("ListFiltered before an unknown ID = %s", names(got))
+	}
+	s.answer("ListFiltered before an unknown ID", err, task.ErrNotFound)
+}
+
+// filtered returns what ListFiltered should return.
+func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Operation) {
+	n := len(s.want)
+	if f.Before != "" {
+		n = slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == f.Before })
+	}
+	for _, op := range s.page(n, n, 0) {
+		switch {
+		case len(f.States) > 0 && !slices.Contains(f.States, op.State), f.Name != "" && f.Name != op.Name:
+		case offset > 0:
+			offset--
+		case len(page) < limit:
+			page = append(page, op)
+		}
+	}
+	return page
+}
+
+var pruneChecks = []check{
+	{
+		name: "prune",
+		rule: "Prune deletes the operations that finished before the time given and no others, and yields how many.",
+		has:  has[task.Pruner],
+		test: prunes,
+	},
+}
+
+func prunes(s *session) {
+	const each = 150 // so that it may need some steps
+	for i := range each {
+		for _, state := range states {
+			op := in(state, s.saved(fmt.Sprint(state, " ", i)))
+			switch i % 3 {
+			case 1:
+				op.UpdatedAt = noon.Add(time.Hour)
+			case 2:
+				op.UpdatedAt = time.Time{}
+			}
+			s.update(op)
+		}
+	}
+	cut := noon.Add(time.Minute)
+	old := func(op task.Operation) bool {
+		return op.State.Finished() && !op.UpdatedAt.IsZero() && op.UpdatedAt.Before(cut)
+	}
+	gone := slices.Collect(func(yield func(task.Operation) bool) {
+		for _, op := range s.want {
+			if old(op) && !yield(op) {
+				return
+			}
+		}
+	})
+	s.prune(noon, 0)
+	s.verify("after Prune of what is older than all")
+	s.prune(cut, len(gone))
+	s.want = slices.DeleteFunc(s.want, old)
+	s.verify("after Prune")
+	for _, op := range gone[:3] {
+		_, err := s.db.Get(op.ID)
+		s.answer("Get of what was pruned", err, task.ErrNotFound)
+		s.update(op)
+	}
+	s.prune(cut, 0)
+	if s.reopen() {
+		s.verify("opened again")
+	}
+}
+
+func (s *session) prune(before time.Time, want int) {
+	n := 0
+	for some, err := range s.db.(task.Pruner).Prune(before) {
+		n += some
+		if err != nil {
+			s.errorf("Prune yielded %v", err)
+			return
+		}
+	}
+	if n != want {
+		s.errorf("Prune yielded %d operations in all, want %d", n, want)
+	}
+}

@@ -13,19 +13,20 @@ import (
 
 // A Call is a call of a method of a store that [Inject] has returned.
 type Call struct {
-	Method string // "Save", "Update", "List", "Get", "WriteBatch" or "Recover"
+	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover", "ListFiltered" or "Prune"
 	N      int    // how many calls of any method of that store came before
 }
 
 // Inject returns a store that asks fault what is to become of each call. If
 // the answer is nil, the call is passed on to db. If it is an error, db is not
 // called, and that error is what the call returns: WriteBatch for each
-// operation, and Recover as the only thing it yields. See [Lost] for errors
+// operation, Recover and Prune as the only thing they yield. See [Lost] for errors
 // that come after the deed.
 //
-// The store has the abilities of db, no more and no less: it is a
-// [task.BatchWriter] or a [task.Recoverer] if db is. It has no Close; close
-// db. A call of Recover is one when its result is ranged over.
+// The store has the abilities of db: it is a [task.BatchWriter] or a
+// [task.Recoverer] if db is, and a [task.FilteredLister] and [task.Pruner] if
+// db is both. It has no Close; close db. A call of Recover or Prune is one when
+// its result is ranged over.
 //
 // As calls come from many goroutines, fault must be safe for that. It may
 // take its time, and look at the program under test.
@@ -33,13 +34,35 @@ func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
 	s := &injected{db: db, fault: fault}
 	b, batches := db.(task.BatchWriter)
 	r, recovers := db.(task.Recoverer)
-	switch { // a further ability doubles the cases
+	f, filters := db.(task.FilteredLister)
+	p, prunes := db.(task.Pruner)
+	history := filters && prunes
+	switch {
+	case batches && recovers && history:
+		return struct {
+			*injected
+			injectedBatch
+			injectedRecover
+			injectedHistory
+		}{s, injectedBatch{s, b}, injectedRecover{s, r}, injectedHistory{s, f, p}}
 	case batches && recovers:
 		return struct {
 			*injected
 			injectedBatch
 			injectedRecover
 		}{s, injectedBatch{s, b}, injectedRecover{s, r}}
+	case batches && history:
+		return struct {
+			*injected
+			injectedBatch
+			injectedHistory
+		}{s, injectedBatch{s, b}, injectedHistory{s, f, p}}
+	case recovers && history:
+		return struct {
+			*injected
+			injectedRecover
+			injectedHistory
+		}{s, injectedRecover{s, r}, injectedHistory{s, f, p}}
 	case batches:
 		return struct {
 			*injected
@@ -50,6 +73,11 @@ func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
 			*injected
 			injectedRecover
 		}{s, injectedRecover{s, r}}
+	case history:
+		return struct {
+			*injected
+			injectedHistory
+		}{s, injectedHistory{s, f, p}}
 	default:
 		return s
 	}
@@ -180,5 +208,37 @@ func (s injectedRecover) Recover(reason string) iter.Seq2[*task.Operation, error
 			}
 		}
 		yield(nil, err)
+	}
+}
+
+type injectedHistory struct {
+	store  *injected
+	lister task.FilteredLister
+	pruner task.Pruner
+}
+
+func (s injectedHistory) ListFiltered(f task.Filter, limit, offset int) (ops []*task.Operation, err error) {
+	err = s.store.do("ListFiltered", func() (err error) {
+		ops, err = s.lister.ListFiltered(f, limit, offset)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return ops, nil
+}
+
+func (s injectedHistory) Prune(before time.Time) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		pass, err := s.store.ask("Prune")
+		switch {
+		case err == nil:
+			s.pruner.Prune(before)(yield)
+			return
+		case pass:
+			for range s.pruner.Prune(before) {
+			}
+		}
+		yield(0, err)
 	}
 }

@@ -110,18 +110,60 @@ func TestInjectAnswers(t *testing.T) {
 
 func TestInjectAbilities(t *testing.T) {
 	var db spy
+	type history interface {
+		task.FilteredLister
+		task.Pruner
+	}
+	h := task.NewMemoryStore()
 	for _, test := range []struct {
-		db              task.Persistence
-		batch, recovers bool
+		db                       task.Persistence
+		batch, recovers, history bool
 	}{
-		{bare{&db}, false, false},
-		{struct{ task.BatchWriter }{&db}, true, false},
-		{struct{ task.Recoverer }{&db}, false, true},
-		{&db, true, true},
+		{bare{&db}, false, false, false},
+		{struct{ task.BatchWriter }{&db}, true, false, false},
+		{struct{ task.Recoverer }{&db}, false, true, false},
+		{&db, true, true, false},
+		{struct{ history }{h}, false, false, true},
+		{h, false, true, true},
+		{struct {
+			history
+			injectedBatch
+		}{h, injectedBatch{}}, true, false, true},
+		{new(task.SQLiteStore), true, true, true},
+		{struct{ task.FilteredLister }{h}, false, false, false},
 	} {
 		s := Inject(test.db, Delay(0))
-		if batch, recovers := has[task.BatchWriter](s), has[task.Recoverer](s); batch != test.batch || recovers != test.recovers {
-			t.Errorf("%T: BatchWriter %v, Recoverer %v, want %v and %v", test.db, batch, recovers, test.batch, test.recovers)
+		batch, recovers, history := has[task.BatchWriter](s), has[task.Recoverer](s), has[history](s)
+		if batch != test.batch || recovers != test.recovers || history != test.history {
+			t.Errorf("%T: BatchWriter %v, Recoverer %v, FilteredLister and Pruner %v, want %v, %v and %v",
+				test.db, batch, recovers, history, test.batch, test.recovers, test.history)
+		}
+	}
+}
+
+// TestInjectHistory: listing and pruning fail as told, before or after the deed.
+func TestInjectHistory(t *testing.T) {
+	broken := errors.New("broken")
+	for _, test := range []struct {
+		fault error
+		want  error
+		left  int
+	}{{nil, nil, 0}, {broken, broken, 1}, {Lost(broken), broken, 0}} {
+		db := task.NewMemoryStore()
+		if err := db.Save(&task.Operation{ID: "1", Name: "old", State: task.StateDone, UpdatedAt: noon}); err != nil {
+			t.Fatal(err)
+		}
+		s := Inject(db, func(Call) error { return test.fault })
+		if ops, err := s.(task.FilteredLister).ListFiltered(task.Filter{Name: "old"}, 10, 0); err != test.want || (err == nil) != (len(ops) == 1) {
+			t.Errorf("%v: ListFiltered = %v, %v", test.fault, ops, err)
+		}
+		for n, err := range s.(task.Pruner).Prune(noon.Add(1)) {
+			if err != test.want || (err == nil) != (n == 1) {
+				t.Errorf("%v: Prune yielded %d, %v", test.fault, n, err)
+			}
+		}
+		if ops, _ := db.List(10, 0); len(ops) != test.left {
+			t.Errorf("%v: %d are left, want %d", test.fault, len(ops), test.left)
 		}
 	}
 }

@@ -20,8 +20,8 @@ import (
 )
 
 // TestPersistence checks a store against the contract of [task.Persistence],
-// and of each further ability that it has: [task.BatchWriter] and
-// [task.Recoverer]. It runs one subtest for each rule; one that fails says the
+// and of each further ability that it has: [task.BatchWriter],
+// [task.Recoverer], [task.FilteredLister] and [task.Pruner]. It runs one subtest for each rule; one that fails says the
 // rule, what was expected and what was found.
 //
 // The function open opens the store whose data is in the directory dir, which
@@ -34,7 +34,7 @@ import (
 // valid UTF-8, and times are in UTC, to the microsecond. Run it with the race
 // detector: stores are called from many goroutines at once.
 func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, error)) {
-	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks) {
+	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks) {
 		t.Run(c.name, func(t *testing.T) {
 			if err := c.run(t.TempDir(), open); errors.Is(err, errUnable) {
 				t.Skip(err)

@@ -22,7 +22,7 @@ import (
 // TestWrongStores: each is found by the check of the rule that it breaks, and
 // what that says names the fault. Every check finds one.
 func TestWrongStores(t *testing.T) {
-	checks := slices.Concat(methodChecks, batchChecks, recoverChecks)
+	checks := slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks)
 	for _, c := range checks {
 		if !slices.ContainsFunc(wrongStores, func(w wrongStore) bool { return w.rule == c.name }) {
 			t.Errorf("%s finds nothing", c.name)
@@ -312,6 +312,12 @@ type wrongStore struct {
 }
 
 var wrongStores = []wrongStore{
+	{"lists from the beginning again", "filtered", "want 0 operations", once(func() *forgetfulLister {
+		return &forgetfulLister{task.NewMemoryStore()}
+	})},
+	{"prunes by age alone", "prune", "after Prune: List shows", once(func() *eagerPruner {
+		return &eagerPruner{mapStore: newMapStore()}
+	})},
 	{"is full from the start", "empty", "shows no operations", once(func() *mapStore {
 		s := newMapStore()
 		s.Save(&task.Operation{ID: "1", Name: "somebody's"})
@@ -568,4 +574,32 @@ var wrongStores = []wrongStore{
 	{"yields what it does not store", "recover-break", "What Recover yields is stored", once(func() recoverStore {
 		return recoverStore{newMapStore(), isOrphan, func(*mapStore, task.Operation) {}}
 	})},
+}
+
+// A forgetfulLister ignores Before.
+type forgetfulLister struct{ *task.MemoryStore }
+
+func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	f.Before = ""
+	return s.MemoryStore.ListFiltered(f, limit, offset)
+}
+
+// An eagerPruner deletes what is not finished too.
+type eagerPruner struct{ *mapStore }
+
+func (s *eagerPruner) Prune(before time.Time) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		s.mu.Lock()
+		n := 0
+		s.order = slices.DeleteFunc(s.order, func(id string) bool {
+			old := !s.rows[id].UpdatedAt.IsZero() && s.rows[id].UpdatedAt.Before(before)
+			if old {
+				delete(s.rows, id)
+				n++
+			}
+			return old
+		})
+		s.mu.Unlock()
+		yield(n, nil)
+	}
 }

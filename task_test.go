@@ -68,14 +68,18 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/taskhttp"
 	"github.com/mynt-nas/task/tasktest"
 )
+
+func publish(topic string, message any) {}
 
 func createPool() (string, error) { return "", nil }
 
@@ -115,8 +119,8 @@ func compile(t *testing.T, snippet string) {
 // exports finds the compiled form of the package and of what snippets import.
 var exports = sync.OnceValue(func() importer.Lookup {
 	list := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}",
-		".", "./tasktest", "context", "database/sql", "encoding/json", "errors", "fmt", "log", "log/slog", "os", "os/signal",
-		"path/filepath", "testing", "time")
+		".", "./taskhttp", "./tasktest", "context", "database/sql", "encoding/json", "errors", "fmt", "log", "log/slog",
+		"net/http", "os", "os/signal", "path/filepath", "testing", "time")
 	out, err := list.Output()
 	files := make(map[string]string)
 	for line := range strings.Lines(string(out)) {

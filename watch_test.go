@@ -128,13 +128,12 @@ func TestWatchAll(t *testing.T) {
 		late := view(t, m)
 		late.want(t, "a RUNNING 99", "b RUNNING 0", "c PENDING 0")
 		b.update(5)
-		b.end(nil, errors.New("broken"))
-		synctest.Wait() // its place is free before its final state is stored
 		c.Cancel()
+		b.end(nil, errors.New("broken"))
 		synctest.Wait()
 		a.end(nil, nil)
 		for _, v := range []*viewer{v, late} {
-			v.want(t, "b RUNNING 5", "c RUNNING 0", "b FAILED 5", "c CANCELLED 0", "a DONE 100")
+			v.want(t, "b RUNNING 5", "c CANCELLED 0", "b FAILED 5", "a DONE 100")
 		}
 		v.stop()
 		v.wantEnd(t, nil)
@@ -200,6 +199,7 @@ func TestWatchUnstored(t *testing.T) {
 			}
 			done <- nil
 		}()
+		synctest.Wait()
 		db.set(failFinals)
 		a.end(nil, nil)
 		time.Sleep(time.Second)

@@ -58,6 +58,47 @@ func BenchmarkUpdate(b *testing.B) {
 	wait(b, m, op.ID)
 }
 
+// BenchmarkWatched reports progress while nobody watches, while a receiver is
+// stuck, while one is slow, and while a thousand read.
+func BenchmarkWatched(b *testing.B) {
+	stuck := make(chan struct{})
+	defer close(stuck)
+	for _, bm := range []struct {
+		name     string
+		watchers int
+		body     func()
+	}{
+		{"nobody", 0, nil},
+		{"stuck", 1, func() { <-stuck }},
+		{"slow", 1, func() { time.Sleep(100 * time.Millisecond) }},
+		{"thousand", 1000, func() {}},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			m := newManager(b, nil)
+			ctx, stop := context.WithCancel(b.Context())
+			defer stop()
+			for range bm.watchers {
+				go func() {
+					for range m.Watch(ctx) {
+						bm.body()
+					}
+				}()
+			}
+			for task.Watchers(m) < bm.watchers {
+				time.Sleep(time.Millisecond)
+			}
+			b.ReportAllocs()
+			op := submit(b, m, func(_ context.Context, update func(int)) (any, error) {
+				for i := range b.N {
+					update(i % 100)
+				}
+				return nil, nil
+			})
+			wait(b, m, op.ID)
+		})
+	}
+}
+
 // BenchmarkUpdateCrowd has a thousand operations report as fast as they can,
 // and counts the commits that makes.
 func BenchmarkUpdateCrowd(b *testing.B) {

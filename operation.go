@@ -243,7 +243,7 @@ func (t *task) changed(state bool) {
 // state. The caller holds t.mu.
 func (t *task) tell(state bool) {
 	t.version++
-	if t.announced {
+	if t.announced && t.manager.hub.watched.Load() > 0 {
 		t.manager.hub.tell(t.news(), state)
 	}
 }

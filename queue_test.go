@@ -226,6 +226,7 @@ func TestCloseWithWaiting(t *testing.T) {
 		c.submit("running", "a")
 		c.submit("ready", "")
 		c.submit("locked", "a")
+		c.wantStarted("running") // or Close may be quicker
 		if err := c.m.Close(); err != nil {
 			t.Fatal(err)
 		}

@@ -179,9 +179,6 @@ func (h *hub) signal() {
 // tell tells the watchers news of an operation, those of a new state at once
 // and others soon. It neither waits nor, on the average, allocates.
 func (h *hub) tell(n news, now bool) {
-	if h.watched.Load() == 0 {
-		return
-	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.feed.operations() >= maxLag {

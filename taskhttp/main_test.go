@@ -11,43 +11,25 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 	"github.com/mynt-nas/task/taskhttp"
 )
 
 func TestMain(m *testing.M) {
 	code := m.Run()
 	if code == 0 {
-		if left := goroutines(10 * time.Second); left != "" {
+		if left := testos.Left(10 * time.Second); left != "" {
 			fmt.Fprintf(os.Stderr, "goroutines left by tests:\n\n%s\n", left)
 			code = 1
 		}
 	}
 	os.Exit(code)
-}
-
-// goroutines returns the stacks of the goroutines that tests have left, "" as
-// soon as there are none.
-func goroutines(wait time.Duration) string {
-	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
-		var left []string
-		buf := make([]byte, 1<<22)
-		for i, stack := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-			// The first is this one.
-			if i > 0 && !strings.Contains(stack, "testing.(*M)") && !strings.Contains(stack, "os/signal.") {
-				left = append(left, stack)
-			}
-		}
-		if len(left) == 0 || time.Now().After(deadline) {
-			return strings.Join(left, "\n\n")
-		}
-	}
 }
 
 // prefix is where tests mount the handler.

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // TestFullAndReadOnly fills a small disk and makes it read-only, in a process
@@ -19,18 +21,7 @@ func TestFullAndReadOnly(t *testing.T) {
 	}
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestFullAndReadOnly$", "-test.v")
 	cmd.Env = append(os.Environ(), "NASD_TEST_DISK="+t.TempDir(), "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
-		UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
-	}
-	out, err := cmd.Output()
-	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC) || strings.Contains(string(out), "--- SKIP") {
-		t.Skipf("this system lets nobody mount a small disk: %v", err)
-	}
-	if err != nil || !strings.Contains(string(out), "--- PASS") {
-		t.Errorf("%v: %s", err, out)
-	}
+	testos.RunMounting(t, cmd)
 }
 
 func fullAndReadOnly(t *testing.T, dir string) {

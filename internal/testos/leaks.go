@@ -47,7 +47,30 @@ func CheckLeaks(t testing.TB) {
 
 // Goroutines returns the stacks of the goroutines that are this module's own
 // or belong to a database.
-func Goroutines() (stacks []string) {
+func Goroutines() (own []string) {
+	for _, stack := range others() {
+		if !strings.Contains(stack, "testing.(*T)") &&
+			(strings.Contains(stack, "mynt-nas/task.") || strings.Contains(stack, "database/sql.")) {
+			own = append(own, stack)
+		}
+	}
+	return own
+}
+
+// Left returns the stacks of the goroutines that tests have left, "" as soon
+// as there are none. It is for TestMain.
+func Left(wait time.Duration) string {
+	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
+		left := others()
+		if len(left) == 0 || time.Now().After(deadline) {
+			return strings.Join(left, "\n\n")
+		}
+	}
+}
+
+// others returns the stacks of all goroutines but the caller's and those that
+// every test program has.
+func others() (stacks []string) {
 	buf := make([]byte, 1<<16)
 	n := runtime.Stack(buf, true)
 	for n == len(buf) {
@@ -55,8 +78,8 @@ func Goroutines() (stacks []string) {
 		n = runtime.Stack(buf, true)
 	}
 	for i, stack := range strings.Split(string(buf[:n]), "\n\n") {
-		if i > 0 && !strings.Contains(stack, "testing.(*T)") && // the first is this one
-			(strings.Contains(stack, "mynt-nas/task.") || strings.Contains(stack, "database/sql.")) {
+		// The first is this one.
+		if i > 0 && !strings.Contains(stack, "testing.(*M)") && !strings.Contains(stack, "os/signal.") {
 			stacks = append(stacks, stack)
 		}
 	}

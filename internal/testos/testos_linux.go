@@ -1,9 +1,13 @@
 package testos
 
 import (
+	"errors"
 	"os"
+	"os/exec"
 	"runtime"
+	"strings"
 	"syscall"
+	"testing"
 )
 
 const nobody = 65534
@@ -24,6 +28,24 @@ func Unprivileged(f func()) bool {
 	}()
 	<-done
 	return true
+}
+
+// RunMounting runs cmd, which runs a test of this program once more, in a
+// process that may mount file systems. It skips t where nobody may.
+func RunMounting(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
+		UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
+	}
+	out, err := cmd.Output()
+	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC) || strings.Contains(string(out), "--- SKIP") {
+		t.Skipf("this system lets nobody mount a small disk: %v", err)
+	}
+	if err != nil || !strings.Contains(string(out), "--- PASS") {
+		t.Errorf("%v: %s", err, out)
+	}
 }
 
 // Umask sets the file mode creation mask of the process until restore is called.

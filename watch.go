@@ -14,7 +14,8 @@ import (
 )
 
 // Watch returns what happens to the operations with those IDs, or, if none is
-// named, to all live ones of this manager and all that are submitted later.
+// named, to all live ones of this manager and all that are submitted from the
+// call on.
 //
 // First comes the present state of each, the oldest first, and then every
 // change of state, in order and exactly once. Progress and metadata are
@@ -40,15 +41,19 @@ import (
 // than 10,000 operations, the sequence ends with ErrLagged. Watch anew, and
 // look for what was missed in List.
 //
-// Ranging over the sequence again watches anew.
+// Nothing is missed between the call of Watch and the loop. Whoever calls it
+// has to range over the sequence, or to see to it that ctx is done some time.
+// Ranging over it again watches anew.
 func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation, error] {
+	ids = slices.Clone(ids)
+	var unused atomic.Pointer[watcher]
+	unused.Store(m.subscribe(ctx, ids))
 	return func(yield func(*Operation, error) bool) {
-		w := newWatcher(m, ids)
-		defer w.stop()
-		if err := w.start(); err != nil {
-			yield(nil, fmt.Errorf("task: watch: %w", err))
-			return
+		w := unused.Swap(nil)
+		if w == nil {
+			w = m.subscribe(ctx, ids)
 		}
+		defer w.stop()
 		for ctx.Err() == nil && !w.complete() {
 			op, err := w.next(ctx)
 			switch {
@@ -303,6 +308,8 @@ type watcher struct {
 	present  []func() (news, bool) // return the present states that are yet to be told
 	followed map[string]*followed  // those that other managers run
 	wake     chan struct{}         // holds a token when there may be news
+	unhook   func() bool           // from the context
+	left     sync.Once
 
 	mu   sync.Mutex // guards what follows; taken last
 	feed feed
@@ -313,6 +320,18 @@ type watcher struct {
 // untold is the version of an operation whose present state is yet to be told:
 // that will be newer than all news until then.
 const untold = math.MaxUint64
+
+// subscribe returns a watcher that is told all from now on. Call stop in the
+// end, or have ctx done.
+func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
+	w := newWatcher(m, ids)
+	m.hub.join(w)
+	if err := w.start(); err != nil {
+		w.present = []func() (news, bool){func() (news, bool) { return news{err: err}, true }}
+	}
+	w.unhook = context.AfterFunc(ctx, w.leave)
+	return w
+}
 
 func newWatcher(m *Manager, ids []string) *watcher {
 	w := &watcher{
@@ -331,9 +350,8 @@ func newWatcher(m *Manager, ids []string) *watcher {
 	return w
 }
 
-// start joins the hub and finds whose present state is to be told.
+// start finds whose present state is to be told.
 func (w *watcher) start() error {
-	w.manager.hub.join(w)
 	if w.ids == nil {
 		for _, t := range w.manager.liveTasks() {
 			w.introduce(t.first.ID, func() (news, bool) { return w.presentTask(t) })
@@ -361,10 +379,17 @@ func (w *watcher) start() error {
 }
 
 func (w *watcher) stop() {
-	w.manager.hub.leave(w)
-	for id, f := range w.followed {
-		w.manager.follower.leave(id, f)
-	}
+	w.unhook()
+	w.leave()
+}
+
+func (w *watcher) leave() {
+	w.left.Do(func() {
+		w.manager.hub.leave(w)
+		for id, f := range w.followed {
+			w.manager.follower.leave(id, f)
+		}
+	})
 }
 
 // introduce has the present state of an operation told before any news of it.
@@ -375,14 +400,15 @@ func (w *watcher) introduce(id string, present func() (news, bool)) {
 	w.present = append(w.present, present)
 }
 
-// presentTask returns the present state of a task, if its row is stored: its
-// submission will be news.
+// presentTask returns the present state of a task, unless its row has yet to be
+// stored, which will be news, or nobody will ever store how it ended, which is
+// an error only to whoever has named it.
 func (w *watcher) presentTask(t *task) (news, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !t.announced {
+	if !t.announced || t.err != nil && w.ids == nil {
 		delete(w.told, t.first.ID)
 		return news{}, false
 	}

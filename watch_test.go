@@ -180,6 +180,78 @@ func TestWatchNamed(t *testing.T) {
 	})
 }
 
+// TestWatchFromTheCall: what happens between the call and the loop is not
+// missed, and what is called and never used goes with its context.
+func TestWatchFromTheCall(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	m, other := newManager(t, openSQLite(t, path)), newManager(t, openSQLite(t, path))
+	running, foreign := submit(t, m, untilCancelled), submit(t, other, untilCancelled)
+	ctx, cancel := context.WithCancel(t.Context())
+	all := m.Watch(ctx)
+	ids := []string{running.ID, foreign.ID}
+	named := m.Watch(ctx, ids...)
+	ids[0] = "another"
+	fn, started, release := blocker(nil)
+	deleted := submit(t, m, fn)
+	<-started
+	late := m.Watch(ctx)
+	sqliteExec(t, path, "DELETE FROM tasks WHERE id = '"+deleted.ID+"'")
+	release()
+	m.Wait(ctx, deleted.ID)
+	op := submit(t, m, nothing)
+	wait(t, m, op.ID)
+	running.Cancel()
+	wait(t, m, running.ID)
+
+	var seen []string
+	for got, err := range all {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.ID == op.ID {
+			seen = append(seen, string(got.State))
+			if got.State.Finished() {
+				break
+			}
+		}
+	}
+	if want := []string{"PENDING", "RUNNING", "DONE"}; !slices.Equal(seen, want) {
+		t.Errorf("seen %q, want %q", seen, want)
+	}
+	foreign.Cancel()
+	for range 2 {
+		seen = nil
+		for got, err := range named {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.State.Finished() {
+				seen = append(seen, got.ID)
+			}
+		}
+		if want := []string{running.ID, foreign.ID}; !slices.Equal(seen, want) {
+			t.Errorf("seen %q, want %q", seen, want)
+		}
+	}
+	for got, err := range late { // which has not named what was deleted
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.ID == op.ID {
+			break
+		}
+	}
+	m.Watch(ctx)
+	m.Watch(ctx, op.ID)
+	if n := task.Watchers(m); n != 2 {
+		t.Errorf("%d watchers, want 2", n)
+	}
+	cancel()
+	for task.Watchers(m) > 0 {
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // TestWatchUnstored: a final state is told when it is stored, and until then why
 // it is not. What never will be stored is an error to whoever has named it.
 func TestWatchUnstored(t *testing.T) {

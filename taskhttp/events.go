@@ -88,7 +88,10 @@ func record(m *task.Manager, ids ...string) *recorder {
 func (rec *recorder) run(m *task.Manager, ctx context.Context, ids []string) {
 	ready := sync.OnceFunc(func() { close(rec.ready) })
 	defer ready()
-	for op, err := range m.Watch(idleContext{ctx, ready}, ids...) {
+	watching := &idleContext{Context: ctx, idle: func() {}}
+	changes := m.Watch(watching, ids...)
+	watching.idle = ready
+	for op, err := range changes {
 		if err != nil {
 			rec.end(err)
 			return
@@ -98,14 +101,14 @@ func (rec *recorder) run(m *task.Manager, ctx context.Context, ids []string) {
 	rec.end(nil)
 }
 
-// An idleContext notices when Watch begins to wait, which it does when it has
-// told all present states: looking at Done is how it waits.
+// An idleContext notices when the loop over Watch begins to wait, which it does
+// when it has told all present states: looking at Done is how it waits.
 type idleContext struct {
 	context.Context
 	idle func()
 }
 
-func (c idleContext) Done() <-chan struct{} {
+func (c *idleContext) Done() <-chan struct{} {
 	c.idle()
 	return c.Context.Done()
 }

@@ -144,7 +144,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		r.URL.Path = "/"
 	}
 	if err := h.guard.Check(r); err != nil {
-		problem(w, r, http.StatusForbidden, err)
+		Problem(w, r, http.StatusForbidden, err)
 		return
 	}
 	mux, pattern := h.mux.Handler(r)
@@ -158,13 +158,13 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	allow := refused.Header().Get("Allow")
 	switch {
 	case allow == "":
-		problem(w, r, http.StatusNotFound, errors.New("there is nothing at this path"))
+		Problem(w, r, http.StatusNotFound, errors.New("there is nothing at this path"))
 	case r.Method == http.MethodOptions:
 		header.Set("Allow", allow+", OPTIONS")
 		w.WriteHeader(http.StatusNoContent)
 	default:
 		header.Set("Allow", allow+", OPTIONS")
-		problem(w, r, http.StatusMethodNotAllowed, fmt.Errorf("%.20q is not a method of this path", r.Method))
+		Problem(w, r, http.StatusMethodNotAllowed, fmt.Errorf("%.20q is not a method of this path", r.Method))
 	}
 }
 
@@ -285,7 +285,7 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	err := h.manager.Cancel(id)
 	switch {
 	case errors.Is(err, errors.ErrUnsupported): // another manager runs it
-		problem(w, r, http.StatusConflict, err)
+		Problem(w, r, http.StatusConflict, err)
 		return nil
 	case err != nil && !errors.Is(err, task.ErrNotFound):
 		return err

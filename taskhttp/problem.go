@@ -41,7 +41,7 @@ func Error(w http.ResponseWriter, r *http.Request, err error) {
 	if err == nil {
 		err = errors.New("unknown error")
 	}
-	problem(w, r, statusOf(err), err)
+	Problem(w, r, statusOf(err), err)
 }
 
 func statusOf(err error) int {
@@ -64,8 +64,8 @@ func statusOf(err error) int {
 	}
 }
 
-// problem answers with an error.
-func problem(w http.ResponseWriter, r *http.Request, status int, err error) {
+// Problem does what [Error] does, with a status of the caller's choice.
+func Problem(w http.ResponseWriter, r *http.Request, status int, err error) {
 	p := problemDetails{
 		Type:   "about:blank", // the title says it all
 		Title:  http.StatusText(status),

@@ -79,7 +79,7 @@ func (s State) live() bool {
 //
 // It should return soon after ctx is done; [context.Cause] then says why,
 // [ErrCancelled] or [ErrClosed]. It reports progress in percent by calling
-// update, from any goroutine and as often as it likes: a call costs some
+// update, from any goroutine and as often as it likes: a call costs about a
 // hundred nanoseconds, never waits for the database and never fails. Values
 // outside 0..100 are clamped, and calls after the function's return do nothing.
 //

@@ -39,6 +39,10 @@ func TestStateFinished(t *testing.T) {
 // TestSnippets compiles every Go snippet of the specification and of the
 // README, as part of the package itself: one calls an unexported method.
 func TestSnippets(t *testing.T) {
+	tested, err := os.ReadFile("recipe_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, file := range []string{"testdata/SPEC.md", "README.md"} {
 		text, err := os.ReadFile(file)
 		if err != nil {
@@ -51,11 +55,18 @@ func TestSnippets(t *testing.T) {
 		for _, at := range snippets {
 			line := 1 + bytes.Count(text[:at[2]], []byte("\n"))
 			t.Run(fmt.Sprintf("%s:%d", file, line), func(t *testing.T) {
-				compile(t, string(text[at[2]:at[3]]))
+				snippet := text[at[2]:at[3]]
+				compile(t, string(snippet))
+				if recipe.Match(snippet) && !bytes.Contains(tested, snippet) {
+					t.Error("recipe_test.go has not the same")
+				}
 			})
 		}
 	}
 }
+
+// recipe is what begins a snippet that is tested in recipe_test.go.
+var recipe = regexp.MustCompile(`^func [a-z]`)
 
 // surroundings are what a snippet that is no whole file may take for granted.
 const surroundings = `package snippet

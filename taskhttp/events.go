@@ -1,13 +1,13 @@
 package taskhttp
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -35,6 +35,7 @@ const (
 	maxBatch      = 256
 	maxBatchBytes = 256 << 10
 	maxSnapshot   = 1000
+	maxPiece      = 64 << 10 // that a client has to take before the deadline
 )
 
 // A recorder watches operations and remembers what happened to them recently,
@@ -102,7 +103,8 @@ func (rec *recorder) run(m *task.Manager, ctx context.Context, ids []string) {
 }
 
 // An idleContext notices when the loop over Watch begins to wait, which it does
-// when it has told all present states: looking at Done is how it waits.
+// when it has told all present states: looking at Done is how it waits. Watch
+// itself looks at Done too, when it is called and when the loop has ended.
 type idleContext struct {
 	context.Context
 	idle func()
@@ -225,16 +227,14 @@ func (rec *recorder) after(seq uint64) (batch []entry, changed <-chan struct{}, 
 // which they were so. There may be more than it returns.
 func (rec *recorder) present() (ops []*task.Operation, more bool, at uint64) {
 	rec.mu.Lock()
-	defer rec.mu.Unlock()
-	ops = make([]*task.Operation, 0, len(rec.live))
-	for _, op := range rec.live {
-		ops = append(ops, op)
-	}
+	ops = slices.AppendSeq(make([]*task.Operation, 0, len(rec.live)), maps.Values(rec.live))
+	at = rec.seq
+	rec.mu.Unlock()
 	slices.SortFunc(ops, func(a, b *task.Operation) int {
 		// "RUNNING" comes after "PENDING", IDs by order of submission.
 		return cmp.Or(cmp.Compare(b.State, a.State), cmp.Compare(a.ID, b.ID))
 	})
-	return ops[:min(len(ops), maxSnapshot)], len(ops) > maxSnapshot, rec.seq
+	return ops[:min(len(ops), maxSnapshot)], len(ops) > maxSnapshot, at
 }
 
 // eventID returns the ID of the event that tells of the entry with that seq.
@@ -294,10 +294,6 @@ func (h *handler) leave(rec *recorder) {
 
 // events tells of all operations of the manager.
 func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) error {
-	if r.Method == http.MethodHead {
-		streamHeader(w)
-		return nil
-	}
 	ctx, cancel := h.context(r)
 	defer cancel()
 	rec, leave := h.listen()
@@ -310,10 +306,15 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	if rec.over() { // as long as the manager is closed
 		return cmp.Or(rec.err, task.ErrClosed)
 	}
-	s, err := newStream(w, rec)
+	if r.Method == http.MethodHead {
+		streamHeader(w)
+		return nil
+	}
+	s, err := newStream(ctx, w, rec)
 	if err != nil {
 		return err
 	}
+	defer context.AfterFunc(ctx, s.hurry)()
 	at, known := rec.resume(r.Header.Get("Last-Event-ID"))
 	if !known {
 		if r.Header.Get("Last-Event-ID") != "" {
@@ -321,7 +322,7 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 		}
 		at = s.snapshot()
 	}
-	s.tell(ctx, at, func(e entry) string { return rec.eventID(e.seq) })
+	s.tell(at, func(e entry) string { return rec.eventID(e.seq) })
 	return nil
 }
 
@@ -346,21 +347,22 @@ func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values)
 	defer cancel()
 	rec := record(h.manager, id)
 	defer rec.stop()
-	s, err := newStream(w, rec)
+	s, err := newStream(ctx, w, rec)
 	if err != nil {
 		return err
 	}
-	s.tell(ctx, 0, func(e entry) string { return string(e.state) })
+	defer context.AfterFunc(ctx, s.hurry)()
+	s.tell(0, func(e entry) string { return string(e.state) })
 	return nil
 }
 
 // A stream is an answer made of server-sent events.
 type stream struct {
+	ctx context.Context // done when it is to end
 	w   http.ResponseWriter
 	c   *http.ResponseController
 	rec *recorder
-	buf bytes.Buffer // what is to be sent next
-	err error        // why nothing can be sent any more
+	err error // why nothing can be sent any more
 }
 
 func streamHeader(w http.ResponseWriter) {
@@ -371,23 +373,25 @@ func streamHeader(w http.ResponseWriter) {
 
 // newStream begins an answer. It returns an error, and nothing is sent, if w
 // can't send what is written before all of it is.
-func newStream(w http.ResponseWriter, rec *recorder) (*stream, error) {
+func newStream(ctx context.Context, w http.ResponseWriter, rec *recorder) (*stream, error) {
 	streamHeader(w)
-	extend(w, heartbeat+grace)
-	s := &stream{w: w, c: http.NewResponseController(w), rec: rec}
+	s := &stream{ctx: ctx, w: w, c: http.NewResponseController(w), rec: rec}
+	s.setDeadline()
 	if err := s.c.Flush(); err != nil {
 		return nil, fmt.Errorf("flush: %v", err)
 	}
-	fmt.Fprintf(&s.buf, "retry: %d\n\n", retry.Milliseconds())
+	s.write(fmt.Appendf(nil, "retry: %d\n\n", retry.Milliseconds()))
 	return s, nil
 }
 
-// event adds an event to what is sent next.
+// event writes an event.
 func (s *stream) event(name, id string, data []byte) {
-	fmt.Fprintf(&s.buf, "event: %s\nid: %s\ndata: %s\n\n", name, id, data)
+	s.write(fmt.Appendf(nil, "event: %s\nid: %s\ndata: ", name, id))
+	s.write(data)
+	s.write([]byte("\n\n"))
 }
 
-// reload adds the event that tells to load anew. It makes the receiver forget
+// reload writes the event that tells to load anew. It makes the receiver forget
 // its last event ID.
 func (s *stream) reload(why error) {
 	data, _ := json.Marshal(map[string]string{"detail": why.Error()})
@@ -400,7 +404,7 @@ type snapshot struct {
 	Truncated bool              `json:"truncated,omitempty"` // there are more
 }
 
-// snapshot adds the event that tells which operations are live, and returns
+// snapshot writes the event that tells which operations are live, and returns
 // the seq at which they are.
 func (s *stream) snapshot() uint64 {
 	ops, more, at := s.rec.present()
@@ -412,24 +416,41 @@ func (s *stream) snapshot() uint64 {
 	return at
 }
 
-// send sends what there is to send. The deadline is that of the next heartbeat,
-// as one that passes while nothing is sent would end a HTTP/2 stream.
-func (s *stream) send() {
-	if s.err != nil {
-		return
+// write writes p, piece by piece: a client has to take each in time. The deadline
+// is that of the next heartbeat, as one that passes while nothing is sent would
+// end a HTTP/2 stream.
+func (s *stream) write(p []byte) {
+	for len(p) > 0 && s.err == nil {
+		n := min(len(p), maxPiece)
+		s.setDeadline()
+		_, s.err = s.w.Write(p[:n])
+		p = p[n:]
 	}
+}
+
+func (s *stream) setDeadline() {
 	s.c.SetWriteDeadline(time.Now().Add(heartbeat + grace))
-	_, err := s.w.Write(s.buf.Bytes())
-	s.buf.Reset()
-	s.err = cmp.Or(err, s.c.Flush())
+	if s.ctx.Err() != nil {
+		s.hurry()
+	}
+}
+
+// hurry allows little time for what is being sent: the server is shut down.
+func (s *stream) hurry() { s.c.SetWriteDeadline(time.Now().Add(farewell)) }
+
+// flush sends what was written.
+func (s *stream) flush() {
+	s.setDeadline()
+	s.err = cmp.Or(s.err, s.c.Flush())
 }
 
 // tell sends what comes after the entry with that seq, until there is no more
-// to come, ctx is done, or the client doesn't take it any more.
-func (s *stream) tell(ctx context.Context, at uint64, eventID func(entry) string) {
+// to come, s.ctx is done, or the client doesn't take it any more.
+func (s *stream) tell(at uint64, eventID func(entry) string) {
 	timer := time.NewTimer(heartbeat)
 	defer timer.Stop()
-	for s.err == nil && ctx.Err() == nil {
+	s.flush()
+	for s.err == nil && s.ctx.Err() == nil {
 		batch, changed, ended, err := s.rec.after(at)
 		if ended {
 			s.end(err)
@@ -439,17 +460,19 @@ func (s *stream) tell(ctx context.Context, at uint64, eventID func(entry) string
 			s.event("operation", eventID(e), e.data)
 			at = e.seq
 		}
-		if s.buf.Len() > 0 {
-			s.send()
+		if len(batch) > 0 {
+			s.flush()
 			timer.Reset(heartbeat)
-			sleep(ctx, pause)
+			sleep(s.ctx, pause)
 			continue
 		}
 		select {
 		case <-changed:
 		case <-timer.C:
-			s.buf.WriteString(": still here\n\n")
-		case <-ctx.Done():
+			s.write([]byte(": still here\n\n"))
+			s.flush()
+			timer.Reset(heartbeat)
+		case <-s.ctx.Done():
 		}
 	}
 }
@@ -460,11 +483,11 @@ func (s *stream) end(err error) {
 	case err == nil: // the operation has finished
 	case errors.Is(err, task.ErrClosed):
 		data, _ := json.Marshal(map[string]string{"detail": err.Error()})
-		fmt.Fprintf(&s.buf, "event: closed\ndata: %s\n\n", data)
+		s.write(fmt.Appendf(nil, "event: closed\ndata: %s\n\n", data))
 	default:
 		s.reload(err)
 	}
-	s.send()
+	s.flush()
 }
 
 func sleep(ctx context.Context, d time.Duration) {

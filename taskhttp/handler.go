@@ -35,9 +35,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -66,7 +68,8 @@ const (
 //	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(m)))
 //
 // It refuses requests that change something and come from the pages of other
-// origins. It sets its own deadlines where an answer may take longer than
+// origins. A reverse proxy in front has to pass the Host header on, by which
+// that is told. It sets its own deadlines where an answer may take longer than
 // [http.Server] would allow. Event streams and waits end when the client goes,
 // when m is closed, and when the http.Server that serves them is shut down:
 // they don't hold up its Shutdown.
@@ -77,12 +80,11 @@ func Handler(m *task.Manager) http.Handler {
 	h := &handler{manager: m, servers: make(map[*http.Server]context.Context)}
 	for _, rt := range h.routes() {
 		h.mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
-			query, err := url.ParseQuery(r.URL.RawQuery)
-			if err != nil {
-				Error(w, r, badRequest{err})
-				return
+			query, err := rt.parse(r.URL.RawQuery)
+			if err == nil {
+				err = rt.serve(w, r, query)
 			}
-			if err := rt.serve(w, r, rt.only(query)); err != nil {
+			if err != nil {
 				Error(w, r, err)
 			}
 		})
@@ -123,16 +125,18 @@ func (h *handler) routes() []route {
 	}
 }
 
-// only returns the parameters that the route knows. Others may be meant for
-// whatever wraps the handler, and don't matter.
-func (rt route) only(query url.Values) url.Values {
-	known := make(url.Values)
-	for _, name := range rt.query {
-		if v, ok := query[name]; ok {
-			known[name] = v
-		}
+// parse reads the query of a request for a route with parameters. Those that it
+// doesn't know may be meant for whatever wraps the handler, and don't matter.
+func (rt route) parse(query string) (url.Values, error) {
+	if len(rt.query) == 0 {
+		return nil, nil
 	}
-	return known
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return nil, badRequest{err}
+	}
+	maps.DeleteFunc(values, func(name string, _ []string) bool { return !slices.Contains(rt.query, name) })
+	return values, nil
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -231,21 +235,12 @@ func parseStates(values []string) (states []task.State, err error) {
 			continue
 		}
 		state := task.State(name)
-		if !known(state) {
+		if !slices.Contains(allStates, state) {
 			return nil, badParameter("state", "%.64q is none of %v", name, allStates)
 		}
 		states = append(states, state)
 	}
 	return states, nil
-}
-
-func known(state task.State) bool {
-	for _, s := range allStates {
-		if s == state {
-			return true
-		}
-	}
-	return false
 }
 
 func parseLimit(value string) (int, error) {
@@ -274,10 +269,14 @@ func (h *handler) look(id string) (*task.Operation, error) {
 	done, cancel := context.WithCancel(context.Background())
 	cancel()
 	op, err := h.manager.Wait(done, id)
-	if op != nil {
+	switch {
+	case op != nil:
 		return op, nil
+	case errors.Is(err, task.ErrNotFound):
+		return nil, fmt.Errorf("%.64s: %w", id, task.ErrNotFound)
+	default:
+		return nil, err
 	}
-	return nil, err
 }
 
 func (h *handler) cancel(w http.ResponseWriter, r *http.Request, _ url.Values) error {
@@ -308,17 +307,18 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 	if err != nil {
 		return err
 	}
-	extend(w, timeout+grace)
+	c := http.NewResponseController(w)
+	c.SetWriteDeadline(time.Time{}) // while it waits
 	ctx, cancel := h.context(r)
 	defer cancel()
 	ctx, cancel = context.WithTimeout(ctx, timeout)
 	defer cancel()
 	op, err := h.manager.Wait(ctx, r.PathValue("id"))
-	switch {
-	case r.Context().Err() != nil: // nobody is there any more
-		return nil
-	case err != nil && ctx.Err() == nil, op == nil:
+	if err != nil && ctx.Err() == nil || op == nil {
 		return err
+	}
+	if server, ok := r.Context().Value(http.ServerContextKey).(*http.Server); ok && server.WriteTimeout > 0 {
+		c.SetWriteDeadline(time.Now().Add(server.WriteTimeout)) // as for any other answer
 	}
 	return writeJSON(w, http.StatusOK, op) // as it is, if the time is up
 }
@@ -332,13 +332,6 @@ func parseTimeout(value string) (time.Duration, error) {
 		return 0, badParameter("timeout", "%.64q is not a duration like 30s, of at most %v", value, maxTimeout)
 	}
 	return d, nil
-}
-
-// extend allows an answer to take that long, whatever the server allows.
-func extend(w http.ResponseWriter, d time.Duration) {
-	c := http.NewResponseController(w)
-	c.SetReadDeadline(time.Time{}) // passing it would count as the client's leaving
-	c.SetWriteDeadline(time.Now().Add(d))
 }
 
 // context returns the request's context, which is also done when the server

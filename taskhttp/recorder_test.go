@@ -132,11 +132,11 @@ func TestRecorderEnd(t *testing.T) {
 		rec.end(test.err)
 		rec.end(errors.New("too late"))
 		w := httptest.NewRecorder()
-		s, err := newStream(w, rec)
+		s, err := newStream(context.Background(), w, rec)
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.tell(context.Background(), 0, func(e entry) string { return "id" })
+		s.tell(0, func(e entry) string { return "id" })
 		_, told, ok := strings.Cut(w.Body.String(), "retry: 2000\n\nevent: operation\nid: id\ndata: {\"id\":\"1\"")
 		_, told, _ = strings.Cut(told, "\n\n")
 		if !ok || !strings.HasPrefix(told, test.want) || test.want == "" && told != "" {

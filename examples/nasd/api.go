@@ -1,9 +1,9 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -19,16 +19,16 @@ import (
 
 // An api is the REST API of the daemon:
 //
-//	GET  /pools                     all pools, and how their last operations ended
-//	POST /pools                     {"name": NAME} makes a pool
-//	PUT  /pools/NAME/files/PATH     stores the body as a file
-//	POST /pools/NAME/scrub          reads all files and finds those that are corrupted
-//	POST /pools/NAME/accept         takes all files as they are for good
-//	POST /pools/NAME/replicate      {"to": NAME} copies what has changed to another pool
-//	POST /pools/NAME/snapshot       takes a snapshot
-//	GET  /pools/NAME/snapshots      the IDs of all snapshots, the oldest first
-//	     /tasks/                    the operations: see package taskhttp
-//	GET  /                          leads to the page of these
+//	GET  /api/pools                     all pools, and how their last operations ended
+//	POST /api/pools                     {"name": NAME} makes a pool
+//	PUT  /api/pools/NAME/files/PATH     stores the body as a file
+//	POST /api/pools/NAME/scrub          reads all files and finds those that are corrupted
+//	POST /api/pools/NAME/accept         takes all files as they are for good
+//	POST /api/pools/NAME/replicate      {"to": NAME} copies what has changed to another pool
+//	POST /api/pools/NAME/snapshot       takes a snapshot
+//	GET  /api/pools/NAME/snapshots      the IDs of all snapshots, the oldest first
+//	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
+//	GET  /                              the page to do all this with
 //
 // A POST is answered with 202 and the operation that it has started.
 type api struct {
@@ -36,35 +36,35 @@ type api struct {
 	last    *lastResults
 }
 
+// tasksPath is where the operations are.
+const tasksPath = "/api/tasks"
+
 // newAPI returns the API. With local it answers only to the addresses of this
 // machine and to "localhost".
 func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	a := &api{s, last}
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST /pools", a.create)
-	mux.HandleFunc("GET /pools", a.pools)
-	mux.HandleFunc("PUT /pools/{name}/files/{path...}", a.put)
-	mux.HandleFunc("POST /pools/{name}/scrub", a.on(s.scrub))
-	mux.HandleFunc("POST /pools/{name}/accept", a.on(s.accept))
-	mux.HandleFunc("POST /pools/{name}/replicate", a.replicate)
-	mux.HandleFunc("POST /pools/{name}/snapshot", a.on(s.snapshot))
-	mux.HandleFunc("GET /pools/{name}/snapshots", a.snapshots)
-	mux.Handle("/tasks/", http.StripPrefix("/tasks", taskhttp.Handler(s.tasks)))
-	mux.Handle("GET /{$}", http.RedirectHandler("/tasks/ui", http.StatusFound))
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		fail(w, r, fmt.Errorf("%s %s: %w", r.Method, r.URL.Path, fs.ErrNotExist))
-	})
+	mux.HandleFunc("POST /api/pools", a.create)
+	mux.HandleFunc("GET /api/pools", a.pools)
+	mux.HandleFunc("PUT /api/pools/{name}/files/{path...}", a.put)
+	mux.HandleFunc("POST /api/pools/{name}/scrub", a.on(s.scrub))
+	mux.HandleFunc("POST /api/pools/{name}/accept", a.on(s.accept))
+	mux.HandleFunc("POST /api/pools/{name}/replicate", a.replicate)
+	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(s.snapshot))
+	mux.HandleFunc("GET /api/pools/{name}/snapshots", a.snapshots)
+	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
+	mux.HandleFunc("GET /{$}", servePage)
 
 	// A page of another site must not be able to start anything here, neither
 	// openly nor by having its own name resolve to this machine.
 	protection := http.NewCrossOriginProtection()
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		problem(w, http.StatusForbidden, "a page of another site may not do this")
+		taskhttp.Problem(w, r, http.StatusForbidden, errors.New("a page of another site may not do this"))
 	}))
 	h := protection.Handler(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if local && !isAddress(r.Host) {
-			problem(w, http.StatusMisdirectedRequest, "ask for this by its address, or as localhost")
+			taskhttp.Problem(w, r, http.StatusMisdirectedRequest, errors.New("ask for this by its address, or as localhost"))
 			return
 		}
 		h.ServeHTTP(w, r)
@@ -90,6 +90,15 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	op, err := a.storage.create(in.Name)
+	if err == nil {
+		// Who asked will go on with the pool: it had better be there, unless
+		// that takes long.
+		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+		defer cancel()
+		if now, _ := a.storage.tasks.Wait(ctx, op.ID); now != nil {
+			op = now
+		}
+	}
 	answer(w, r, op, err)
 }
 
@@ -118,7 +127,7 @@ func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err erro
 		fail(w, r, err)
 		return
 	}
-	taskhttp.Accepted(w, "/tasks", op)
+	taskhttp.Accepted(w, tasksPath, op)
 }
 
 func (a *api) pools(w http.ResponseWriter, r *http.Request) {
@@ -139,13 +148,7 @@ func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *api) snapshots(w http.ResponseWriter, r *http.Request) {
-	p, err := a.storage.open(r.PathValue("name"))
-	if err != nil {
-		fail(w, r, err)
-		return
-	}
-	defer p.close()
-	ids, err := p.snapshots()
+	ids, err := a.storage.snapshots(r.PathValue("name"))
 	if err != nil {
 		fail(w, r, err)
 		return
@@ -191,6 +194,8 @@ func readJSON(w http.ResponseWriter, r *http.Request, v any) error {
 		return err // taskhttp knows that one
 	case err != nil:
 		return inputError("the body should be a JSON object: " + err.Error())
+	case d.Decode(new(any)) != io.EOF:
+		return inputError("the body should be one JSON object")
 	default:
 		return nil
 	}
@@ -207,28 +212,16 @@ func writeJSON(w http.ResponseWriter, v any) {
 // fail answers with an error. What is not the storage service's is taskhttp's.
 func fail(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
-	case errors.As(err, new(inputError)):
-		problem(w, http.StatusBadRequest, err.Error())
+	case errors.As(err, new(inputError)), errors.Is(err, syscall.ENAMETOOLONG),
+		errors.As(err, new(readError)): // of the body
+		taskhttp.Problem(w, r, http.StatusBadRequest, err)
+	case errors.Is(err, fs.ErrExist), errors.As(err, new(placeError)):
+		taskhttp.Problem(w, r, http.StatusConflict, err)
 	case errors.Is(err, fs.ErrNotExist):
-		problem(w, http.StatusNotFound, err.Error())
-	case errors.Is(err, fs.ErrExist), errors.Is(err, syscall.ENOTDIR):
-		problem(w, http.StatusConflict, err.Error())
-	case errors.As(err, new(readError)): // the body
-		problem(w, http.StatusBadRequest, err.Error())
+		taskhttp.Problem(w, r, http.StatusNotFound, err)
 	case errors.Is(err, syscall.ENOSPC):
-		problem(w, http.StatusInsufficientStorage, err.Error())
+		taskhttp.Problem(w, r, http.StatusInsufficientStorage, err)
 	default:
 		taskhttp.Error(w, r, err)
 	}
-}
-
-// problem answers with problem details (RFC 9457).
-func problem(w http.ResponseWriter, status int, detail string) {
-	w.Header().Set("Content-Type", "application/problem+json")
-	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(map[string]any{
-		"title":  http.StatusText(status),
-		"status": status,
-		"detail": detail,
-	})
 }

@@ -1,20 +1,31 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/mynt-nas/task"
 )
 
 func TestAPIErrors(t *testing.T) {
 	s := newStorage(t, "tank", "backup")
-	write(t, openPool(t, s, "tank").files, "dir/a", "a")
+	files := openPool(t, s, "tank").files
+	write(t, files, "dir/a", "a")
+	write(t, s.pools, "stray", "")
+	for name, target := range map[string]string{"out": t.TempDir(), "nowhere": "gone", "loop": "loop"} {
+		must(t, os.Symlink(target, filepath.Join(files.Name(), name)))
+	}
 	local, open := newAPI(s, newLastResults(s.tasks), true), newAPI(s, newLastResults(s.tasks), false)
 	const other = "http://evil.example"
 	tests := []struct {
@@ -23,37 +34,44 @@ func TestAPIErrors(t *testing.T) {
 		handler                  http.Handler
 		want                     int
 	}{
-		{name: "pools", method: "GET", path: "/pools", want: 200},
-		{name: "snapshots", method: "GET", path: "/pools/tank/snapshots", want: 200},
-		{name: "page", method: "GET", path: "/", want: 302},
-		{name: "tasks", method: "GET", path: "/tasks/", want: 200},
+		{name: "pools", method: "GET", path: "/api/pools", want: 200},
+		{name: "snapshots", method: "GET", path: "/api/pools/tank/snapshots", want: 200},
+		{name: "page", method: "GET", path: "/", want: 200},
+		{name: "tasks", method: "GET", path: "/api/tasks/", want: 200},
 		{name: "nothing there", method: "GET", path: "/x", want: 404},
-		{name: "no such pool", method: "GET", path: "/pools/x/snapshots", want: 404},
-		{name: "no such method", method: "DELETE", path: "/pools/tank", want: 404},
-		{name: "scrub of no pool", method: "POST", path: "/pools/x/scrub", want: 404},
-		{name: "bad pool", method: "POST", path: "/pools/%2e%2e/scrub", want: 400},
-		{name: "pool exists", method: "POST", path: "/pools", body: `{"name":"tank"}`, want: 409},
-		{name: "bad name", method: "POST", path: "/pools", body: `{"name":"../x"}`, want: 400},
-		{name: "no body", method: "POST", path: "/pools", want: 400},
-		{name: "misspelt", method: "POST", path: "/pools", body: `{"nmae":"x"}`, want: 400},
-		{name: "large body", method: "POST", path: "/pools", body: `{"name":"` + strings.Repeat("x", 1<<20) + `"}`, want: 413},
-		{name: "to nowhere", method: "POST", path: "/pools/tank/replicate", body: `{"to":"x"}`, want: 404},
-		{name: "to itself", method: "POST", path: "/pools/tank/replicate", body: `{"to":"tank"}`, want: 400},
-		{name: "put", method: "PUT", path: "/pools/tank/files/b", body: "b", want: 204},
-		{name: "put over a directory", method: "PUT", path: "/pools/tank/files/dir", want: 409},
-		{name: "put below a file", method: "PUT", path: "/pools/tank/files/dir/a/b", want: 409},
-		{name: "put outside", method: "PUT", path: "/pools/tank/files/%2e%2e/manifest", want: 400},
-		{name: "put what is hidden", method: "PUT", path: "/pools/tank/files/.incoming/x", want: 400},
-		{name: "put nothing", method: "PUT", path: "/pools/tank/files/", want: 400},
-		{name: "put into no pool", method: "PUT", path: "/pools/x/files/a", want: 404},
-		{name: "another site", method: "POST", path: "/pools/tank/scrub", origin: other, want: 403},
-		{name: "another site puts", method: "PUT", path: "/pools/tank/files/a", origin: other, want: 403},
-		{name: "another site cancels", method: "POST", path: "/tasks/x/cancel", origin: other, want: 403},
-		{name: "rebound", method: "GET", path: "/pools", host: "evil.example", want: 421},
-		{name: "rebound with a port", method: "POST", path: "/pools/tank/scrub", host: "evil.example:80", origin: other, want: 421},
-		{name: "name of an open one", method: "GET", path: "/pools", host: "nas.example", handler: open, want: 200},
-		{name: "localhost", method: "GET", path: "/pools", host: "localhost:8080", want: 200},
-		{name: "IPv6", method: "GET", path: "/pools", host: "[::1]:8080", want: 200},
+		{name: "no such pool", method: "GET", path: "/api/pools/x/snapshots", want: 404},
+		{name: "no such method", method: "DELETE", path: "/api/pools", want: 405},
+		{name: "scrub of no pool", method: "POST", path: "/api/pools/x/scrub", want: 404},
+		{name: "bad pool", method: "POST", path: "/api/pools/%2e%2e/scrub", want: 400},
+		{name: "pool exists", method: "POST", path: "/api/pools", body: `{"name":"tank"}`, want: 409},
+		{name: "bad name", method: "POST", path: "/api/pools", body: `{"name":"../x"}`, want: 400},
+		{name: "something exists", method: "POST", path: "/api/pools", body: `{"name":"stray"}`, want: 409},
+		{name: "more than one object", method: "POST", path: "/api/pools", body: `{"name":"x"} {}`, want: 400},
+		{name: "no body", method: "POST", path: "/api/pools", want: 400},
+		{name: "misspelt", method: "POST", path: "/api/pools", body: `{"nmae":"x"}`, want: 400},
+		{name: "large body", method: "POST", path: "/api/pools", body: `{"name":"` + strings.Repeat("x", 1<<20) + `"}`, want: 413},
+		{name: "to nowhere", method: "POST", path: "/api/pools/tank/replicate", body: `{"to":"x"}`, want: 404},
+		{name: "to itself", method: "POST", path: "/api/pools/tank/replicate", body: `{"to":"tank"}`, want: 400},
+		{name: "put", method: "PUT", path: "/api/pools/tank/files/b", body: "b", want: 204},
+		{name: "put over a directory", method: "PUT", path: "/api/pools/tank/files/dir", want: 409},
+		{name: "put below a file", method: "PUT", path: "/api/pools/tank/files/dir/a/b", want: 409},
+		{name: "put through a link to outside", method: "PUT", path: "/api/pools/tank/files/out/x", want: 409},
+		{name: "put through a link to nowhere", method: "PUT", path: "/api/pools/tank/files/nowhere/x", want: 409},
+		{name: "put through a loop", method: "PUT", path: "/api/pools/tank/files/loop/x", want: 409},
+		{name: "put with a long name", method: "PUT", path: "/api/pools/tank/files/" + strings.Repeat("x", 300), want: 400},
+		{name: "put below a long name", method: "PUT", path: "/api/pools/tank/files/" + strings.Repeat("x", 300) + "/x", want: 400},
+		{name: "put outside", method: "PUT", path: "/api/pools/tank/files/%2e%2e/manifest", want: 400},
+		{name: "put what is hidden", method: "PUT", path: "/api/pools/tank/files/.incoming/x", want: 400},
+		{name: "put nothing", method: "PUT", path: "/api/pools/tank/files/", want: 400},
+		{name: "put into no pool", method: "PUT", path: "/api/pools/x/files/a", want: 404},
+		{name: "another site", method: "POST", path: "/api/pools/tank/scrub", origin: other, want: 403},
+		{name: "another site puts", method: "PUT", path: "/api/pools/tank/files/a", origin: other, want: 403},
+		{name: "another site cancels", method: "POST", path: "/api/tasks/x/cancel", origin: other, want: 403},
+		{name: "rebound", method: "GET", path: "/api/pools", host: "evil.example", want: 421},
+		{name: "rebound with a port", method: "POST", path: "/api/pools/tank/scrub", host: "evil.example:80", origin: other, want: 421},
+		{name: "name of an open one", method: "GET", path: "/api/pools", host: "nas.example", handler: open, want: 200},
+		{name: "localhost", method: "GET", path: "/api/pools", host: "localhost:8080", want: 200},
+		{name: "IPv6", method: "GET", path: "/api/pools", host: "[::1]:8080", want: 200},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -73,7 +91,10 @@ func TestAPIErrors(t *testing.T) {
 			if w.Code != tt.want {
 				t.Fatalf("got %d, want %d: %s", w.Code, tt.want, w.Body)
 			}
-			if w.Code >= 400 {
+			if got := w.Header().Get("Allow"); w.Code == 405 && got != "GET, HEAD, POST" {
+				t.Errorf("allowed is %q", got)
+			}
+			if w.Code >= 400 && w.Code != 405 && tt.path != "/x" { // those are the mux's
 				wantProblem(t, w.Result())
 			}
 		})
@@ -104,6 +125,51 @@ func wantProblem(t *testing.T, resp *http.Response) {
 	}
 }
 
+// The answer waits for the pool, but not for long.
+func TestCreateWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStorage(t)
+		h := newAPI(s, newLastResults(s.tasks), true)
+		create := func(name string) (state task.State) {
+			w := httptest.NewRecorder()
+			r := httptest.NewRequest("POST", "/api/pools", strings.NewReader(`{"name":"`+name+`"}`))
+			r.Host = "localhost"
+			h.ServeHTTP(deadlines{w}, r)
+			var op task.Operation
+			must(t, json.Unmarshal(w.Body.Bytes(), &op))
+			return op.State
+		}
+		if got := create("tank"); got != task.StateDone {
+			t.Errorf("answered with %s, want %s", got, task.StateDone)
+		}
+		end := make(chan struct{})
+		_, err := s.submit(about{Kind: "hold", Pool: "busy"}, func(context.Context, func(int)) (any, error) {
+			<-end
+			return nil, nil
+		})
+		must(t, err)
+		began := time.Now()
+		if got := create("busy"); got != task.StatePending || time.Since(began) != time.Second {
+			t.Errorf("answered with %s after %v, want %s after a second", got, time.Since(began), task.StatePending)
+		}
+		close(end)
+	})
+}
+
+// The page's own script and style are all that runs in it.
+func TestPage(t *testing.T) {
+	w := httptest.NewRecorder()
+	servePage(w, httptest.NewRequest("GET", "/", nil))
+	policy := w.Header().Get("Content-Security-Policy")
+	if strings.Count(policy, "'sha256-") != 2 || !strings.Contains(policy, "default-src 'none'") ||
+		strings.Contains(policy, hash("no such element")) {
+		t.Errorf("the policy is %s", policy)
+	}
+	if got := w.Header().Get("Content-Type"); got != "text/html; charset=utf-8" || !strings.Contains(w.Body.String(), "</html>") {
+		t.Errorf("the page is %s: %s", got, w.Body)
+	}
+}
+
 func TestFailStatus(t *testing.T) {
 	for _, tt := range []struct {
 		err  error
@@ -111,6 +177,8 @@ func TestFailStatus(t *testing.T) {
 	}{
 		{readError{io.ErrUnexpectedEOF}, 400},
 		{syscall.ENOSPC, 507},
+		{placeError{syscall.ELOOP}, 409},
+		{placeError{syscall.ENAMETOOLONG}, 400},
 		{errors.New("anything else"), 500},
 	} {
 		w := httptest.NewRecorder()

@@ -1,11 +1,12 @@
 package main
 
 import (
-	"context"
 	"errors"
+	"iter"
 	"log/slog"
 	"maps"
 	"sync"
+	"time"
 
 	"github.com/mynt-nas/task"
 )
@@ -75,17 +76,18 @@ func (b *bus) close() {
 	b.subs, b.closed = nil, true
 }
 
-// feed forwards events until the manager is closed, and then closes the bus.
-func feed(m *task.Manager, b *bus) {
+// feed forwards what Watch tells until the manager is closed, and then closes
+// the bus.
+func feed(b *bus, changes iter.Seq2[*task.Operation, error]) {
 	defer b.close()
-	for errors.Is(forward(m, b), task.ErrLagged) { // the whole process was held up
-		b.lose()
+	for errors.Is(forward(b, changes), task.ErrLagged) { // the whole process was held up
+		b.lose() // and then watch anew
 	}
 }
 
 // forward is all it takes to feed a bus.
-func forward(m *task.Manager, b *bus) error {
-	for op, err := range m.Watch(context.Background()) {
+func forward(b *bus, changes iter.Seq2[*task.Operation, error]) error {
+	for op, err := range changes {
 		if err != nil {
 			return err
 		}
@@ -106,9 +108,17 @@ func logFinished(events <-chan event) {
 		case op.State == task.StateFailed:
 			slog.Error(op.Name, "state", op.State, "err", op.Error, "id", op.ID)
 		default:
-			slog.Info(op.Name, "state", op.State, "took", op.UpdatedAt.Sub(op.CreatedAt), "id", op.ID)
+			slog.Info(op.Name, "state", op.State, "took", took(op), "id", op.ID)
 		}
 	}
+}
+
+// took returns for how long an operation ran.
+func took(op *task.Operation) time.Duration {
+	if op.StartedAt.IsZero() {
+		return 0
+	}
+	return op.UpdatedAt.Sub(op.StartedAt)
 }
 
 // A lastResults is a subscriber that knows how the last operation of each kind
@@ -120,32 +130,35 @@ type lastResults struct {
 	pool map[string]map[string]*task.Operation // by pool and kind; not to be changed
 }
 
-// newLastResults begins with what the history says.
+// newLastResults begins with what the history says. Watch before.
 func newLastResults(m *task.Manager) *lastResults {
 	l := &lastResults{tasks: m, pool: make(map[string]map[string]*task.Operation)}
 	l.load()
 	return l
 }
 
+// load reads all of the history: the last of a kind may be far back.
 func (l *lastResults) load() {
-	ops, err := l.tasks.List(1000, 0, task.ByState(task.StateDone, task.StateFailed, task.StateCancelled))
-	if err != nil {
-		slog.Error("no last results", "err", err)
-	}
-	for _, op := range ops {
-		l.add(op)
+	finished := task.ByState(task.StateDone, task.StateFailed, task.StateCancelled)
+	for before := ""; ; {
+		ops, err := l.tasks.List(1000, 0, finished, task.Before(before))
+		if err != nil && !errors.Is(err, task.ErrNotFound) { // it is old and just forgotten, as is the rest
+			slog.Error("not all last results", "err", err)
+		}
+		if len(ops) == 0 {
+			return
+		}
+		for _, op := range ops {
+			l.add(op)
+		}
+		before = ops[len(ops)-1].ID
 	}
 }
 
-// follow keeps it up to date. With the first event the history is read again:
-// Watch doesn't say when it begins, and that was before the event.
+// follow keeps it up to date.
 func (l *lastResults) follow(events <-chan event) {
-	for first := true; ; first = false {
-		e, ok := <-events
-		if !ok {
-			return
-		}
-		if first || e.missed > 0 {
+	for e := range events {
+		if e.missed > 0 {
 			l.load()
 		}
 		l.add(e.op)

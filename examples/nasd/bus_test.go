@@ -56,7 +56,7 @@ func TestFeed(t *testing.T) {
 	<-running
 	b := new(bus)
 	events := b.subscribe(100)
-	go feed(s.tasks, b)
+	go feed(b, s.tasks.Watch(context.Background()))
 	if e := <-events; e.op.ID != op.ID || e.op.State != task.StateRunning {
 		t.Errorf("first comes %+v, want what is there", e.op)
 	}
@@ -116,13 +116,7 @@ func TestLastResults(t *testing.T) {
 	l.follow(events)
 	check("from events", second, third)
 
-	fourth := do(scrub)
-	events = make(chan event, 1)
-	events <- event{op: third}
-	close(events)
-	l.follow(events)
-	check("what was before the first event", fourth, third)
-
+	var fourth *task.Operation
 	events = make(chan event)
 	go func() {
 		defer close(events)
@@ -132,4 +126,52 @@ func TestLastResults(t *testing.T) {
 	}()
 	l.follow(events)
 	check("after a loss", fourth, third)
+}
+
+// The last of a kind is found however many of others came later.
+func TestLastResultsFarBack(t *testing.T) {
+	s := newStorage(t, "tank")
+	op, err := s.scrub("tank")
+	must(t, err)
+	_, err = s.tasks.Wait(t.Context(), op.ID)
+	must(t, err)
+	var last *task.Operation
+	for range 2500 {
+		last, err = s.submit(about{Kind: "snapshot", Pool: "tank"}, func(context.Context, func(int)) (any, error) { return nil, nil })
+		must(t, err)
+	}
+	_, err = s.tasks.Wait(t.Context(), last.ID)
+	must(t, err)
+	got := newLastResults(s.tasks).of("tank")
+	if len(got) != 2 || got["scrub"].ID != op.ID || got["snapshot"].ID != last.ID {
+		t.Errorf("got %+v", got)
+	}
+}
+
+func TestTook(t *testing.T) {
+	op := &task.Operation{CreatedAt: longAgo, UpdatedAt: longAgo.Add(time.Hour)}
+	if got := took(op); got != 0 {
+		t.Errorf("never started: took %v", got)
+	}
+	op.StartedAt = longAgo.Add(59 * time.Minute)
+	if got := took(op); got != time.Minute {
+		t.Errorf("took %v, want a minute", got)
+	}
+}
+
+// The bus is fed on after the whole process was held up, and says so.
+func TestFeedLagged(t *testing.T) {
+	b := new(bus)
+	events := b.subscribe(1)
+	watched := 0
+	feed(b, func(yield func(*task.Operation, error) bool) {
+		if watched++; watched == 1 {
+			yield(nil, task.ErrLagged)
+		} else if yield(&task.Operation{ID: "1"}, nil) {
+			yield(nil, task.ErrClosed)
+		}
+	})
+	if e := <-events; e.op.ID != "1" || e.missed == 0 {
+		t.Errorf("got %+v, want it to say that something was missed", e)
+	}
 }

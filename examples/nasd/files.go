@@ -14,6 +14,8 @@ import (
 	"path"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -37,6 +39,7 @@ const (
 type list struct {
 	Count int      `json:"count"`
 	Paths []string `json:"paths,omitempty"`
+	Error string   `json:"error,omitempty"` // what is wrong with the very first, if it isn't clear
 }
 
 func (l *list) add(path string) {
@@ -44,6 +47,24 @@ func (l *list) add(path string) {
 	if len(l.Paths) < maxListed {
 		l.Paths = append(l.Paths, path)
 	}
+}
+
+// addError adds path, and why.
+func (l *list) addError(path string, err error) {
+	if l.Count == 0 {
+		l.Error = err.Error()
+	}
+	l.add(path)
+}
+
+// why ends a message about lists.
+func why(lists ...list) string {
+	for _, l := range lists {
+		if l.Error != "" {
+			return "; the first: " + l.Error
+		}
+	}
+	return ""
 }
 
 // A readError is an error of what is read, be it a file or a directory.
@@ -60,32 +81,57 @@ func (l *list) addUnreadable(ctx context.Context, path string, err error) error 
 	case !errors.As(err, new(readError)):
 		return err
 	case !errors.Is(err, fs.ErrNotExist):
-		l.add(path)
+		l.addError(path, err)
 	}
 	return nil
 }
 
-// walk calls visit for each regular file in root, and with an error for what
-// it can't read. Paths have slashes. It follows no symbolic links.
-func walk(ctx context.Context, root *os.Root, visit func(path string, err error) error) error {
-	return fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
-		switch {
+// errNoFile is for what is neither a directory nor a regular file.
+var errNoFile = errors.New("neither a file nor a directory")
+
+// walk calls visit for each file below the directory dir, with an error for
+// what it can't read and for what is no file. Paths have slashes. It follows no
+// symbolic links. fs.WalkDir wouldn't enter a directory whose name is not UTF-8.
+func walk(ctx context.Context, root *os.Root, dir string, visit func(path string, err error) error) error {
+	entries, err := readDir(root, dir)
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err == nil:
+	case dir == ".":
+		return err
+	case !errors.Is(err, fs.ErrNotExist): // or else it was deleted meanwhile
+		err = visit(dir, readError{err})
+	default:
+		err = nil
+	}
+	for _, e := range entries {
+		if err != nil {
+			return err
+		}
+		switch name := path.Join(dir, e.Name()); {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
-		case errors.Is(err, fs.ErrNotExist) && path != ".":
-			return nil // deleted meanwhile
-		case err != nil && path == ".":
-			return err
-		case err != nil:
-			return visit(path, readError{err})
-		case path == incoming && d.IsDir():
-			return fs.SkipDir
-		case !d.Type().IsRegular():
-			return nil
-		default:
-			return visit(path, nil)
+		case e.IsDir() && name != incoming:
+			err = walk(ctx, root, name, visit)
+		case e.Type().IsRegular():
+			err = visit(name, nil)
+		case !e.IsDir():
+			err = visit(name, errNoFile)
 		}
-	})
+	}
+	return err
+}
+
+func readDir(root *os.Root, dir string) ([]os.DirEntry, error) {
+	f, err := root.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	entries, err := f.ReadDir(-1)
+	slices.SortFunc(entries, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	return entries, err
 }
 
 // open opens a regular file for reading. No later change of it will leave the
@@ -156,13 +202,14 @@ type worker struct {
 	update func(int)
 	total  int64 // bytes to be moved
 	done   int64
+	others int // what is no file
 	buf    []byte
 }
 
 // each is walk that first adds up the sizes of all files, and then shows which
 // one it is at.
 func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string, err error) error) error {
-	err := walk(ctx, root, func(path string, err error) error {
+	err := walk(ctx, root, ".", func(path string, err error) error {
 		if err == nil {
 			if info, err := root.Lstat(path); err == nil {
 				w.total += info.Size()
@@ -173,7 +220,11 @@ func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string
 	if err != nil {
 		return err
 	}
-	err = walk(ctx, root, func(path string, err error) error {
+	err = walk(ctx, root, ".", func(path string, err error) error {
+		if err == errNoFile {
+			w.others++
+			return nil
+		}
 		w.at(ctx, path)
 		return visit(path, err)
 	})
@@ -286,6 +337,9 @@ func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err 
 // ever sees a part of it. The directories in between are made if need be.
 // Until syncParents its name is not durable.
 func replace(root *os.Root, path string, m meta, fill func(*os.File) error) error {
+	if err := makePlace(root, path); err != nil {
+		return err
+	}
 	if err := root.Mkdir(incoming, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -293,12 +347,32 @@ func replace(root *os.Root, path string, m meta, fill func(*os.File) error) erro
 	if err := create(root, temp, m, fill); err != nil {
 		return err
 	}
-	err := root.MkdirAll(filepath.Dir(path), 0o755)
-	if err == nil {
-		err = root.Rename(temp, path)
-	}
+	err := root.Rename(temp, path)
 	if err != nil {
 		root.Remove(temp)
+	}
+	return err
+}
+
+// A placeError says that there can be no file at a path: there is a directory,
+// or a file or a link to elsewhere on the way, or the name is too long.
+type placeError struct{ error }
+
+func (e placeError) Unwrap() error { return e.error }
+
+// makePlace makes the directories that lead to a file.
+func makePlace(root *os.Root, path string) error {
+	switch info, err := root.Lstat(path); {
+	case err == nil && info.IsDir():
+		return placeError{fmt.Errorf("%s: there is a directory", path)}
+	case err == nil:
+		return nil
+	case !errors.Is(err, fs.ErrNotExist):
+		return placeError{err}
+	}
+	err := root.MkdirAll(filepath.Dir(path), 0o755)
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // a link to nowhere
+		return placeError{err}
 	}
 	return err
 }

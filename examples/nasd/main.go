@@ -7,8 +7,11 @@
 // are directories, scrubs them and replicates one to another. The snapshot
 // scheduler (snapshot.go) takes snapshots of each and thins them out. Whatever
 // takes time is an operation of one task.Manager. Its news go to an event bus
-// (bus.go), and the REST API (api.go) has them all under /tasks, with a page to
-// look at.
+// (bus.go), and the REST API (api.go) has them all under /api/tasks. All that
+// can be tried with a browser: the page (page.html) is at /.
+//
+// Into each pool one operation writes at a time. A replication only reads its
+// source, on which another operation may run meanwhile.
 //
 // DIR holds everything:
 //
@@ -21,7 +24,9 @@
 //
 // It knows no users: whoever can connect may do everything. Listening on
 // 127.0.0.1, as it does unless told otherwise, those are the users of this
-// machine; put something that authenticates in front of it to let in others.
+// machine; put something that authenticates in front of it to let in others. It
+// has to ask for it as 127.0.0.1, by the Host header too: other names than
+// localhost are refused, as a page of another site may have made them up.
 package main
 
 import (
@@ -62,7 +67,7 @@ func main() {
 	flag.IntVar(&c.keep, "keep-snapshots", 12, fmt.Sprintf(
 		"keep the newest `N` snapshots of each pool, and the last ones of %d hours and %d days", keepHours, keepDays))
 	flag.Parse()
-	if c.data == "" || flag.NArg() > 0 {
+	if c.data == "" || flag.NArg() > 0 || min(c.limit, c.keep) < 0 || min(c.history, c.every) < 0 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -117,11 +122,12 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 	var parts sync.WaitGroup
 
 	bus := new(bus)
+	changes := s.tasks.Watch(context.Background()) // before last reads: nothing is missed in between
 	last := newLastResults(s.tasks)
 	toLog, toLast := bus.subscribe(1000), bus.subscribe(1000)
 	parts.Go(func() { logFinished(toLog) })
 	parts.Go(func() { last.follow(toLast) })
-	parts.Go(func() { feed(s.tasks, bus) })
+	parts.Go(func() { feed(bus, changes) })
 	if c.every > 0 {
 		sched := &scheduler{storage: s, every: c.every, keep: c.keep}
 		parts.Go(func() { sched.run(ctx) })
@@ -160,18 +166,17 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 // greet says where the daemon is, and how to begin.
 func greet(out io.Writer, url string, s *storage) {
 	names, err := s.names()
-	fmt.Fprintln(out, "nasd is at", url)
+	fmt.Fprintf(out, "nasd is at %s; stop it with Ctrl-C or kill %d\n", url, os.Getpid())
 	if err != nil || len(names) > 0 {
 		return
 	}
 	fmt.Fprintf(out, `
-There is no pool yet. To make one, put a file into it, and scrub it:
+There is no pool yet. Open that in a browser, or make one, put a file into it,
+and scrub it:
 
-  curl %[1]s/pools -d '{"name":"tank"}'
-  echo hello, world | curl %[1]s/pools/tank/files/hello.txt -T -
-  curl %[1]s/pools/tank/scrub -X POST
-
-Then open %[1]s/ in a browser.
+  curl %[1]s/api/pools -d '{"name":"tank"}'
+  echo hello, world | curl %[1]s/api/pools/tank/files/hello.txt -T -
+  curl %[1]s/api/pools/tank/scrub -X POST
 `, url)
 }
 

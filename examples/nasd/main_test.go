@@ -100,7 +100,8 @@ func start(t *testing.T, dir string, args ...string) *daemon {
 	if err != nil {
 		t.Fatalf("the daemon doesn't start: %v, %v", err, d.end(syscall.SIGKILL))
 	}
-	d.greets, d.url = line, strings.TrimSpace(strings.TrimPrefix(line, "nasd is at "))
+	d.greets = line
+	d.url, _, _ = strings.Cut(strings.TrimPrefix(line, "nasd is at "), ";")
 	go func() {
 		defer close(d.ended)
 		rest, _ := io.ReadAll(r)
@@ -157,7 +158,7 @@ func (d *daemon) begin(path, body string) (op task.Operation) {
 
 func (d *daemon) get(id string) (op task.Operation) {
 	d.t.Helper()
-	d.do("GET", "/tasks/"+id, "", 200, &op)
+	d.do("GET", "/api/tasks/"+id, "", 200, &op)
 	return op
 }
 
@@ -166,7 +167,7 @@ func (d *daemon) get(id string) (op task.Operation) {
 func (d *daemon) finish(path, body string, state task.State, into any) task.Operation {
 	d.t.Helper()
 	op := d.begin(path, body)
-	d.do("GET", "/tasks/"+op.ID+"/wait?timeout=5m", "", 200, &op)
+	d.do("GET", "/api/tasks/"+op.ID+"/wait?timeout=5m", "", 200, &op)
 	if op.State != state {
 		d.t.Fatalf("%s is %s at %d%% (%s), want %s", op.Name, op.State, op.Progress, op.Error, state)
 	}
@@ -245,7 +246,7 @@ func (s *stream) until(what string, wanted func(op *task.Operation) bool) *task.
 // untilAt waits until an operation is at a file.
 func (d *daemon) untilAt(id, file string) {
 	d.t.Helper()
-	s := d.stream("/tasks/" + id + "/events")
+	s := d.stream("/api/tasks/" + id + "/events")
 	defer s.body.Close()
 	s.until("being at "+file, func(op *task.Operation) bool {
 		var a about
@@ -263,6 +264,10 @@ func TestProgram(t *testing.T) {
 	}{
 		{"no directory", nil, 2, "-data DIR"},
 		{"argument", []string{"-data", t.TempDir(), "x"}, 2, "-data DIR"},
+		{"negative limit", []string{"-data", t.TempDir(), "-limit", "-1"}, 2, "-data DIR"},
+		{"negative number", []string{"-data", t.TempDir(), "-keep-snapshots", "-1"}, 2, "-data DIR"},
+		{"negative history", []string{"-data", t.TempDir(), "-keep-history", "-1s"}, 2, "-data DIR"},
+		{"negative period", []string{"-data", t.TempDir(), "-snapshot-every", "-1s"}, 2, "-data DIR"},
 		{"bad address", []string{"-data", t.TempDir(), "-listen", "256.0.0.1:0"}, 1, "nasd: listen"},
 		{"bad directory", []string{"-data", os.Args[0]}, 1, "not a directory"},
 	} {
@@ -281,17 +286,17 @@ func TestProgram(t *testing.T) {
 // The whole story, over HTTP, as a user would live it.
 func TestDaemon(t *testing.T) {
 	d := start(t, t.TempDir())
-	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
-	d.finish("/pools", `{"name":"backup"}`, task.StateDone, nil)
-	d.do("POST", "/pools", `{"name":"tank"}`, 409, nil)
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.finish("/api/pools", `{"name":"backup"}`, task.StateDone, nil)
+	d.do("POST", "/api/pools", `{"name":"tank"}`, 409, nil)
 	want := map[string]string{"a.txt": "one", "dir/b.txt": "two", "dir/dir/empty": ""}
 	for name, content := range want {
-		d.put("/pools/tank/files/"+name, content)
+		d.put("/api/pools/tank/files/"+name, content)
 	}
 
 	t.Run("scrub", func(t *testing.T) {
 		var r scrubResult
-		d.finish("/pools/tank/scrub", "", task.StateDone, &r)
+		d.finish("/api/pools/tank/scrub", "", task.StateDone, &r)
 		if want := (scrubResult{Files: 3, Bytes: 6, New: files("a.txt", "dir/b.txt", "dir/dir/empty")}); !reflect.DeepEqual(r, want) {
 			t.Errorf("got %+v, want %+v", r, want)
 		}
@@ -303,23 +308,23 @@ func TestDaemon(t *testing.T) {
 		must(t, os.WriteFile(path, []byte("tvo"), 0o600))
 		must(t, os.Chtimes(path, time.Time{}, info.ModTime()))
 		var r scrubResult
-		op := d.finish("/pools/tank/scrub", "", task.StateFailed, &r)
+		op := d.finish("/api/pools/tank/scrub", "", task.StateFailed, &r)
 		if want := (scrubResult{Files: 3, Bytes: 6, Corrupted: files("dir/b.txt")}); !reflect.DeepEqual(r, want) {
 			t.Errorf("got %+v, want %+v", r, want)
 		}
 		d.untilLast("tank", "scrub", op.ID)
 		r = scrubResult{}
-		d.finish("/pools/tank/accept", "", task.StateDone, nil)
-		d.finish("/pools/tank/scrub", "", task.StateDone, nil)
-		d.put("/pools/tank/files/dir/b.txt", "two")
-		d.finish("/pools/tank/scrub", "", task.StateDone, &r)
+		d.finish("/api/pools/tank/accept", "", task.StateDone, nil)
+		d.finish("/api/pools/tank/scrub", "", task.StateDone, nil)
+		d.put("/api/pools/tank/files/dir/b.txt", "two")
+		d.finish("/api/pools/tank/scrub", "", task.StateDone, &r)
 		if want := (scrubResult{Files: 3, Bytes: 6, Changed: files("dir/b.txt")}); !reflect.DeepEqual(r, want) {
 			t.Errorf("restored: got %+v, want %+v", r, want)
 		}
 	})
 	t.Run("replicate", func(t *testing.T) {
 		var r replicateResult
-		d.finish("/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
+		d.finish("/api/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
 		if want := (replicateResult{Copied: 3, Bytes: 6}); !reflect.DeepEqual(r, want) {
 			t.Errorf("got %+v, want %+v", r, want)
 		}
@@ -328,11 +333,11 @@ func TestDaemon(t *testing.T) {
 	})
 	t.Run("snapshot", func(t *testing.T) {
 		var first, second snapshotResult
-		d.finish("/pools/tank/snapshot", "", task.StateDone, &first)
-		d.put("/pools/tank/files/a.txt", "three")
-		d.finish("/pools/tank/snapshot", "", task.StateDone, &second)
+		d.finish("/api/pools/tank/snapshot", "", task.StateDone, &first)
+		d.put("/api/pools/tank/files/a.txt", "three")
+		d.finish("/api/pools/tank/snapshot", "", task.StateDone, &second)
 		var got struct{ Snapshots []string }
-		d.do("GET", "/pools/tank/snapshots", "", 200, &got)
+		d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
 		if !slices.Equal(got.Snapshots, []string{first.ID, second.ID}) || second.Linked != 2 {
 			t.Errorf("listed are %v, taken were %+v and %+v", got, first, second)
 		}
@@ -340,30 +345,23 @@ func TestDaemon(t *testing.T) {
 	})
 	t.Run("one at a time", func(t *testing.T) {
 		makeHuge(t, d.file("tank", "huge"))
-		first := d.begin("/pools/tank/scrub", "")
-		second := d.begin("/pools/tank/snapshot", "")
+		first := d.begin("/api/pools/tank/scrub", "")
+		second := d.begin("/api/pools/tank/snapshot", "")
 		d.untilAt(first.ID, "huge") // where it will be for hours
-		d.finish("/pools/backup/scrub", "", task.StateDone, nil)
+		d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 		if op := d.get(second.ID); op.State != task.StatePending {
 			t.Errorf("the second is %s, want %s", op.State, task.StatePending)
 		}
 		for _, id := range []string{second.ID, first.ID} {
-			d.do("POST", "/tasks/"+id+"/cancel", "", 202, nil)
+			d.do("POST", "/api/tasks/"+id+"/cancel", "", 202, nil)
 			var op task.Operation
-			d.do("GET", "/tasks/"+id+"/wait?timeout=5m", "", 200, &op)
+			d.do("GET", "/api/tasks/"+id+"/wait?timeout=5m", "", 200, &op)
 			if op.State != task.StateCancelled {
 				t.Errorf("%s is %s, want %s", op.Name, op.State, task.StateCancelled)
 			}
 		}
 		must(t, os.Remove(d.file("tank", "huge")))
-		d.finish("/pools/tank/scrub", "", task.StateDone, nil)
-	})
-	t.Run("page", func(t *testing.T) {
-		resp := d.request("GET", "/", nil) // and where that leads
-		resp.Body.Close()
-		if got := resp.Request.URL.Path; got != "/tasks/ui" || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") {
-			t.Errorf("/ leads to %s, which is %v", got, resp.Header)
-		}
+		d.finish("/api/pools/tank/scrub", "", task.StateDone, nil)
 	})
 }
 
@@ -378,7 +376,7 @@ func (d *daemon) untilLast(pool, kind, id string) {
 				Last map[string]task.Operation
 			}
 		}
-		d.do("GET", "/pools", "", 200, &got)
+		d.do("GET", "/api/pools", "", 200, &got)
 		for _, p := range got.Pools {
 			if p.Name == pool && p.Last[kind].ID == id {
 				return
@@ -393,15 +391,18 @@ func TestGreeting(t *testing.T) {
 	for _, want := range []bool{true, false} {
 		d := start(t, dir)
 		if want {
-			d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+			d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
 		}
 		if out, err := program(t, "-data", dir, "-listen", "127.0.0.1:0").CombinedOutput(); err == nil ||
 			!strings.Contains(string(out), "another nasd serves") {
 			t.Errorf("a second daemon: %v, %s", err, out)
 		}
 		must(t, d.end(syscall.SIGINT))
-		if got := strings.Contains(d.greets, d.url+"/pools/tank/scrub"); got != want {
+		if got := strings.Contains(d.greets, d.url+"/api/pools/tank/scrub"); got != want {
 			t.Errorf("it says %q, with advice: %v, want %v", d.greets, got, want)
+		}
+		if want := fmt.Sprintf("kill %d\n", d.cmd.Process.Pid); !strings.Contains(d.greets, want) {
+			t.Errorf("it says %q, without %q", d.greets, want)
 		}
 	}
 }
@@ -409,11 +410,11 @@ func TestGreeting(t *testing.T) {
 // On SIGTERM the operations end, those who watch see it, and the daemon exits.
 func TestTerm(t *testing.T) {
 	d := start(t, t.TempDir())
-	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
 	makeHuge(t, d.file("tank", "huge"))
-	running := d.begin("/pools/tank/scrub", "")
-	waiting := d.begin("/pools/tank/snapshot", "")
-	all := d.stream("/tasks/events")
+	running := d.begin("/api/pools/tank/scrub", "")
+	waiting := d.begin("/api/pools/tank/snapshot", "")
+	all := d.stream("/api/tasks/events")
 	if name, data, err := all.next(); name != "snapshot" || !bytes.Contains(data, []byte(running.ID)) {
 		t.Errorf("first comes %s %s, %v", name, data, err)
 	}
@@ -442,25 +443,24 @@ func TestTerm(t *testing.T) {
 		if op.State != task.StateFailed || !strings.HasPrefix(op.Error, "Task failed due to system shutdown") {
 			t.Errorf("%s is %s %q", op.Name, op.State, op.Error)
 		}
-		// The server may end the stream before all is told.
-		if said, ok := failed[id]; ok && said != op.Error {
-			t.Errorf("%s: the stream said %q, and it is %q", op.Name, said, op.Error)
+		if failed[id] != op.Error {
+			t.Errorf("%s: the stream said %q, and it is %q", op.Name, failed[id], op.Error)
 		}
 	}
 	must(t, os.Remove(d.file("tank", "huge")))
-	d.finish("/pools/tank/scrub", "", task.StateDone, nil)
+	d.finish("/api/pools/tank/scrub", "", task.StateDone, nil)
 	must(t, d.end(syscall.SIGTERM))
 }
 
 // Killed in the middle of it, the next daemon knows, and goes on.
 func TestKill(t *testing.T) {
 	d := start(t, t.TempDir())
-	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
-	d.finish("/pools", `{"name":"backup"}`, task.StateDone, nil)
-	d.put("/pools/tank/files/a", "a")
-	d.put("/pools/tank/files/z", "z")
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.finish("/api/pools", `{"name":"backup"}`, task.StateDone, nil)
+	d.put("/api/pools/tank/files/a", "a")
+	d.put("/api/pools/tank/files/z", "z")
 	makeHuge(t, d.file("tank", "huge"))
-	op := d.begin("/pools/tank/replicate", `{"to":"backup"}`)
+	op := d.begin("/api/pools/tank/replicate", `{"to":"backup"}`)
 	d.untilAt(op.ID, "huge")
 	if err := d.end(syscall.SIGKILL); err == nil {
 		t.Error("killed, and no error")
@@ -474,20 +474,20 @@ func TestKill(t *testing.T) {
 	wantTree(t, d.file("backup", ""), map[string]string{"a": "a"})
 	must(t, os.Remove(d.file("tank", "huge")))
 	var r replicateResult
-	d.finish("/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
+	d.finish("/api/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
 	if want := (replicateResult{Copied: 1, Skipped: 1, Bytes: 2}); !reflect.DeepEqual(r, want) {
 		t.Errorf("got %+v, want %+v", r, want)
 	}
 	wantTree(t, d.file("backup", ""), map[string]string{"a": "a", "z": "z"})
-	d.finish("/pools/backup/scrub", "", task.StateDone, nil)
+	d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 }
 
 // The scheduler takes snapshots and thins them out, all as operations.
 func TestSchedule(t *testing.T) {
 	d := start(t, t.TempDir(), "-snapshot-every", "10ms", "-keep-snapshots", "2")
-	all := d.stream("/tasks/events")
-	d.finish("/pools", `{"name":"tank"}`, task.StateDone, nil)
-	d.put("/pools/tank/files/a", "a")
+	all := d.stream("/api/tasks/events")
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.put("/api/pools/tank/files/a", "a")
 	all.until("snapshots removed", func(op *task.Operation) bool {
 		var r thinResult
 		must(t, op.DecodeResult(&r))
@@ -502,7 +502,7 @@ func TestSchedule(t *testing.T) {
 			Tasks      []task.Operation
 			NextCursor string `json:"next_cursor"`
 		}
-		d.do("GET", "/tasks/?limit=500&state=DONE&cursor="+cursor, "", 200, &page)
+		d.do("GET", "/api/tasks/?limit=500&state=DONE&cursor="+cursor, "", 200, &page)
 		for _, op := range page.Tasks { // the newest first
 			var r struct{ ID string }
 			if op.Name == "snapshot tank" {
@@ -515,7 +515,7 @@ func TestSchedule(t *testing.T) {
 		}
 	}
 	var got struct{ Snapshots []string }
-	d.do("GET", "/pools/tank/snapshots", "", 200, &got)
+	d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
 	slices.Reverse(got.Snapshots)
 	if len(got.Snapshots) < 2 || len(got.Snapshots) >= len(want) || !slices.Equal(got.Snapshots, want[:len(got.Snapshots)]) {
 		t.Errorf("there are %v, of %v taken", got.Snapshots, want)

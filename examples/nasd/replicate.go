@@ -9,11 +9,13 @@ import (
 
 // A replicateResult is what a replication has done.
 type replicateResult struct {
-	Copied     int   `json:"copied"`  // files
-	Skipped    int   `json:"skipped"` // that the target has already
-	Bytes      int64 `json:"bytes"`   // of all of these
+	Copied     int   `json:"copied"`           // files
+	Skipped    int   `json:"skipped"`          // that the target has already
+	Bytes      int64 `json:"bytes"`            // of all of these
+	Others     int   `json:"others,omitempty"` // links and such, which are not copied
 	Corrupted  list  `json:"corrupted,omitzero"`
 	Unreadable list  `json:"unreadable,omitzero"`
+	Blocked    list  `json:"blocked,omitzero"` // the target has something else in their way
 }
 
 // replicate copies the files of p to another pool, but for those that have the
@@ -33,11 +35,12 @@ func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateRe
 	c := &copier{from: p, to: to, worker: w, known: known, there: there}
 	err = w.each(ctx, p.files, func(path string, err error) error { return c.visit(ctx, path, err) })
 	r := &c.result
-	r.Bytes = w.done
+	r.Bytes, r.Others = w.done, w.others
 	// Also of a part of them: their checksums are worth keeping.
 	err = errors.Join(err, syncParents(to.files, c.copied...), to.saveManifest(there))
-	if err == nil && r.Corrupted.Count+r.Unreadable.Count > 0 {
-		err = fmt.Errorf("not copied: %d corrupted and %d unreadable files", r.Corrupted.Count, r.Unreadable.Count)
+	if err == nil && r.Corrupted.Count+r.Unreadable.Count+r.Blocked.Count > 0 {
+		err = fmt.Errorf("not copied: %d corrupted, %d unreadable and %d blocked files%s",
+			r.Corrupted.Count, r.Unreadable.Count, r.Blocked.Count, why(r.Unreadable, r.Blocked))
 	}
 	return r, err
 }
@@ -58,8 +61,12 @@ func (c *copier) visit(ctx context.Context, path string, err error) error {
 	if err == nil {
 		err = c.bring(ctx, path)
 	}
-	if errors.Is(err, errCorrupted) {
+	switch {
+	case errors.Is(err, errCorrupted):
 		c.result.Corrupted.add(path)
+		return nil
+	case errors.As(err, new(placeError)):
+		c.result.Blocked.addError(path, err)
 		return nil
 	}
 	return c.result.Unreadable.addUnreadable(ctx, path, err)

@@ -4,9 +4,12 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
+	"os"
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -74,7 +77,7 @@ func TestReplicate(t *testing.T) {
 				must(t, to.files.Chtimes("a", time.Time{}, time.Now()))
 			},
 			want: replicateResult{Skipped: 1, Bytes: 4, Corrupted: files("a")},
-			err:  "not copied: 1 corrupted and 0 unreadable files",
+			err:  "not copied: 1 corrupted, 0 unreadable and 0 blocked files",
 		},
 	}
 	for _, tt := range tests {
@@ -156,20 +159,51 @@ func TestReplicateCancel(t *testing.T) {
 	}
 }
 
+// What has something else in its way is told, and keeps nothing else from being
+// copied.
+func TestReplicateBlocked(t *testing.T) {
+	outside := t.TempDir()
+	link := func(target string) func(*testing.T, *pool) {
+		return func(t *testing.T, to *pool) {
+			must(t, to.files.RemoveAll("b"))
+			must(t, os.Symlink(target, filepath.Join(to.files.Name(), "b")))
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		block func(t *testing.T, to *pool)
+		path  string
+	}{
+		{"a directory", func(t *testing.T, to *pool) { must(t, to.files.MkdirAll("a/x", 0o700)) }, "a"},
+		{"a file on the way", func(t *testing.T, to *pool) { write(t, to.files, "b", "") }, "b/c"},
+		{"a link to outside", link(outside), "b/c"},
+		{"a link to nowhere", link("gone"), "b/c"},
+		{"a loop", link("b"), "b/c"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p, to := twoPools(t)
+			tt.block(t, to)
+			r, err := p.replicate(t.Context(), new(worker), to)
+			if err == nil || !strings.HasPrefix(err.Error(), "not copied: 0 corrupted, 0 unreadable and 1 blocked files; the first: ") {
+				t.Errorf("got %v", err)
+			}
+			if r.Copied != 1 || r.Blocked.Count != 1 || !slices.Equal(r.Blocked.Paths, []string{tt.path}) {
+				t.Errorf("got %+v, want one copied and %s blocked", r, tt.path)
+			}
+			wantTree(t, outside, nil)
+		})
+	}
+}
+
 // What can't be read is told; what can't be written ends it.
 func TestReplicateTrouble(t *testing.T) {
 	p, to := twoPools(t)
 	c := &copier{from: p, to: to, worker: new(worker)}
 	must(t, c.visit(t.Context(), "dir", readError{syscall.EIO}))
 	must(t, c.visit(t.Context(), "deleted", nil))
-	if !reflect.DeepEqual(c.result.Unreadable, files("dir")) {
-		t.Errorf("got %+v, want dir", c.result)
+	if want := (list{1, []string{"dir"}, syscall.EIO.Error()}); !reflect.DeepEqual(c.result.Unreadable, want) {
+		t.Errorf("got %+v, want %+v", c.result, want)
 	}
-	must(t, to.files.Mkdir("a", 0o700))
-	if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
-		t.Error("in place of a directory: no error")
-	}
-	must(t, to.files.Remove("a"))
 	must(t, to.files.RemoveAll(incoming))
 	write(t, to.files, incoming, "in the way")
 	if _, err := p.replicate(t.Context(), new(worker), to); err == nil {

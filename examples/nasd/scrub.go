@@ -20,6 +20,7 @@ import (
 type scrubResult struct {
 	Files      int   `json:"files"` // read
 	Bytes      int64 `json:"bytes"`
+	Others     int   `json:"others,omitempty"` // links and such, which are not read
 	Corrupted  list  `json:"corrupted"`
 	Unreadable list  `json:"unreadable"` // files and directories
 	Missing    list  `json:"missing,omitzero"`
@@ -34,7 +35,7 @@ func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResu
 	s := &scrub{pool: p, worker: w, known: known, next: make(manifest)}
 	err := w.each(ctx, p.files, func(path string, err error) error { return s.visit(ctx, path, err) })
 	r := &s.result
-	r.Bytes = w.done
+	r.Bytes, r.Others = w.done, w.others
 	if err != nil {
 		return r, err
 	}
@@ -49,8 +50,8 @@ func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResu
 		}
 	}
 	if r.Corrupted.Count+r.Unreadable.Count > 0 {
-		return r, fmt.Errorf("corrupted: %d, unreadable: %d, of %d files",
-			r.Corrupted.Count, r.Unreadable.Count, r.Files+r.Unreadable.Count)
+		return r, fmt.Errorf("corrupted: %d, unreadable: %d, of %d files%s",
+			r.Corrupted.Count, r.Unreadable.Count, r.Files+r.Unreadable.Count, why(r.Unreadable))
 	}
 	return r, nil
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-func files(paths ...string) list { return list{len(paths), paths} }
+func files(paths ...string) list { return list{Count: len(paths), Paths: paths} }
 
 // scrubbed scrubs a pool by its manifest.
 func scrubbed(t *testing.T, p *pool) (*scrubResult, error) {
@@ -148,7 +148,7 @@ func TestScrubUnreadable(t *testing.T) {
 	}}
 	must(t, s.visit(t.Context(), "dir", readError{syscall.EIO}))
 	want := manifest{"dir/a": {sum: "a"}, "dir/b/c": {sum: "c"}}
-	if !reflect.DeepEqual(s.result.Unreadable, files("dir")) || !reflect.DeepEqual(s.next, want) {
+	if !reflect.DeepEqual(s.result.Unreadable, list{1, []string{"dir"}, syscall.EIO.Error()}) || !reflect.DeepEqual(s.next, want) {
 		t.Errorf("got %+v and %v, want dir and %v", s.result, s.next, want)
 	}
 	must(t, s.visit(t.Context(), "deleted", nil))

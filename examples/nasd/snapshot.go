@@ -31,6 +31,7 @@ type snapshotResult struct {
 	Linked     int    `json:"linked"` // files that are as in the snapshot before
 	Cloned     int    `json:"cloned"`
 	Copied     int    `json:"copied"`
+	Others     int    `json:"others,omitempty"` // links and such, which are not in it
 	Unreadable list   `json:"unreadable,omitzero"`
 }
 
@@ -65,12 +66,12 @@ func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error)
 		return nil, err
 	}
 	s.result.ID = newSnapshotID(time.Now(), ids)
-	s.result.Bytes = w.done
+	s.result.Bytes, s.result.Others = w.done, w.others
 	if err := p.root.Rename(partialSnapshot, snapshotsDir+"/"+s.result.ID); err != nil {
 		return nil, err
 	}
 	if n := s.result.Unreadable.Count; n > 0 {
-		err = fmt.Errorf("%d unreadable files are not in the snapshot", n)
+		err = fmt.Errorf("%d unreadable files are not in the snapshot%s", n, why(s.result.Unreadable))
 	}
 	return &s.result, errors.Join(err, syncDir(p.root, snapshotsDir))
 }
@@ -274,41 +275,32 @@ func (s *scheduler) run(ctx context.Context) {
 }
 
 // tend submits what is due for a pool. It doesn't while its last operations
-// still wait, say for a scrub that takes days: they must not pile up.
+// still wait, say for a scrub that takes days: they must not pile up. And it
+// does at most once in each period, also if that fails.
 func (s *scheduler) tend(name string, now time.Time) error {
 	last := s.last[name]
-	if op, ok := s.storage.tasks.Get(last.id); ok && !op.State.Finished() {
+	if op, ok := s.storage.tasks.Get(last.id); ok && !op.State.Finished() || now.Sub(last.at) < s.every {
 		return nil
 	}
-	latest, err := s.storage.latestSnapshot(name)
+	ids, err := s.storage.snapshots(name)
+	if err == nil && len(ids) > 0 {
+		latest, _ := time.Parse(snapshotID, ids[len(ids)-1])
+		// One of the future is of a time when the clock was wrong.
+		if age := now.Sub(latest); 0 <= age && age < s.every {
+			return nil
+		}
+	}
+	s.last[name] = attempt{at: now}
 	if err != nil {
 		return err
 	}
-	if now.Sub(latest) < s.every || now.Sub(last.at) < s.every {
-		return nil
+	op, err := s.storage.snapshot(name)
+	if err == nil && len(expired(append(ids, newSnapshotID(now, ids)), s.keep)) > 0 {
+		op, err = s.storage.thin(name, s.keep)
 	}
-	if _, err := s.storage.snapshot(name); err != nil {
-		return err
-	}
-	op, err := s.storage.thin(name, s.keep)
 	if err != nil {
 		return err
 	}
 	s.last[name] = attempt{at: now, id: op.ID}
 	return nil
-}
-
-// latestSnapshot returns when the latest snapshot of a pool was taken, the zero
-// time if there is none.
-func (s *storage) latestSnapshot(name string) (t time.Time, err error) {
-	p, err := s.open(name)
-	if err != nil {
-		return t, err
-	}
-	defer p.close()
-	ids, err := p.snapshots()
-	if err != nil || len(ids) == 0 {
-		return t, err
-	}
-	return time.Parse(snapshotID, ids[len(ids)-1])
 }

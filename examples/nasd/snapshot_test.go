@@ -177,9 +177,9 @@ func TestScheduler(t *testing.T) {
 		}()
 
 		// At once, as there is none; and no other before an hour is over.
-		wants("at once", "tank DONE", "thin tank DONE")
+		wants("at once", "tank DONE")
 		time.Sleep(59 * time.Minute)
-		wants("after 59 minutes", "tank DONE", "thin tank DONE")
+		wants("after 59 minutes", "tank DONE")
 		release := make(chan struct{})
 		_, err = s.submit(about{Kind: "hold", Pool: "tank"}, func(context.Context, func(int)) (any, error) {
 			<-release
@@ -187,18 +187,18 @@ func TestScheduler(t *testing.T) {
 		})
 		must(t, err)
 		time.Sleep(10 * time.Hour)
-		wants("while the pool is busy", "tank DONE", "thin tank DONE", "hold tank RUNNING", "tank PENDING", "thin tank PENDING")
+		wants("while the pool is busy", "tank DONE", "hold tank RUNNING", "tank PENDING")
 		close(release)
 		synctest.Wait()
 		time.Sleep(30 * time.Minute)
-		wants("afterwards", "tank DONE", "thin tank DONE", "hold tank DONE", "tank DONE", "thin tank DONE")
+		wants("afterwards", "tank DONE", "hold tank DONE", "tank DONE")
 
 		// A schedule survives the daemon.
 		cancel()
 		<-ended
 		sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
 		must(t, sched.tend("tank", time.Now()))
-		wants("anew", "tank DONE", "thin tank DONE", "hold tank DONE", "tank DONE", "thin tank DONE")
+		wants("anew", "tank DONE", "hold tank DONE", "tank DONE")
 		if err := sched.tend("gone", time.Now()); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %v", err, os.ErrNotExist)
 		}
@@ -208,4 +208,37 @@ func TestScheduler(t *testing.T) {
 		}
 		must(t, s.pools.Close())
 	})
+}
+
+// A clock that was ahead once, or a pool in trouble, doesn't stop the schedule,
+// nor has it do anything more than once in each period.
+func TestSchedulerTrouble(t *testing.T) {
+	s := newStorage(t, "tank")
+	p := openPool(t, s, "tank")
+	write(t, p.root, snapshotsDir+"/29990102T030405.001Z/a", "")
+	sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
+	now := time.Now()
+	for _, tt := range []struct {
+		after time.Duration
+		want  int // operations: with each snapshot that makes another superfluous comes thinning out
+	}{{0, 2}, {59 * time.Minute, 2}, {time.Hour, 4}, {61 * time.Minute, 4}} {
+		must(t, sched.tend("tank", now.Add(tt.after)))
+		ops, err := s.tasks.List(10, 0)
+		if err != nil || len(ops) != tt.want {
+			t.Errorf("after %v: %d operations (%v), want %d", tt.after, len(ops), err, tt.want)
+		}
+		for _, op := range ops {
+			if op, err := s.tasks.Wait(t.Context(), op.ID); err != nil || op.State != task.StateDone {
+				t.Errorf("%+v, %v", op, err)
+			}
+		}
+	}
+	if ids, err := p.snapshots(); err != nil || len(ids) != 1 || ids[0] != "29990102T030405.003Z" {
+		t.Errorf("there are %v, %v", ids, err)
+	}
+	must(t, p.root.RemoveAll(snapshotsDir))
+	if err := sched.tend("tank", now.Add(2*time.Hour)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v, want %v", err, os.ErrNotExist)
+	}
+	must(t, sched.tend("tank", now.Add(2*time.Hour+time.Minute))) // and not a word more
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,10 +18,10 @@ import (
 // A storage is the storage service. Its pools are directories. Whatever takes
 // time it submits to the task manager and returns as an operation.
 //
-// On one pool, one operation runs at a time, in the order of submission: each
-// is submitted with the lock of the pool that it writes to. So a replication
-// has that of its target, and only reads its source, while other operations on
-// the source may run. None of those removes or changes a file.
+// Into one pool, one operation writes at a time, in the order of submission:
+// each is submitted with the lock of the pool that it writes to. So a
+// replication has that of its target. It only reads its source, on which
+// another operation may run: whatever that does, it changes no file in place.
 type storage struct {
 	pools *os.Root // nothing that is reached by way of it is outside of it
 	tasks *task.Manager
@@ -46,26 +47,30 @@ func openStorage(data string, m *task.Manager) (*storage, error) {
 		return nil, err
 	}
 	s := &storage{pools: root, tasks: m}
-	names, err := s.names()
-	for _, name := range names {
-		if p, openErr := s.open(name); openErr == nil {
-			err = errors.Join(err, p.root.RemoveAll(incoming), p.files.RemoveAll(incoming))
-			p.close()
-		}
-	}
+	entries, err := fs.ReadDir(root.FS(), ".")
 	if err != nil {
 		root.Close()
 		return nil, err
+	}
+	for _, e := range entries {
+		if !validName.MatchString(e.Name()) {
+			continue
+		}
+		p, err := s.open(e.Name())
+		if err == nil {
+			err = errors.Join(p.root.RemoveAll(incoming), p.files.RemoveAll(incoming))
+			p.close()
+		}
+		if err != nil { // one pool in trouble must not keep the others away
+			slog.Error("pool in trouble", "pool", e.Name(), "err", err)
+		}
 	}
 	return s, nil
 }
 
 // create makes a new pool.
 func (s *storage) create(name string) (*task.Operation, error) {
-	if err := s.mustExist(name); !errors.Is(err, fs.ErrNotExist) {
-		if err == nil {
-			err = fmt.Errorf("pool %q: %w", name, fs.ErrExist)
-		}
+	if err := s.mustBeFree(name); err != nil {
 		return nil, err
 	}
 	return s.submit(about{Kind: "create", Pool: name}, func(ctx context.Context, update func(int)) (any, error) {
@@ -161,10 +166,17 @@ const (
 // validName is for names that every file system keeps apart.
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
+func checkName(name string) error {
+	if !validName.MatchString(name) {
+		return inputError(fmt.Sprintf("pool name %q: it must have 1 to 63 of a-z, 0-9, _ and -, a letter or digit first", name))
+	}
+	return nil
+}
+
 // open opens a pool. Close it.
 func (s *storage) open(name string) (*pool, error) {
-	if !validName.MatchString(name) {
-		return nil, inputError(fmt.Sprintf("pool name %q: it must have 1 to 63 of a-z, 0-9, _ and -, a letter or digit first", name))
+	if err := checkName(name); err != nil {
+		return nil, err
 	}
 	root, err := s.pools.OpenRoot(name)
 	if err != nil {
@@ -192,12 +204,34 @@ func (s *storage) mustExist(name string) error {
 	return nil
 }
 
-// names returns the names of all pools.
+// mustBeFree checks that a new pool may get a name.
+func (s *storage) mustBeFree(name string) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	_, err := s.pools.Lstat(name)
+	switch {
+	case err == nil:
+		return alreadyError(name)
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	default:
+		return nil
+	}
+}
+
+// An alreadyError is a name that something has, be it a pool or not.
+type alreadyError string
+
+func (e alreadyError) Error() string        { return "there is already something called " + string(e) }
+func (e alreadyError) Is(target error) bool { return target == fs.ErrExist }
+
+// names returns the names of all pools. What else is among them is none.
 func (s *storage) names() ([]string, error) {
 	names := []string{}
 	entries, err := fs.ReadDir(s.pools.FS(), ".")
 	for _, e := range entries {
-		if validName.MatchString(e.Name()) {
+		if e.IsDir() && s.mustExist(e.Name()) == nil {
 			names = append(names, e.Name())
 		}
 	}
@@ -231,10 +265,23 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	if err := s.mustBeFree(name); err != nil { // since it was asked for
+		return err
+	}
 	if err := s.pools.Rename(temp, name); err != nil {
 		return err
 	}
 	return syncDir(s.pools, ".")
+}
+
+// snapshots returns the IDs of all snapshots of a pool, the oldest first.
+func (s *storage) snapshots(name string) ([]string, error) {
+	p, err := s.open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer p.close()
+	return p.snapshots()
 }
 
 // put stores what r gives as a file of the pool: all of it or nothing. As with

@@ -154,8 +154,16 @@ func TestCreate(t *testing.T) {
 			t.Errorf("%s: %s %s", op.Name, op.State, op.Error)
 		}
 	}
-	// What is no pool is not shown as one.
+	// What is no pool is not shown as one, and in the way of one.
 	must(t, s.pools.Mkdir(".creating-x", 0o700))
+	must(t, s.pools.Mkdir("half", 0o700))
+	write(t, s.pools, "stray", "")
+	for _, name := range []string{"half", "stray", "tank"} {
+		want := "there is already something called " + name
+		if _, err := s.create(name); err == nil || err.Error() != want || !errors.Is(err, fs.ErrExist) {
+			t.Errorf("create %s: got %v, want %q", name, err, want)
+		}
+	}
 	names, err := s.names()
 	if want := []string{"0-_", long, "tank"}; err != nil || !slices.Equal(names, want) {
 		t.Errorf("got %v and %v, want %v", names, err, want)
@@ -220,8 +228,8 @@ func TestEscape(t *testing.T) {
 	}
 	r, err := p.scrub(t.Context(), new(worker), manifest{})
 	must(t, err)
-	if r.Files != 1 {
-		t.Errorf("scrub has read %+v, want the one file", r)
+	if r.Files != 1 || r.Others != 5 {
+		t.Errorf("scrub has read %+v, want the one file and none of 5 links", r)
 	}
 	snap, err := p.snapshot(t.Context(), new(worker))
 	must(t, err)
@@ -232,8 +240,8 @@ func TestEscape(t *testing.T) {
 	// In the source these are files, in the target they lead outside.
 	must(t, p.files.Remove("dir"))
 	write(t, p.files, "dir/secret", "x")
-	if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
-		t.Error("replicate to outside: no error")
+	if r, err := p.replicate(t.Context(), new(worker), to); err == nil || r.Blocked.Count != 1 {
+		t.Errorf("replicate to outside: %+v, %v", r, err)
 	}
 	wantTree(t, outside, map[string]string{"secret": "secret"})
 
@@ -255,6 +263,9 @@ func TestOpenStorage(t *testing.T) {
 	write(t, p.files, "a", "a")
 	write(t, p.files, incoming+"/X", "part")
 	write(t, p.root, incoming+"/X", "part")
+	// Pools in trouble don't keep the others away.
+	must(t, s.pools.Mkdir("half", 0o700))
+	must(t, os.Symlink("loop", filepath.Join(s.pools.Name(), "loop")))
 	again, err := openStorage(filepath.Dir(s.pools.Name()), nil)
 	must(t, err)
 	must(t, again.pools.Close())
@@ -264,7 +275,7 @@ func TestOpenStorage(t *testing.T) {
 	}
 }
 
-// Of one pool, one operation runs at a time; others go their way.
+// Into one pool, one operation writes at a time; others go their way.
 func TestLock(t *testing.T) {
 	s := newStorage(t, "tank", "backup", "other")
 	running, end := make(chan string), make(chan struct{})
@@ -309,7 +320,7 @@ func TestMetadata(t *testing.T) {
 	}
 	var r scrubResult
 	must(t, op.DecodeResult(&r))
-	if want := (scrubResult{Files: 1, Bytes: 1, New: list{1, []string{"a"}}}); !reflect.DeepEqual(r, want) {
+	if want := (scrubResult{Files: 1, Bytes: 1, New: files("a")}); !reflect.DeepEqual(r, want) {
 		t.Errorf("got %+v, want %+v", r, want)
 	}
 }

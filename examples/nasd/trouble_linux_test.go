@@ -149,3 +149,17 @@ func TestReplaced(t *testing.T) {
 		t.Errorf("put: got %v, want %v", err, os.ErrExist)
 	}
 }
+
+// No name keeps a directory from being entered.
+func TestBadNames(t *testing.T) {
+	s := newStorage(t, "tank", "backup")
+	p, to := openPool(t, s, "tank"), openPool(t, s, "backup")
+	write(t, p.files, "bad\xffdir/b\xfed/\n", "x")
+	if r, err := scrubbed(t, p); err != nil || r.Files != 1 {
+		t.Errorf("scrub: %+v, %v; want one file read", r, err)
+	}
+	if r, err := p.replicate(t.Context(), new(worker), to); err != nil || r.Copied != 1 {
+		t.Errorf("replicate: %+v, %v; want one file copied", r, err)
+	}
+	wantTree(t, to.files.Name(), map[string]string{"bad\xffdir/b\xfed/\n": "x"})
+}

@@ -285,10 +285,10 @@ func TestFilterAndPaging(t *testing.T) {
 	}
 	live := d.start("Scrub tank")
 	b.open(d.page())
-	b.until(`document.querySelectorAll("li").length === 50`)
+	b.until(`document.querySelectorAll("li").length === 51`)
 
 	// Back through the history.
-	for _, want := range []int{100, 132} {
+	for _, want := range []int{101, 132} {
 		b.click("#older")
 		b.until(fmt.Sprintf(`document.querySelectorAll("li").length === %d`, want))
 	}

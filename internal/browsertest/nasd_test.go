@@ -1,0 +1,268 @@
+package browsertest
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/chromedp"
+)
+
+// A nasd is a process of examples/nasd.
+type nasd struct {
+	t         *testing.T
+	exe, data string
+	address   string
+	cmd       *exec.Cmd
+}
+
+func newNasd(t *testing.T) *nasd {
+	t.Helper()
+	dir := t.TempDir()
+	d := &nasd{t: t, exe: filepath.Join(dir, "nasd"), data: filepath.Join(dir, "data"), address: "127.0.0.1:0"}
+	build := exec.Command("go", "build", "-o", d.exe, "./examples/nasd")
+	build.Dir = "../.."
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	d.begin()
+	t.Cleanup(d.kill)
+	return d
+}
+
+// begin starts the process, on the address where it was before.
+func (d *nasd) begin() {
+	d.t.Helper()
+	d.cmd = exec.Command(d.exe, "-data", d.data, "-listen", d.address, "-snapshot-every", "0")
+	out, err := d.cmd.StdoutPipe()
+	must(d.t, err)
+	must(d.t, d.cmd.Start())
+	r := bufio.NewReader(out)
+	line, err := r.ReadString('\n')
+	must(d.t, err)
+	d.address, _, _ = strings.Cut(strings.TrimPrefix(line, "nasd is at http://"), ";")
+	go io.Copy(io.Discard, r)
+}
+
+// kill ends the process with SIGKILL.
+func (d *nasd) kill() {
+	d.cmd.Process.Kill()
+	d.cmd.Wait() // which says that it was killed
+}
+
+// file returns where a file of a pool is.
+func (d *nasd) file(pool, name string) string {
+	return filepath.Join(d.data, "pools", pool, "files", name)
+}
+
+// corrupt changes what is in a file as no program does.
+func (d *nasd) corrupt(path, content string) {
+	d.t.Helper()
+	info, err := os.Stat(path)
+	must(d.t, err)
+	must(d.t, os.WriteFile(path, []byte(content), 0o600))
+	must(d.t, os.Chtimes(path, time.Time{}, info.ModTime()))
+}
+
+func (b *tab) openNasd(d *nasd) {
+	b.t.Helper()
+	b.do(chromedp.Navigate("http://" + d.address + "/"))
+	b.until(`$("connection").textContent === "Live" && loaded`)
+}
+
+// create creates a pool on the page of nasd.
+func (b *tab) create(name string) {
+	b.t.Helper()
+	b.do(chromedp.SendKeys("#name", name+"\r", chromedp.ByQuery))
+	b.until(fmt.Sprintf(`document.querySelector('section[data-pool=%q]')`, name))
+}
+
+// press presses a button of a pool.
+func (b *tab) press(pool, text string) {
+	b.t.Helper()
+	b.do(chromedp.Click(fmt.Sprintf(`//section[@data-pool=%q]//button[.=%q and not(@hidden)]`, pool, text), chromedp.BySearch))
+}
+
+// upload chooses files for a pool.
+func (b *tab) upload(pool string, paths ...string) {
+	b.t.Helper()
+	b.do(chromedp.SetUploadFiles(fmt.Sprintf(`section[data-pool=%q] input[type=file]`, pool), paths, chromedp.ByQuery))
+	b.until(fmt.Sprintf(`document.querySelector('section[data-pool=%q] .note').textContent.startsWith("Uploaded")`, pool))
+}
+
+// last waits until a pool shows an operation of a kind in a state, with a text.
+func (b *tab) last(pool, kind, state, text string) {
+	b.t.Helper()
+	b.until(fmt.Sprintf(`[...document.querySelectorAll('section[data-pool=%q] li[data-kind=%q][data-state=%q]')].some(e => e.innerText.includes(%q))`,
+		pool, kind, state, text))
+}
+
+// Somebody with only a browser can try all that examples/nasd does.
+func TestNasd(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.until(`!$("empty").hidden`)
+	b.create("tank")
+	b.until(`$("empty").hidden && document.querySelector("select").parentNode.hidden`) // nothing to replicate to
+	b.create("backup")
+
+	// A name with everything that is special in a path or in HTML.
+	const name = `a b#?%<img src=x onerror=alert(1)>.txt`
+	path := filepath.Join(t.TempDir(), name)
+	must(t, os.WriteFile(path, []byte("hello"), 0o600))
+	b.upload("tank", path)
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "1 file, 5 bytes")
+	b.press("tank", "Snapshot")
+	b.last("tank", "snapshot", "DONE", "1 file")
+	b.press("tank", "Replicate to")
+	b.last("tank", "replicate", "DONE", "1 file copied")
+	b.press("backup", "Scrub")
+	b.last("backup", "scrub", "DONE", "1 file, 5 bytes")
+
+	d.corrupt(d.file("tank", name), "hallo")
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "FAILED", "corrupted: "+name)
+	b.openNasd(d) // from the history, too
+	b.last("tank", "scrub", "FAILED", "corrupted: "+name)
+	b.press("tank", "Accept as it is")
+	b.last("tank", "accept", "DONE", "1 file")
+	b.until(`[...document.querySelectorAll("li button")].every(e => e.hidden)`)
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "1 file")
+
+	// A manifest that is damaged can be replaced, too.
+	must(t, os.WriteFile(filepath.Join(d.data, "pools/tank/manifest"), nil, 0o600))
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "FAILED", "the manifest is damaged")
+	b.press("tank", "Accept as it is")
+	b.until(`[...document.querySelectorAll("li button")].every(e => e.hidden)`)
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "1 file")
+
+	// What the API refuses.
+	b.do(chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery))
+	b.until(`!$("trouble").hidden && $("trouble").textContent.includes("already something called tank")`)
+	b.press("tank", "Snapshot") // the trouble is over
+	b.until(`$("trouble").hidden`)
+	b.nothingWrong("409") // which the browser logs
+
+	b.do(chromedp.Click(".title a", chromedp.ByQuery), chromedp.WaitVisible("#history li", chromedp.ByQuery))
+}
+
+// What runs is shown live, and the page finds a daemon that comes back.
+func TestNasdRestarts(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	huge := d.file("tank", "huge")
+	must(t, os.WriteFile(huge, nil, 0o600))
+	must(t, os.Truncate(huge, 10<<40)) // which takes no space, and hours to read
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "RUNNING", "huge")
+	b.until(`document.querySelector("li[data-state=RUNNING] progress").checkVisibility()`)
+	b.press("tank", "Snapshot")
+	b.last("tank", "snapshot", "PENDING", "Waiting")
+	d.kill()
+	b.until(`$("connection").dataset.is === "lost"`)
+	d.begin()
+	b.until(`$("connection").dataset.is === "live"`)
+	b.last("tank", "scrub", "FAILED", "Task failed due to system restart")
+	b.until(`document.querySelectorAll("li").length === 2`)
+	must(t, os.Remove(huge))
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "0 files")
+	b.nothingWrong("net::ERR_", "Failed to load resource") // while there was nobody
+}
+
+// A phone shows everything without scrolling sideways.
+func TestNasdPhone(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.do(emulation.SetDeviceMetricsOverride(360, 740, 2, true))
+	b.openNasd(d)
+	long := strings.Repeat("x", 63)
+	b.create(long)
+	b.create("tank")
+	path := filepath.Join(t.TempDir(), strings.Repeat("y", 200))
+	must(t, os.WriteFile(path, []byte("hello"), 0o600))
+	b.upload("tank", path)
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "1 file")
+	d.corrupt(d.file("tank", filepath.Base(path)), "hallo")
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "FAILED", "corrupted: yyy")
+	b.do(chromedp.Click("summary", chromedp.ByQuery))
+	if w := eval[int](b, "document.documentElement.scrollWidth"); w != 360 {
+		t.Errorf("the page is %d wide", w)
+	}
+}
+
+// TestNasdScreenshots leaves pictures for somebody to look at.
+func TestNasdScreenshots(t *testing.T) {
+	dir := os.Getenv("TASK_SCREENSHOTS")
+	if dir == "" {
+		t.Skip("TASK_SCREENSHOTS is not set")
+	}
+	must(t, os.MkdirAll(dir, 0o777))
+	b := newTab(t)
+	d := newNasd(t)
+	shoot := func(name string) {
+		t.Helper()
+		var png []byte
+		b.do(chromedp.Sleep(400*time.Millisecond), chromedp.CaptureScreenshot(&png))
+		must(t, os.WriteFile(filepath.Join(dir, "nasd-"+name+".png"), png, 0o666))
+	}
+	scheme := func(value string) chromedp.Action {
+		return emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: value}})
+	}
+	b.do(scheme("light"))
+	b.openNasd(d)
+	b.until(`!$("empty").hidden`)
+	shoot("empty")
+	for _, name := range []string{"tank", "backup", "scratch"} {
+		b.create(name)
+	}
+	var paths []string
+	for _, name := range []string{"hello.txt", "IMG_2041.jpg", "accounts 2025.ods"} {
+		paths = append(paths, filepath.Join(t.TempDir(), name))
+		must(t, os.WriteFile(paths[len(paths)-1], make([]byte, 1_234_567), 0o600))
+	}
+	b.upload("tank", paths...)
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "3 files")
+	b.press("tank", "Snapshot")
+	b.last("tank", "snapshot", "DONE", "3 files")
+	b.press("tank", "Replicate to")
+	b.last("tank", "replicate", "DONE", "3 files copied")
+	d.corrupt(d.file("tank", "IMG_2041.jpg"), strings.Repeat("x", 1_234_567))
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "FAILED", "corrupted: IMG")
+	huge := d.file("scratch", "disk.img")
+	must(t, os.WriteFile(huge, nil, 0o600))
+	must(t, os.Truncate(huge, 8<<30))
+	b.press("scratch", "Scrub")
+	b.last("scratch", "scrub", "RUNNING", "disk.img")
+	b.press("scratch", "Snapshot")
+	b.do(emulation.SetDeviceMetricsOverride(1000, 1000, 1, false))
+	shoot("desktop-light")
+	b.do(scheme("dark"))
+	shoot("desktop-dark")
+	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
+	shoot("phone-dark")
+	b.do(scheme("light"), chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery), chromedp.Click("summary", chromedp.ByQuery))
+	b.until(`!$("trouble").hidden`)
+	shoot("phone-light")
+	b.do(chromedp.Evaluate("scrollTo(0, 1e6)", nil))
+	shoot("phone-light-end")
+	b.nothingWrong("409")
+}

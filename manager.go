@@ -210,7 +210,7 @@ func (m *Manager) startNext() {
 
 // release lets others run in the place of a task whose function has returned.
 func (m *Manager) release(t *task) {
-	if m.queue.limit == 0 && t.key == "" { // nobody waits for it
+	if m.queue.limit == 0 && len(t.locks) == 0 { // nobody waits for it
 		return
 	}
 	m.mu.Lock()

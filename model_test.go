@@ -111,7 +111,7 @@ type playManager struct {
 // A playOp is what the model knows of an operation.
 type playOp struct {
 	by      *playManager
-	key     string
+	keys    []string
 	want    task.Operation   // what its manager shows
 	history []task.Operation // all that it has shown
 	cause   error            // of its context's end
@@ -251,9 +251,11 @@ func (p *play) submit(r *byteReader) {
 		want:    task.Operation{Name: fmt.Sprint("op ", len(p.ops)), State: task.StatePending},
 	}
 	kind, opts := r.byte()%modelKinds, []task.SubmitOption(nil)
-	if key := r.byte() % 3; key > 0 {
-		op.key = fmt.Sprint("key ", key)
-		opts = append(opts, task.WithLock(op.key))
+	for key, keys := 0, r.byte()%8; keys > 0; key, keys = key+1, keys/2 {
+		if keys%2 > 0 {
+			op.keys = append(op.keys, fmt.Sprint("key ", key))
+			opts = append(opts, task.WithLock(op.keys[len(op.keys)-1]))
+		}
 	}
 	if v := r.byte(); v > 0 {
 		op.want.Metadata = fmt.Sprint(v)
@@ -391,12 +393,17 @@ func (p *play) catchUp() {
 
 // turn reports whether the limit and the keys let an operation run.
 func (p *play) turn(op *playOp) bool {
-	n := 0
+	n, earlier := 0, true
 	for _, other := range p.ops {
-		if other.by != op.by || other.want.State != task.StateRunning {
+		running := other.want.State == task.StateRunning
+		if other.by != op.by || !running && other.want.State != task.StatePending {
 			continue
 		}
-		if n++; other.key != "" && other.key == op.key {
+		if running {
+			n++
+		}
+		earlier = earlier && other != op
+		if (running || earlier) && slices.ContainsFunc(other.keys, func(key string) bool { return slices.Contains(op.keys, key) }) {
 			return false
 		}
 	}
@@ -781,7 +788,7 @@ func (p *play) invalid(r *byteReader) {
 	case 3:
 		opts, want = []task.SubmitOption{task.WithLock("")}, "key is empty"
 	case 4:
-		opts, want = []task.SubmitOption{task.WithLock("a"), task.WithLock("b")}, "two locks"
+		opts, want = []task.SubmitOption{task.WithLock("a"), task.WithLock("")}, "key is empty"
 	}
 	if op, err := m.Submit(name, fn, opts...); op != nil || err == nil || !strings.Contains(err.Error(), want) {
 		p.t.Errorf("Submit: %v, %v, want an error with %q", op, err, want)

@@ -3,8 +3,8 @@ package task
 import (
 	"cmp"
 	"container/heap"
+	"container/list"
 	"errors"
-	"fmt"
 	"slices"
 )
 
@@ -21,16 +21,18 @@ func WithLimit(n int) Option {
 // [WithLimit], a place that gets free goes to the oldest operation whose key
 // is free. The key is free again when the function has returned.
 //
-// Submit returns an error if the key is empty or not the only one.
+// Given several times, it takes several keys, all at once: no two operations
+// ever wait for each other.
+//
+// Submit returns an error if the key is empty.
 func WithLock(key string) SubmitOption {
 	return func(t *task) error {
-		switch {
-		case key == "":
+		if key == "" {
 			return errors.New("the lock's key is empty")
-		case t.key != "":
-			return fmt.Errorf("two locks, %.64q and %.64q", t.key, key)
 		}
-		t.key = key
+		if !slices.ContainsFunc(t.locks, func(l lock) bool { return l.key == key }) {
+			t.locks = append(t.locks, lock{key: key})
+		}
 		return nil
 	}
 }
@@ -41,38 +43,49 @@ type queue struct {
 	limit   int    // how many may run; 0 for any number
 	running int    // counted only if somebody may wait: see Manager.release
 	last    uint64 // the place of the task that came last
-	ready   line   // those that wait for nothing but the limit
+	ready   ready  // those that wait for nothing but the limit
 
-	// keys has an entry for each key that a running or ready task holds: the
-	// line of those that wait for it.
-	keys map[string]*line
+	// lines has for each key the tasks that have it, by order of submission.
+	// The first one holds it, be it running or waiting.
+	lines map[string]*list.List
 }
 
 // A turn is the place of a task in a queue.
 type turn struct {
-	key   string // immutable; "" for none
-	place uint64 // by order of submission
-	line  *line  // where it stands; nil before and after
-	index int    // in line
+	locks   []lock // as many as it has keys
+	place   uint64 // by order of submission; 0 before and after it waits
+	index   int32  // in ready
+	blocked int32  // how many of its keys others hold
+}
+
+// A lock is the place of a task in the line of a key.
+type lock struct {
+	key string
+	at  *list.Element
 }
 
 // add puts t at the end of the queue.
 func (q *queue) add(t *task) {
 	q.last++
 	t.place = q.last
-	if t.key == "" {
+	for i := range t.locks {
+		l := &t.locks[i]
+		line := q.lines[l.key]
+		if line == nil {
+			if q.lines == nil {
+				q.lines = make(map[string]*list.List)
+			}
+			line = list.New()
+			q.lines[l.key] = line
+		}
+		if line.Len() > 0 {
+			t.blocked++
+		}
+		l.at = line.PushBack(t)
+	}
+	if t.blocked == 0 {
 		heap.Push(&q.ready, t)
-		return
 	}
-	if behind, held := q.keys[t.key]; held {
-		heap.Push(behind, t)
-		return
-	}
-	if q.keys == nil {
-		q.keys = make(map[string]*line)
-	}
-	q.keys[t.key] = new(line)
-	heap.Push(&q.ready, t)
 }
 
 // next takes the task out of the queue that is to run now, or returns nil.
@@ -82,75 +95,90 @@ func (q *queue) next() *task {
 		return nil
 	}
 	q.running++
-	return heap.Pop(&q.ready).(*task)
+	t := heap.Pop(&q.ready).(*task)
+	t.place = 0
+	return t
 }
 
-// done gives back the place and the key of a task that has run.
+// done gives back the place and the keys of a task that has run.
 func (q *queue) done(t *task) {
 	q.running--
-	q.free(t.key)
+	q.unlock(t)
 }
 
 // remove takes t out of the queue, if it is in there.
 func (q *queue) remove(t *task) {
-	line := t.line
-	if line == nil {
+	if t.place == 0 {
 		return
 	}
-	heap.Remove(line, t.index)
-	if line == &q.ready {
-		q.free(t.key)
+	if t.blocked == 0 {
+		heap.Remove(&q.ready, int(t.index))
 	}
+	t.place = 0
+	q.unlock(t)
 }
 
-// free makes the next task of that key ready.
-func (q *queue) free(key string) {
-	behind, held := q.keys[key]
-	switch {
-	case !held: // the task has no key
-	case len(*behind) == 0:
-		delete(q.keys, key)
-	default:
-		heap.Push(&q.ready, heap.Pop(behind))
+// unlock takes t out of the lines of its keys. Who gets the last key that it
+// needs is ready.
+func (q *queue) unlock(t *task) {
+	for _, l := range t.locks {
+		line := q.lines[l.key]
+		if line == nil { // the queue has been cleared
+			continue
+		}
+		held := line.Front() == l.at
+		line.Remove(l.at)
+		if line.Len() == 0 {
+			delete(q.lines, l.key)
+		} else if held {
+			heir := line.Front().Value.(*task)
+			if heir.blocked--; heir.blocked == 0 {
+				heap.Push(&q.ready, heir)
+			}
+		}
 	}
 }
 
 // clear takes all tasks out of the queue, by order of submission.
 func (q *queue) clear() []*task {
 	all := slices.Clone(q.ready)
-	for _, behind := range q.keys {
-		all = append(all, *behind...)
+	for _, line := range q.lines {
+		for e := line.Front(); e != nil; e = e.Next() {
+			if t := e.Value.(*task); t.blocked > 0 {
+				all = append(all, t)
+				t.blocked = 0 // it may be in other lines, too
+			}
+		}
 	}
-	for _, t := range all {
-		t.line = nil
-	}
-	q.ready, q.keys = nil, nil
+	q.ready, q.lines = nil, nil
 	slices.SortFunc(all, func(a, b *task) int { return cmp.Compare(a.place, b.place) })
+	for _, t := range all {
+		t.place = 0
+	}
 	return all
 }
 
-// A line is a heap of tasks by place.
-type line []*task
+// ready is a heap of tasks by place.
+type ready []*task
 
-func (l line) Len() int           { return len(l) }
-func (l line) Less(i, j int) bool { return l[i].place < l[j].place }
+func (r ready) Len() int           { return len(r) }
+func (r ready) Less(i, j int) bool { return r[i].place < r[j].place }
 
-func (l line) Swap(i, j int) {
-	l[i], l[j] = l[j], l[i]
-	l[i].index, l[j].index = i, j
+func (r ready) Swap(i, j int) {
+	r[i], r[j] = r[j], r[i]
+	r[i].index, r[j].index = int32(i), int32(j)
 }
 
-func (l *line) Push(x any) {
+func (r *ready) Push(x any) {
 	t := x.(*task)
-	t.line, t.index = l, len(*l)
-	*l = append(*l, t)
+	t.index = int32(len(*r))
+	*r = append(*r, t)
 }
 
-func (l *line) Pop() any {
-	last := len(*l) - 1
-	t := (*l)[last]
-	t.line = nil
-	(*l)[last] = nil
-	*l = (*l)[:last]
+func (r *ready) Pop() any {
+	last := len(*r) - 1
+	t := (*r)[last]
+	(*r)[last] = nil
+	*r = (*r)[:last]
 	return t
 }

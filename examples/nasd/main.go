@@ -10,8 +10,7 @@
 // (bus.go), and the REST API (api.go) has them all under /api/tasks. All that
 // can be tried with a browser: the page (page.html) is at /.
 //
-// Into each pool one operation writes at a time. A replication only reads its
-// source, on which another operation may run meanwhile.
+// On each pool one operation runs at a time. A replication is one on two pools.
 //
 // DIR holds everything:
 //

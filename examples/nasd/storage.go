@@ -18,10 +18,8 @@ import (
 // A storage is the storage service. Its pools are directories. Whatever takes
 // time it submits to the task manager and returns as an operation.
 //
-// Into one pool, one operation writes at a time, in the order of submission:
-// each is submitted with the lock of the pool that it writes to. So a
-// replication has that of its target. It only reads its source, on which
-// another operation may run: whatever that does, it changes no file in place.
+// On one pool, one operation runs at a time, in the order of submission: each is
+// submitted with the lock of its pool, a replication with those of both.
 type storage struct {
 	pools *os.Root // nothing that is reached by way of it is outside of it
 	tasks *task.Manager
@@ -144,11 +142,13 @@ func (s *storage) submitOn(a about, fn func(context.Context, *pool, *worker) (an
 }
 
 func (s *storage) submit(a about, fn task.Func) (*task.Operation, error) {
-	name, writes := a.Kind+" "+a.Pool, a.Pool
+	name := a.Kind + " " + a.Pool
+	opts := []task.SubmitOption{task.WithMetadata(a), task.WithLock("pool:" + a.Pool)}
 	if a.To != "" {
-		name, writes = name+" to "+a.To, a.To
+		name += " to " + a.To
+		opts = append(opts, task.WithLock("pool:"+a.To))
 	}
-	return s.tasks.Submit(name, fn, task.WithMetadata(a), task.WithLock("pool:"+writes))
+	return s.tasks.Submit(name, fn, opts...)
 }
 
 // A pool is an open pool.

@@ -275,9 +275,9 @@ func TestOpenStorage(t *testing.T) {
 	}
 }
 
-// Into one pool, one operation writes at a time; others go their way.
+// On one pool, one operation runs at a time; others go their way.
 func TestLock(t *testing.T) {
-	s := newStorage(t, "tank", "backup", "other")
+	s := newStorage(t, "tank", "backup", "other", "free")
 	running, end := make(chan string), make(chan struct{})
 	hold := func(a about) *task.Operation {
 		op, err := s.submit(a, func(context.Context, func(int)) (any, error) {
@@ -288,22 +288,26 @@ func TestLock(t *testing.T) {
 		must(t, err)
 		return op
 	}
+	wantNext := func(want string) {
+		t.Helper()
+		if got := <-running; got != want {
+			t.Fatalf("%q is the next to run, want %q", got, want)
+		}
+	}
 	hold(about{Kind: "first", Pool: "tank"})
-	if got := <-running; got != "first" {
-		t.Fatal(got)
-	}
-	second := hold(about{Kind: "second", Pool: "other", To: "tank"})
-	hold(about{Kind: "third", Pool: "tank", To: "backup"})
-	if got := <-running; got != "third" { // which is behind the second, and writes to another pool
-		t.Fatal(got)
-	}
-	if op, _ := s.tasks.Get(second.ID); op.State != task.StatePending {
-		t.Errorf("the second is %s, want %s", op.State, task.StatePending)
+	wantNext("first")
+	to := hold(about{Kind: "to tank", Pool: "other", To: "tank"})
+	from := hold(about{Kind: "from tank", Pool: "tank", To: "backup"})
+	hold(about{Kind: "elsewhere", Pool: "free"})
+	wantNext("elsewhere")
+	for _, op := range []*task.Operation{to, from} {
+		if op, _ := s.tasks.Get(op.ID); op.State != task.StatePending {
+			t.Errorf("%s is %s, want %s", op.Name, op.State, task.StatePending)
+		}
 	}
 	close(end)
-	if got := <-running; got != "second" {
-		t.Fatal(got)
-	}
+	wantNext("to tank")
+	wantNext("from tank")
 }
 
 func TestMetadata(t *testing.T) {

@@ -450,3 +450,22 @@ func (w *slowWriter) WriteHeader(int)                    {}
 func (w *slowWriter) Write(p []byte) (int, error)        { return w.conn.Write(p) }
 func (w *slowWriter) FlushError() error                  { return nil }
 func (w *slowWriter) SetWriteDeadline(t time.Time) error { return w.conn.SetWriteDeadline(t) }
+
+// TestEventsStuckShutdown: a client that doesn't take what it is sent does not
+// hold up Shutdown.
+func TestEventsStuckShutdown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		defer m.Close()
+		s := newPipeSite(t, mount(m))
+		newPuppet(t, m, "live", task.WithMetadata(strings.Repeat("x", 1<<20)))
+		answer := s.request(t.Context(), "GET", "/events", nil)
+		defer answer.Body.Close()
+		synctest.Wait()
+		start := time.Now()
+		must(t, s.server.Shutdown(context.Background()))
+		if took := time.Since(start); took > 3*time.Second {
+			t.Errorf("Shutdown took %v", took)
+		}
+	})
+}

@@ -450,3 +450,37 @@ func TestAccepted(t *testing.T) {
 		}
 	}
 }
+
+// TestWaitDeadline: a deadline that something in front has set ends a wait with
+// an answer, and a body that never comes does not keep it from being sent.
+func TestWaitDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		defer m.Close()
+		op := newPuppet(t, m, "live")
+		h := mount(m)
+		s := newPipeSite(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
+			defer cancel()
+			h.ServeHTTP(w, r.WithContext(ctx))
+		}), func(server *http.Server) { server.ReadTimeout = 5 * time.Second })
+		var got task.Operation
+		s.do("GET", "/"+op.ID+"/wait", 200, &got)
+		if got.State != task.StateRunning {
+			t.Errorf("got %+v", got)
+		}
+
+		start := time.Now()
+		never, end := io.Pipe()
+		defer end.Close()
+		r, err := http.NewRequestWithContext(t.Context(), "GET", s.url+"/"+op.ID+"/wait?timeout=0s", never)
+		must(t, err)
+		r.ContentLength = 10
+		answer, err := s.client.Do(r)
+		must(t, err)
+		answer.Body.Close()
+		if took := time.Since(start); answer.StatusCode != 200 || took > 6*time.Second {
+			t.Errorf("status %d after %v", answer.StatusCode, took)
+		}
+	})
+}

@@ -61,17 +61,15 @@ func BenchmarkUpdate(b *testing.B) {
 // BenchmarkWatched reports progress while nobody watches, while a receiver is
 // stuck, while one is slow, and while a thousand read.
 func BenchmarkWatched(b *testing.B) {
-	stuck := make(chan struct{})
-	defer close(stuck)
 	for _, bm := range []struct {
 		name     string
 		watchers int
-		body     func()
+		body     func(end <-chan struct{})
 	}{
 		{"nobody", 0, nil},
-		{"stuck", 1, func() { <-stuck }},
-		{"slow", 1, func() { time.Sleep(100 * time.Millisecond) }},
-		{"thousand", 1000, func() {}},
+		{"stuck", 1, func(end <-chan struct{}) { <-end }},
+		{"slow", 1, func(<-chan struct{}) { time.Sleep(100 * time.Millisecond) }},
+		{"thousand", 1000, func(<-chan struct{}) {}},
 	} {
 		b.Run(bm.name, func(b *testing.B) {
 			m := newManager(b, nil)
@@ -80,7 +78,7 @@ func BenchmarkWatched(b *testing.B) {
 			for range bm.watchers {
 				go func() {
 					for range m.Watch(ctx) {
-						bm.body()
+						bm.body(ctx.Done())
 					}
 				}()
 			}

@@ -316,13 +316,13 @@ func ByState(states ...State) ListOption {
 // if it is empty. No index helps with that: in a long history a rare name
 // takes a while.
 func ByName(name string) ListOption {
-	return func(f *Filter) { f.Name = name }
+	return func(f *Filter) { f.Name = validUTF8(name) }
 }
 
 // Before lets List return only operations that were submitted before the one
 // with that ID, or all if it is empty: the last operation of a page leads to
-// the next one, whatever has been submitted meanwhile, and that as fast
-// as to the first.
+// the next one, whatever has been submitted meanwhile, and with SQLite that as
+// fast as to the first.
 func Before(id string) ListOption {
 	return func(f *Filter) { f.Before = id }
 }
@@ -364,21 +364,26 @@ func (m *Manager) list(f Filter, limit, offset int) ([]*Operation, error) {
 		m.writer.flush() // or the database would say PENDING of what is RUNNING
 	}
 	ops := []*Operation{}
+	more := false
 	for {
-		rows, err := listFiltered(m.db, f, limit-len(ops), offset)
-		if err != nil && (len(ops) == 0 || !errors.Is(err, ErrNotFound)) {
+		want := limit - len(ops)
+		rows, err := listFiltered(m.db, f, want, offset)
+		if more && errors.Is(err, ErrNotFound) { // the last one has been deleted meanwhile
+			return ops, nil
+		}
+		if err != nil {
 			return nil, err
 		}
 		ops = m.appendCurrent(ops, f, rows)
-		if len(rows) == 0 || len(ops) == limit {
+		if len(rows) < want || len(ops) == limit {
 			return ops, nil
 		}
 		last := rows[len(rows)-1]
-		if last == nil {
+		if last == nil || last.ID == "" { // other code's
 			return ops, nil
 		}
 		// Some have changed since they were found: there may be more.
-		f.Before, offset = last.ID, 0
+		f.Before, offset, more = last.ID, 0, true
 	}
 }
 
@@ -389,14 +394,15 @@ func (m *Manager) appendCurrent(ops []*Operation, f Filter, rows []*Operation) [
 		if row == nil {
 			continue
 		}
-		if op := m.current(row); f.matches(op) {
+		if op := m.current(row); op != nil && f.matches(op) {
 			ops = append(ops, op)
 		}
 	}
 	return ops
 }
 
-// current returns the operation of a stored row as it is now.
+// current returns the operation of a stored row as it is now, or nil if it has
+// been deleted meanwhile.
 func (m *Manager) current(row *Operation) *Operation {
 	if t := m.live(row.ID); t != nil {
 		return t.snapshot()
@@ -404,7 +410,8 @@ func (m *Manager) current(row *Operation) *Operation {
 	if row.State.live() {
 		// It is another manager's, or it has finished since the row was read:
 		// then that is in the database by now.
-		if op, err := m.stored(row.ID); err == nil {
+		op, err := m.stored(row.ID)
+		if err == nil || errors.Is(err, ErrNotFound) {
 			return op
 		}
 	}
@@ -498,7 +505,7 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 
 // Prune deletes the operations that finished before that time from the history,
 // a few at a time, so that Submit is not held up, and returns how many it has
-// deleted. With a store that can't delete, that is an error which wraps
+// deleted. It looks at the whole history. With a store that can't delete, that is an error which wraps
 // [errors.ErrUnsupported]; see [Pruner].
 func (m *Manager) Prune(before time.Time) (int, error) {
 	n, err := m.prune(context.Background(), before)

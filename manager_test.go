@@ -903,3 +903,74 @@ func TestRetention(t *testing.T) {
 		newManager(t, bare{task.NewMemoryStore()}, task.WithRetention(time.Hour)).Close()
 	})
 }
+
+// TestListOddRows: rows that only other code could write don't lead a list in
+// circles, nor keep the others from being pruned.
+func TestListOddRows(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	sqliteExec(t, path, `CREATE TABLE tasks (id TEXT PRIMARY KEY, name TEXT, state TEXT, progress INTEGER, metadata TEXT,
+			result TEXT, error TEXT, created_at DATETIME, updated_at DATETIME);
+		INSERT INTO tasks (id, name, state, updated_at) VALUES ('', 'x', 'DONE', '2020-01-01'), (NULL, 'x', 'DONE', '2020-01-01'),
+			('a', 'x', 'DONE', '2020-01-01'), (CAST('b' AS BLOB), 'x', 'DONE', '2020-01-01'), ('c', 'x', NULL, '2020-01-01')`)
+	m := newManager(t, openSQLite(t, path))
+	for _, tt := range []struct {
+		opts []task.ListOption
+		want []string
+	}{
+		{[]task.ListOption{task.ByState(task.StateDone)}, []string{"b", "a", "", ""}},
+		{[]task.ListOption{task.ByName("x")}, []string{"c", "b", "a", "", ""}},
+		{[]task.ListOption{task.Before("b")}, []string{"a", "", ""}},
+	} {
+		ops, err := m.List(1000, 0, tt.opts...)
+		var ids []string
+		for _, op := range ops {
+			ids = append(ids, op.ID)
+		}
+		if err != nil || !slices.Equal(ids, tt.want) {
+			t.Errorf("listed %q, %v, want %q", ids, err, tt.want)
+		}
+	}
+	if n, err := m.Prune(time.Now()); err != nil || n == 0 {
+		t.Errorf("Prune: %d, %v", n, err)
+	}
+	if op, ok := m.Get("c"); !ok {
+		t.Errorf("what has no state is gone: %+v", op)
+	}
+}
+
+// A growingStore has more operations after each page.
+type growingStore struct {
+	task.Persistence
+	grow func()
+}
+
+func (s growingStore) List(limit, offset int) ([]*task.Operation, error) {
+	ops, err := s.Persistence.List(limit, offset)
+	s.grow()
+	return ops, err
+}
+
+func TestListBeforeGrowing(t *testing.T) {
+	memory, n := task.NewMemoryStore(), 0
+	save := func() {
+		n++
+		err := memory.Save(&task.Operation{ID: fmt.Sprint(n), Name: "x", State: task.StateDone, CreatedAt: time.Now(), UpdatedAt: time.Now()})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2000 {
+		save()
+	}
+	grow := func() {}
+	m := newManager(t, growingStore{memory, func() { grow() }})
+	grow = func() { save(); save() }
+	ops, err := m.List(3, 0, task.Before("1001")) // the last of the first page of a thousand
+	var ids []string
+	for _, op := range ops {
+		ids = append(ids, op.ID)
+	}
+	if want := []string{"1000", "999", "998"}; err != nil || !slices.Equal(ids, want) {
+		t.Errorf("listed %q, %v, want %q", ids, err, want)
+	}
+}

@@ -34,8 +34,8 @@ type Operation struct {
 	Result   interface{} `json:"result,omitempty"`
 
 	// Error is the text of the error that the function returned, or says what
-	// else went wrong. That of a RUNNING operation is not empty only while its
-	// final state can't be stored; it then says which state and why.
+	// else went wrong. That of an unfinished operation is not empty only while
+	// its final state can't be stored; it then says which state and why.
 	Error string `json:"error,omitempty"`
 
 	// The times are in UTC, to the microsecond. StartedAt and UpdatedAt are
@@ -193,8 +193,7 @@ type task struct {
 	err    error         // set before done is closed: why no final state is stored
 	dirty  bool          // the writer knows that op has changed
 
-	version   uint64 // of op
-	announced bool   // the row is stored: watchers may know
+	announced bool // the row is stored: watchers may know
 
 	// What follows belongs to the writer's goroutine.
 	doubtful bool  // Save returned an error: there should be no row
@@ -242,7 +241,6 @@ func (t *task) changed(state bool) {
 // tell tells the watchers what the operation is now, at once if that is another
 // state. The caller holds t.mu.
 func (t *task) tell(state bool) {
-	t.version++
 	if t.announced && t.manager.hub.watched.Load() > 0 {
 		t.manager.hub.tell(t.news(), state)
 	}
@@ -250,7 +248,7 @@ func (t *task) tell(state bool) {
 
 // news returns what there is to tell. The caller holds t.mu.
 func (t *task) news() news {
-	return news{op: t.op, version: t.version, err: t.err}
+	return news{op: t.op, err: t.err}
 }
 
 // announce tells the watchers that there is such an operation.

@@ -22,7 +22,8 @@ func WithLimit(n int) Option {
 // is free. The key is free again when the function has returned.
 //
 // Given several times, it takes several keys, all at once: no two operations
-// ever wait for each other.
+// ever wait for each other. While it waits for one of them, those that come
+// later and need another of them wait behind it.
 //
 // Submit returns an error if the key is empty.
 func WithLock(key string) SubmitOption {
@@ -41,7 +42,7 @@ func WithLock(key string) SubmitOption {
 // Manager.mu held, and none takes longer than the logarithm of its length.
 type queue struct {
 	limit   int    // how many may run; 0 for any number
-	running int    // counted only if somebody may wait: see Manager.release
+	running int    // right only if somebody may wait: see Manager.release
 	last    uint64 // the place of the task that came last
 	ready   ready  // those that wait for nothing but the limit
 

@@ -64,7 +64,6 @@ type follower struct {
 type followed struct {
 	waiters int
 	op      *Operation    // as it was found last
-	version uint64        // of op
 	done    chan struct{} // closed once op has finished or err is set
 	err     error         // why op will not finish
 }
@@ -168,8 +167,7 @@ func (f *follower) found(op *Operation) {
 	}
 	if before := w.op; op.State != before.State || op.Progress != before.Progress || !op.UpdatedAt.Equal(before.UpdatedAt) {
 		w.op = op
-		w.version++
-		f.manager.hub.tell(news{op: *op, version: w.version, foreign: true}, op.State != before.State)
+		f.manager.hub.tell(news{op: *op, foreign: true}, op.State != before.State)
 	}
 	if !op.State.live() {
 		close(w.done)
@@ -183,8 +181,7 @@ func (f *follower) lost(id string, err error) {
 	defer f.mu.Unlock()
 	if w := f.followed[id]; w != nil {
 		w.err = err
-		w.version++
-		f.manager.hub.tell(news{op: *w.op, version: w.version, foreign: true, err: err}, true)
+		f.manager.hub.tell(news{op: *w.op, foreign: true, err: err}, true)
 		close(w.done)
 		delete(f.followed, id)
 	}

@@ -219,18 +219,19 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 		}
 		at += len(rows)
 		for _, op := range rows {
+			if op == nil || seen[op.ID] {
+				continue
+			}
+			seen[op.ID] = true
 			switch {
-			case op == nil || seen[op.ID]:
 			case before != "":
 				if op.ID == before {
 					before = ""
 				}
 			case !f.matches(op):
 			case offset > 0:
-				seen[op.ID] = true
 				offset--
 			case len(ops) < limit:
-				seen[op.ID] = true
 				ops = append(ops, op)
 			}
 		}

@@ -854,8 +854,8 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		args = append(args, f.Name)
 	}
 	if f.Before != "" {
-		where = append(where, `rowid < (SELECT rowid FROM tasks WHERE id = ?)`)
-		args = append(args, f.Before)
+		where = append(where, `rowid < (SELECT rowid FROM tasks WHERE id IN (?, CAST(? AS BLOB)) LIMIT 1)`)
+		args = append(args, f.Before, f.Before)
 	}
 	if len(f.States) > 0 {
 		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
@@ -1065,7 +1065,7 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 			}
 			start := time.Now()
 			n, err := s.delete(old)
-			if len(old) > 0 && !yield(n, err) || err != nil {
+			if !yield(n, err) || err != nil {
 				return
 			}
 			for _, id := range ids {
@@ -1085,7 +1085,7 @@ const finished = `state IN ('DONE', 'FAILED', 'CANCELLED')`
 func (s *SQLiteStore) oldest(after sql.NullString, before time.Time) (ids []string, old map[string]bool, err error) {
 	err = s.read(func() error {
 		ids, old = nil, make(map[string]bool)
-		rows, err := s.db.Query(`SELECT id, `+finished+`, coalesce(CAST(updated_at AS TEXT), '') FROM tasks
+		rows, err := s.db.Query(`SELECT id, coalesce(`+finished+`, 0), coalesce(CAST(updated_at AS TEXT), '') FROM tasks
 			WHERE rowid > coalesce((SELECT rowid FROM tasks WHERE id = ?), -9223372036854775808) AND typeof(id) = 'text'
 			ORDER BY rowid LIMIT ?`, after, pruneChunk)
 		if err != nil {

@@ -35,7 +35,7 @@
 //
 // Every *Operation that the package hands out is a snapshot: a value of its
 // own that never changes. To see news, ask again with [Manager.Get] or
-// [Manager.List], or wait with [Manager.Wait].
+// [Manager.List], wait with [Manager.Wait], or follow with [Manager.Watch].
 //
 // # Several managers
 //
@@ -110,7 +110,7 @@ var (
 
 	// ErrLagged is the last thing that Watch says to a receiver that is too
 	// slow.
-	ErrLagged = errors.New("too slow: news of operations were lost")
+	ErrLagged = errors.New("too slow: news of operations was lost")
 )
 
 // The texts in Operation.Error of operations that ended with their process.

@@ -45,6 +45,9 @@ import (
 // has to range over the sequence, or to see to it that ctx is done some time.
 // Ranging over it again watches anew.
 func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation, error] {
+	if ctx.Err() != nil {
+		return func(func(*Operation, error) bool) {}
+	}
 	ids = slices.Clone(ids)
 	var unused atomic.Pointer[watcher]
 	unused.Store(m.subscribe(ctx, ids))
@@ -81,7 +84,7 @@ const (
 // A piece of news is an operation as it is shown from some moment on.
 type news struct {
 	op      Operation
-	version uint64 // of the operation, to tell older news from later
+	seq     uint64 // of the hub, to tell older news from later
 	foreign bool   // another manager runs it
 	err     error  // if not nil: there will be no final state, and why
 }
@@ -89,7 +92,7 @@ type news struct {
 // A feed is a queue of news in which an operation has at most one place for
 // each state. The zero feed is ready for use.
 type feed struct {
-	queue []news
+	queue []*news
 	taken int            // how many news at the front of queue are gone
 	last  map[string]int // where in queue the latest news of an operation are, by its ID
 }
@@ -98,9 +101,9 @@ type feed struct {
 func (f *feed) operations() int { return len(f.last) }
 
 // put adds news, in place of those of the same operation in the same state.
-func (f *feed) put(n news) {
-	if i, ok := f.last[n.op.ID]; ok && f.queue[i].op.State == n.op.State && n.err == nil {
-		f.queue[i] = n
+func (f *feed) put(n *news) {
+	if old := f.same(n); old != nil {
+		*old = n
 		return
 	}
 	if f.last == nil {
@@ -111,6 +114,14 @@ func (f *feed) put(n news) {
 	}
 	f.last[n.op.ID] = len(f.queue)
 	f.queue = append(f.queue, n)
+}
+
+// same returns the place of news of the same operation in the same state, or nil.
+func (f *feed) same(n *news) **news {
+	if i, ok := f.last[n.op.ID]; ok && f.queue[i].op.State == n.op.State && n.err == nil {
+		return &f.queue[i]
+	}
+	return nil
 }
 
 // compact reuses the room of what is gone.
@@ -125,20 +136,24 @@ func (f *feed) compact() {
 }
 
 // take removes the oldest news.
-func (f *feed) take() (news, bool) {
+func (f *feed) take() *news {
 	if f.taken == len(f.queue) {
-		return news{}, false
+		return nil
 	}
 	n := f.queue[f.taken]
-	f.queue[f.taken] = news{}
+	f.queue[f.taken] = nil
 	if f.last[n.op.ID] == f.taken {
 		delete(f.last, n.op.ID)
 	}
 	f.taken++
-	if f.taken == len(f.queue) {
+	switch {
+	case f.taken < len(f.queue):
+	case f.taken > 100: // what a burst has needed is not kept
+		*f = feed{}
+	default:
 		f.queue, f.taken = f.queue[:0], 0
 	}
-	return n, true
+	return n
 }
 
 // A hub passes news on from tasks to watchers, in a goroutine of its own: what
@@ -150,9 +165,11 @@ type hub struct {
 	closing chan struct{} // closed by close
 	stopped chan struct{} // closed when the goroutine has ended
 
-	mu     sync.Mutex // guards what follows; taken last
-	feed   feed       // what the watchers are yet to be told
-	lagged bool       // some of it was lost
+	mu     sync.Mutex     // guards what follows; taken last
+	feed   feed           // what the watchers are yet to be told
+	lagged bool           // some of it was lost, of operations that nobody has named
+	seq    uint64         // of the last news
+	wanted map[string]int // how many watchers have named an operation, by its ID
 	timer  *time.Timer
 
 	listeners sync.Mutex // guards what follows; no task holds it
@@ -168,6 +185,7 @@ func newHub() *hub {
 		stopped: make(chan struct{}),
 		all:     make(map[*watcher]bool),
 		named:   make(map[string]map[*watcher]bool),
+		wanted:  make(map[string]int),
 	}
 	h.timer = time.AfterFunc(time.Hour, h.signal)
 	h.timer.Stop()
@@ -184,16 +202,26 @@ func (h *hub) signal() {
 // tell tells the watchers news of an operation, those of a new state at once
 // and others soon. It neither waits nor, on the average, allocates.
 func (h *hub) tell(n news, now bool) {
+	if h.watched.Load() == 0 {
+		return
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.feed.operations() >= maxLag {
+	h.seq++
+	n.seq = h.seq
+	if h.feed.operations() >= maxLag && h.wanted[n.op.ID] == 0 {
 		if _, ok := h.feed.last[n.op.ID]; !ok {
 			h.lagged = true
 			return
 		}
 	}
 	first := h.feed.operations() == 0
-	h.feed.put(n)
+	if old := h.feed.same(&n); old != nil {
+		**old = n // nobody else has it yet
+	} else {
+		c := n
+		h.feed.put(&c)
+	}
 	switch {
 	case now:
 		h.signal()
@@ -220,10 +248,10 @@ func (h *hub) run() {
 		h.mu.Unlock()
 		h.pass(&spare)
 		if lagged {
-			h.fail(ErrLagged)
+			h.lag()
 		}
 		if closing {
-			h.fail(ErrClosed)
+			h.end()
 			return
 		}
 	}
@@ -233,29 +261,40 @@ func (h *hub) run() {
 func (h *hub) pass(f *feed) {
 	h.listeners.Lock()
 	defer h.listeners.Unlock()
-	for n, ok := f.take(); ok; n, ok = f.take() {
+	var all []*news
+	for n := f.take(); n != nil; n = f.take() {
 		if !n.foreign && n.err == nil {
-			for w := range h.all {
-				w.put(n)
-			}
+			all = append(all, n)
 		}
 		for w := range h.named[n.op.ID] {
 			w.put(n)
 		}
 	}
+	for w := range h.all {
+		w.put(all...)
+	}
 }
 
-// fail has every watcher end with err.
-func (h *hub) fail(err error) {
+// lag has every watcher of all operations end.
+func (h *hub) lag() {
 	h.listeners.Lock()
 	defer h.listeners.Unlock()
-	h.closed = err == ErrClosed
 	for w := range h.all {
-		w.fail(err)
+		w.fail(ErrLagged)
+	}
+}
+
+// end has every watcher end.
+func (h *hub) end() {
+	h.listeners.Lock()
+	defer h.listeners.Unlock()
+	h.closed = true
+	for w := range h.all {
+		w.fail(ErrClosed)
 	}
 	for _, ws := range h.named {
 		for w := range ws {
-			w.fail(err)
+			w.fail(ErrClosed)
 		}
 	}
 }
@@ -276,6 +315,12 @@ func (h *hub) join(w *watcher) {
 		w.fail(ErrClosed)
 		return
 	}
+	h.mu.Lock()
+	w.since = h.seq
+	for id := range w.ids {
+		h.wanted[id]++
+	}
+	h.mu.Unlock()
 	if w.ids == nil {
 		h.all[w] = true
 	}
@@ -287,11 +332,25 @@ func (h *hub) join(w *watcher) {
 	}
 }
 
+// now returns the number of the last news.
+func (h *hub) now() uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.seq
+}
+
 func (h *hub) leave(w *watcher) {
 	h.listeners.Lock()
 	defer h.listeners.Unlock()
 	h.watched.Add(-1)
 	delete(h.all, w)
+	h.mu.Lock()
+	for id := range w.ids {
+		if h.wanted[id]--; h.wanted[id] <= 0 {
+			delete(h.wanted, id)
+		}
+	}
+	h.mu.Unlock()
 	for id := range w.ids {
 		if delete(h.named[id], w); len(h.named[id]) == 0 {
 			delete(h.named, id)
@@ -303,22 +362,23 @@ func (h *hub) leave(w *watcher) {
 type watcher struct {
 	// These belong to the caller of Watch.
 	manager  *Manager
-	ids      map[string]bool       // those named; nil for all
-	open     map[string]bool       // those of them whose final state is yet to be told
-	present  []func() (news, bool) // return the present states that are yet to be told
-	followed map[string]*followed  // those that other managers run
-	wake     chan struct{}         // holds a token when there may be news
-	unhook   func() bool           // from the context
+	ids      map[string]bool      // those named; nil for all
+	open     map[string]bool      // those of them whose final state is yet to be told
+	since    uint64               // the last news before it joined
+	present  []func() *news       // return the present states that are yet to be told
+	followed map[string]*followed // those that other managers run
+	wake     chan struct{}        // holds a token when there may be news
+	unhook   func() bool          // from the context
 	left     sync.Once
 
-	mu   sync.Mutex // guards what follows; taken last
+	mu   sync.Mutex // guards what follows; only hub.mu may be taken while holding it
 	feed feed
-	told map[string]uint64 // the versions that were told as present, or untold; nothing older is news
+	told map[string]uint64 // the last news before the present state was told, or untold; nothing older is news
 	err  error             // why there will be no more news
 }
 
-// untold is the version of an operation whose present state is yet to be told:
-// that will be newer than all news until then.
+// untold stands for an operation whose present state is yet to be told: that
+// will be newer than all news until then.
 const untold = math.MaxUint64
 
 // subscribe returns a watcher that is told all from now on. Call stop in the
@@ -327,7 +387,7 @@ func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
 	w := newWatcher(m, ids)
 	m.hub.join(w)
 	if err := w.start(); err != nil {
-		w.present = []func() (news, bool){func() (news, bool) { return news{err: err}, true }}
+		w.present = []func() *news{func() *news { return &news{err: err} }}
 	}
 	w.unhook = context.AfterFunc(ctx, w.leave)
 	return w
@@ -354,13 +414,13 @@ func newWatcher(m *Manager, ids []string) *watcher {
 func (w *watcher) start() error {
 	if w.ids == nil {
 		for _, t := range w.manager.liveTasks() {
-			w.introduce(t.first.ID, func() (news, bool) { return w.presentTask(t) })
+			w.introduce(t.first.ID, func() *news { return w.presentTask(t) })
 		}
 		return nil
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.ids)) {
 		if t := w.manager.live(id); t != nil {
-			w.introduce(id, func() (news, bool) { return w.presentTask(t) })
+			w.introduce(id, func() *news { return w.presentTask(t) })
 			continue
 		}
 		op, err := w.manager.stored(id)
@@ -368,12 +428,12 @@ func (w *watcher) start() error {
 			return fmt.Errorf("%s: %w", id, err)
 		}
 		if !op.State.live() {
-			w.introduce(id, func() (news, bool) { return news{op: *op}, true })
+			w.introduce(id, func() *news { return &news{op: *op} })
 			continue
 		}
 		f := w.manager.follower.join(op)
 		w.followed[id] = f
-		w.introduce(id, func() (news, bool) { return w.presentFollowed(id, f), true })
+		w.introduce(id, func() *news { return w.presentFollowed(id, f) })
 	}
 	return nil
 }
@@ -393,7 +453,7 @@ func (w *watcher) leave() {
 }
 
 // introduce has the present state of an operation told before any news of it.
-func (w *watcher) introduce(id string, present func() (news, bool)) {
+func (w *watcher) introduce(id string, present func() *news) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.told[id] = untold
@@ -403,28 +463,29 @@ func (w *watcher) introduce(id string, present func() (news, bool)) {
 // presentTask returns the present state of a task, unless its row has yet to be
 // stored, which will be news, or nobody will ever store how it ended, which is
 // an error only to whoever has named it.
-func (w *watcher) presentTask(t *task) (news, bool) {
+func (w *watcher) presentTask(t *task) *news {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !t.announced || t.err != nil && w.ids == nil {
 		delete(w.told, t.first.ID)
-		return news{}, false
+		return nil
 	}
-	w.told[t.first.ID] = t.version
-	return t.news(), true
+	w.told[t.first.ID] = w.manager.hub.now()
+	n := t.news()
+	return &n
 }
 
 // presentFollowed returns the present state of another manager's operation.
-func (w *watcher) presentFollowed(id string, f *followed) news {
+func (w *watcher) presentFollowed(id string, f *followed) *news {
 	follower := w.manager.follower
 	follower.mu.Lock()
 	defer follower.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.told[id] = f.version
-	return news{op: *f.op, version: f.version, err: f.err}
+	w.told[id] = w.manager.hub.now()
+	return &news{op: *f.op, err: f.err}
 }
 
 // complete reports whether the final states of all operations named are told.
@@ -434,11 +495,11 @@ func (w *watcher) complete() bool { return w.ids != nil && len(w.open) == 0 }
 // none, or neither when ctx is done.
 func (w *watcher) next(ctx context.Context) (*Operation, error) {
 	for {
-		n, ok, err := w.take()
+		n, err := w.take()
 		if err != nil {
 			return nil, err
 		}
-		if ok {
+		if n != nil {
 			if !n.op.State.live() {
 				delete(w.open, n.op.ID)
 			}
@@ -453,41 +514,46 @@ func (w *watcher) next(ctx context.Context) (*Operation, error) {
 }
 
 // take returns what there is to tell now, if there is anything.
-func (w *watcher) take() (n news, ok bool, err error) {
-	for !ok && len(w.present) > 0 {
-		present := w.present[0]
-		w.present = w.present[1:]
-		if n, ok = present(); ok {
-			return n, true, n.err
+func (w *watcher) take() (*news, error) {
+	for len(w.present) > 0 {
+		n := w.present[0]()
+		w.present[0] = nil // or the operation would be kept for as long as the watcher
+		if w.present = w.present[1:]; len(w.present) == 0 {
+			w.present = nil
+		}
+		if n != nil {
+			return n, n.err
 		}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for n, ok = w.feed.take(); ok; n, ok = w.feed.take() {
-		told, skip := w.told[n.op.ID]
+	for n := w.feed.take(); n != nil; n = w.feed.take() {
+		told := w.told[n.op.ID]
 		if !n.op.State.live() {
 			delete(w.told, n.op.ID)
 		}
-		if !skip || n.version > told {
-			return n, true, n.err
+		if n.seq > told {
+			return n, n.err
 		}
 	}
-	return news{}, false, w.err
+	return nil, w.err
 }
 
 // put adds news, unless they come too late or are too many.
-func (w *watcher) put(n news) {
+func (w *watcher) put(some ...*news) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.err != nil || n.version <= w.told[n.op.ID] {
-		return
+	for _, n := range some {
+		if w.err != nil || n.seq <= w.since || n.seq <= w.told[n.op.ID] {
+			continue
+		}
+		w.feed.put(n)
+		if w.feed.operations() > maxLag {
+			w.feed = feed{}
+			w.err = ErrLagged
+		}
+		w.signal()
 	}
-	w.feed.put(n)
-	if w.feed.operations() > maxLag {
-		w.feed = feed{}
-		w.err = ErrLagged
-	}
-	w.signal()
 }
 
 // fail has the watcher end with err, after what it has yet to tell.

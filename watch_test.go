@@ -472,6 +472,67 @@ func TestWatchNeverReads(t *testing.T) {
 	}
 }
 
+// TestWatchNamedInBurst: who has named a quiet operation is not too slow because
+// of what happens to others.
+func TestWatchNamedInBurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		quiet := newPuppet(t, m, "quiet")
+		var updates []func(int)
+		started := make(chan func(int), 1)
+		for range 10_100 {
+			submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+				started <- update
+				return untilCancelled(ctx, update)
+			})
+			updates = append(updates, <-started)
+		}
+		named, all := view(t, m, quiet.ID), view(t, m)
+		named.want(t, "quiet RUNNING 0")
+		for _, update := range updates { // the hub waits for the clock, and that for this
+			update(1)
+		}
+		all.wantEnd(t, task.ErrLagged)
+		quiet.end(nil, nil)
+		named.want(t, "quiet DONE 100")
+		named.wantEnd(t, nil)
+		m.Close()
+	})
+}
+
+// TestWatchNothingOld: what had finished before the call is no news.
+func TestWatchNothingOld(t *testing.T) {
+	m := newManager(t, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	for range 100 { // they keep the hub busy
+		go func() {
+			for range m.Watch(ctx) {
+			}
+		}()
+	}
+	for task.Watchers(m) < 100 {
+		time.Sleep(time.Millisecond)
+	}
+	for range 300 {
+		old := submit(t, m, nothing)
+		wait(t, m, old.ID)
+		changes := m.Watch(ctx)
+		next := submit(t, m, nothing)
+		for op, err := range changes {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if op.ID == old.ID {
+				t.Fatalf("told %s of what had finished before", op.State)
+			}
+			if op.ID == next.ID && op.State.Finished() {
+				break
+			}
+		}
+	}
+}
+
 // TestWatchSlowly: a receiver that takes its time misses no state as long as
 // it is not too far behind, and gets the latest progress.
 func TestWatchSlowly(t *testing.T) {

@@ -398,6 +398,9 @@ func (w *writer) settle(t *task, op *Operation, err error) {
 	}
 	t.err = err
 	t.tell(true)
+	if t.doubtful { // watched by nobody but those who have found its row
+		w.manager.hub.tell(news{op: t.op, err: t.err, foreign: true}, true)
+	}
 	t.mu.Unlock()
 	if t.doubtful {
 		w.doubtful.Add(-1)

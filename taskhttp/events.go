@@ -314,7 +314,7 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	if err != nil {
 		return err
 	}
-	defer context.AfterFunc(ctx, s.hurry)()
+	defer s.unblock()()
 	at, known := rec.resume(r.Header.Get("Last-Event-ID"))
 	if !known {
 		if r.Header.Get("Last-Event-ID") != "" {
@@ -351,7 +351,7 @@ func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values)
 	if err != nil {
 		return err
 	}
-	defer context.AfterFunc(ctx, s.hurry)()
+	defer s.unblock()()
 	s.tell(0, func(e entry) string { return string(e.state) })
 	return nil
 }
@@ -431,12 +431,30 @@ func (s *stream) write(p []byte) {
 func (s *stream) setDeadline() {
 	s.c.SetWriteDeadline(time.Now().Add(heartbeat + grace))
 	if s.ctx.Err() != nil {
-		s.hurry()
+		s.shortenDeadline()
 	}
 }
 
-// hurry allows little time for what is being sent: the server is shut down.
-func (s *stream) hurry() { s.c.SetWriteDeadline(time.Now().Add(farewell)) }
+// shortenDeadline allows little time for what is being sent: the server is shut
+// down.
+func (s *stream) shortenDeadline() { s.c.SetWriteDeadline(time.Now().Add(farewell)) }
+
+// unblock shortens the deadline of a write that is blocked when s.ctx is done.
+// The handler calls stop before it returns: stop waits for shortenDeadline, since
+// a ResponseWriter that is used after its handler has returned crashes the
+// process over HTTP/2, and spoils the next response over HTTP/1.1.
+func (s *stream) unblock() (stop func()) {
+	shortened := make(chan struct{})
+	stopFunc := context.AfterFunc(s.ctx, func() {
+		defer close(shortened)
+		s.shortenDeadline()
+	})
+	return func() {
+		if !stopFunc() {
+			<-shortened
+		}
+	}
+}
 
 // flush sends what was written.
 func (s *stream) flush() {

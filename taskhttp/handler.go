@@ -334,23 +334,22 @@ func parseTimeout(value string) (time.Duration, error) {
 	return d, nil
 }
 
-// context returns the request's context, which is also done when the server
-// that serves it is shut down.
+// context returns the request's context, which is also done soon after the
+// server that serves it is shut down. Nothing of the request is used after
+// cancel but the context itself.
 func (h *handler) context(r *http.Request) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(r.Context())
 	server, ok := ctx.Value(http.ServerContextKey).(*http.Server)
 	if !ok {
 		return ctx, cancel
 	}
-	stop := context.AfterFunc(h.serving(server), func() {
-		// A manager that was closed just before has yet to be heard: its last
-		// words are how operations ended.
-		time.AfterFunc(farewell, cancel)
-	})
+	stop := context.AfterFunc(h.serving(server), cancel)
 	return ctx, func() { stop(); cancel() }
 }
 
-// serving returns a context that is done when server is shut down.
+// serving returns a context that is done soon after server is shut down. A
+// manager that was closed just before has until then to send its last events,
+// which tell how operations ended.
 func (h *handler) serving(server *http.Server) context.Context {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -358,7 +357,7 @@ func (h *handler) serving(server *http.Server) context.Context {
 	if ctx == nil {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(context.Background())
-		server.RegisterOnShutdown(cancel)
+		server.RegisterOnShutdown(func() { time.AfterFunc(farewell, cancel) })
 		h.servers[server] = ctx
 	}
 	return ctx

@@ -61,7 +61,7 @@ type site struct {
 
 func newSite(t testing.TB, h http.Handler) *site {
 	t.Helper()
-	s := httptest.NewServer(h)
+	s := httptest.NewServer(strict(t, h, 0))
 	t.Cleanup(s.Close)
 	return &site{t, s.URL + prefix, s.Client(), s.Config}
 }
@@ -71,7 +71,7 @@ func newSite(t testing.TB, h http.Handler) *site {
 func newPipeSite(t testing.TB, h http.Handler, configure ...func(*http.Server)) *site {
 	t.Helper()
 	l := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
-	s := &http.Server{Handler: h}
+	s := &http.Server{Handler: strict(t, h, 0)}
 	for _, f := range configure {
 		f(s)
 	}

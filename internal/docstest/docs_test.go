@@ -298,7 +298,7 @@ func headings(text string) []byte {
 
 // TestCommands checks that the packages exist which the documents say to run.
 func TestCommands(t *testing.T) {
-	command := regexp.MustCompile("(?:cd (\\w+) && )?go (?:run|test) (\\./\\w[\\w/]*)")
+	command := regexp.MustCompile(`(?:cd (\w+) && )?go (?:run|test) (\./\w[\w/]*)`)
 	found := 0
 	for _, file := range documents(t) {
 		for _, m := range command.FindAllStringSubmatch(read(t, file), -1) {

@@ -15,8 +15,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// asynqSystem is asynq on a Redis server of its own. An asynq server takes one
-// job at a time off the queue, so that more of them take more.
+// asynqSystem is asynq on a Redis server of its own. An asynq server takes one job
+// at a time from the queue, so that several servers are faster.
 func asynqSystem(servers int) system {
 	s := system{
 		name: "asynq on Redis",
@@ -111,7 +111,7 @@ func (s *asynqSession) wait(id string) error {
 
 func (s *asynqSession) drain(n int) error { return s.drainByCount(n, s.finals) }
 
-// finals counts the members of the sorted set in which asynq keeps what is done.
+// finals counts the members of the sorted set in which asynq keeps done jobs.
 func (s *asynqSession) finals() (int, error) {
 	n, err := s.redis.ZCard(context.Background(), "asynq:{default}:completed").Result()
 	return int(n), err

@@ -10,9 +10,9 @@ import (
 	"github.com/mikestefanello/backlite"
 )
 
-// backliteSystem is backlite with one Save per job, or one per batch. It takes
-// as many jobs off the queue at once as it has idle workers, with a query that
-// looks at the whole queue.
+// backliteSystem is backlite with one Save per job, or one per batch. Backlite
+// takes as many jobs from the queue at once as it has idle workers, with a query
+// that scans the whole queue.
 func backliteSystem(batch int) system {
 	name, workers := "backlite", 250
 	if batch > 1 {
@@ -97,7 +97,7 @@ func (s *backliteSession) finals() (int, error) { return s.count(backliteDone) }
 
 func (s *backliteSession) close() error {
 	if !s.client.Stop(context.Background()) {
-		return errors.New("the workers didn't stop")
+		return errors.New("the workers did not stop")
 	}
 	return errors.Join(s.db.Close(), s.reader.Close())
 }

@@ -9,8 +9,8 @@ import (
 	"github.com/google/uuid"
 )
 
-// bare is SQLite without any library: a loop in which rows jobs are inserted
-// in one transaction and updated in the next.
+// bare is SQLite without any library: a loop that inserts that many rows in one
+// transaction and updates them in the next.
 func bare(rows int) system {
 	return system{
 		name:   fmt.Sprintf("bare SQLite, %d a commit", rows),
@@ -68,7 +68,7 @@ func (s *bareSession) submit(n int) (id string, err error) {
 // commit calls write n times in one transaction.
 func (s *bareSession) commit(n int, write func(i int) error) error {
 	if n == 1 {
-		return write(0) // a statement alone is a transaction
+		return write(0) // a single statement is a transaction
 	}
 	if _, err := s.conn.ExecContext(context.Background(), "BEGIN IMMEDIATE"); err != nil {
 		return err

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestSystems runs every system for a handful of jobs. It is use that checks
-// that each job was run once and is stored as done.
+// TestSystems runs a few jobs on every system. The function use checks that each
+// job was run once and is stored as done.
 func TestSystems(t *testing.T) {
 	for _, s := range systems() {
 		t.Run(s.name, func(t *testing.T) {
@@ -53,7 +53,7 @@ func wantSetting(s system, sync string) string {
 	return "journal_mode wal, synchronous " + sync
 }
 
-// A liar says that it has stored what it has not.
+// A liar reports final states as stored that are not.
 type liar struct{ session }
 
 func (liar) submit(int) (string, error) { return "", nil }
@@ -66,7 +66,7 @@ func TestLiarIsFound(t *testing.T) {
 		return liar{ses}, err
 	}
 	_, _, err := throughput(s, t.TempDir(), load{"FULL", 2}, 20)
-	if err == nil || !strings.Contains(err.Error(), "of 20 jobs 0 were run and 0 have their final state stored") {
+	if err == nil || !strings.Contains(err.Error(), "of 20 jobs, 0 were run and 0 final states are stored") {
 		t.Errorf("got %v", err)
 	}
 }

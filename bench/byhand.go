@@ -9,7 +9,7 @@ import (
 	"github.com/google/uuid"
 )
 
-// byHand is what one would write without a library.
+// byHand is a program without a library.
 var byHand = system{
 	name:   "by hand",
 	tuning: "a mutex, one INSERT and two UPDATEs per job in commits of their own, prepared, one connection, a goroutine per job",
@@ -17,7 +17,7 @@ var byHand = system{
 	open:   openByHand,
 }
 
-// createTasks is the table of task's specification.
+// createTasks creates the table of package task's specification.
 const createTasks = `CREATE TABLE tasks (
 	id TEXT PRIMARY KEY,
 	name TEXT NOT NULL,

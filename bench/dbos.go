@@ -14,11 +14,11 @@ import (
 	_ "github.com/dbos-inc/dbos-transact-golang/dbos/driver/sqlite" // modernc.org/sqlite, as "sqlite"
 )
 
-// dbosSystem is DBOS, with a workflow without steps as the job.
+// dbosSystem is DBOS. A job is a workflow without steps.
 var dbosSystem = system{
 	name: "DBOS",
 	tuning: "its own driver, modernc.org/sqlite, on a pool of our own, since the one it opens has synchronous=NORMAL; one connection; " +
-		"RunWorkflow of a workflow without steps, not by way of a queue; completion seen by GetResult",
+		"RunWorkflow of a workflow without steps, without a queue; completion seen by GetResult",
 	batch: 1,
 	open:  openDBOS,
 }

@@ -11,16 +11,16 @@ import (
 	"maragu.dev/goqite/jobs"
 )
 
-// goqiteSystem is goqite with its job runner. A job that is done leaves no row
-// behind: that is its final state.
+// goqiteSystem is goqite with its job runner. Its final state of a job is that
+// the row is deleted.
 var goqiteSystem = system{
 	name:   "goqite",
-	tuning: "one connection, as its README has it; runner with Limit 1,000, PollInterval 1 ms; completion seen by polling the row every 0.1 ms",
+	tuning: "one connection, as in its README; runner with Limit 1,000, PollInterval 1 ms; completion seen by polling the row every 0.1 ms",
 	batch:  1,
 	open:   openGoqite,
 }
 
-// goqiteSchema is goqite's schema_sqlite.sql, which it doesn't export.
+// goqiteSchema is goqite's schema_sqlite.sql, which goqite does not export.
 const goqiteSchema = `
 create table goqite (
   id text primary key default ('m_' || lower(hex(randomblob(16)))),

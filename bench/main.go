@@ -1,11 +1,11 @@
-// Command bench measures how many jobs that do nothing this library and its
-// peers take from submission to a stored final state, and how long one takes.
+// Command bench measures the throughput and the latency of this library and its
+// peers, with jobs that do nothing, from submission to a stored final state.
 //
 //	go run . [-rounds N] [-time D] [-only REGEXP] [-dir DIR] [-plot FILE.svg] [-quick]
 //
-// All systems run in one process, one at a time, on the same file system, in
-// rounds: in each round every system has its turn, in rotating order, each time
-// on a new database. The printed table is Markdown.
+// All systems run in one process, one at a time, on the same file system. In each
+// round every system has its turn, in rotating order and on a new database. The
+// printed table is Markdown.
 package main
 
 import (
@@ -22,11 +22,11 @@ func main() {
 	log.SetFlags(0)
 	var (
 		rounds = flag.Int("rounds", 5, "measure every system `N` times")
-		length = flag.Duration("time", 2*time.Second, "how long a round of throughput should take a system; under a second is unfair to those that work in intervals")
+		length = flag.Duration("time", 2*time.Second, "how long a system's round of throughput should take; less than a second is unfair to systems that work in intervals")
 		only   = flag.String("only", "", "measure only the systems whose name matches this `regexp`")
 		dir    = flag.String("dir", "", "keep the databases in this `directory` (default: a new temporary one)")
 		plot   = flag.String("plot", "", "also plot jobs/s against 1, 2, 4 ... 256 submitters to this SVG `file`")
-		quick  = flag.Bool("quick", false, "a smoke run: one short round, whose figures mean nothing")
+		quick  = flag.Bool("quick", false, "one short round, as a test: its figures mean nothing")
 	)
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -73,10 +73,10 @@ func systems() []system {
 
 var tableLoads = []load{{"FULL", 1}, {"FULL", 64}, {"NORMAL", 1}, {"NORMAL", 64}}
 
-// plotLoads are those of the plot that are not in the table.
+// plotLoads are the loads of the plot that are not in the table.
 var plotLoads = []load{{"FULL", 2}, {"FULL", 4}, {"FULL", 8}, {"FULL", 16}, {"FULL", 32}, {"FULL", 128}, {"FULL", 256}}
 
-// A bench is a set of measurements and what came out.
+// A bench is a set of measurements and their results.
 type bench struct {
 	rounds    int
 	length    time.Duration // of a round of throughput
@@ -88,7 +88,7 @@ type bench struct {
 	results []*result // one per system
 }
 
-// A result is what came out for one system.
+// A result is what was measured of one system.
 type result struct {
 	system
 	jobs      map[load]int       // in a round
@@ -153,8 +153,8 @@ func (b *bench) run() error {
 	return nil
 }
 
-// each calls f for the result of every system, starting with another one in
-// each round.
+// each calls f for the result of every system. Each round starts with another
+// system.
 func (b *bench) each(round int, f func(*result) error) error {
 	for i := range b.results {
 		r := b.results[(i+round)%len(b.results)]
@@ -182,7 +182,7 @@ func (r *result) addRate(dir string, l load) error {
 	}
 	r.rates[l] = append(r.rates[l], float64(n)/elapsed.Seconds())
 	if before := r.settings[l.sync]; before != "" && before != settings {
-		return fmt.Errorf("%s: the settings were %s, and are %s now", r.name, before, settings)
+		return fmt.Errorf("%s: the settings have changed from %s to %s", r.name, before, settings)
 	}
 	r.settings[l.sync] = settings
 	return nil

@@ -10,16 +10,16 @@ import (
 	"time"
 )
 
-// use opens a system on a new database under dir, has f submit n jobs and wait
-// for them, checks that each was run once and is stored as done, and returns
-// the settings.
+// use opens a system on a new database below dir and calls f, which submits n
+// jobs and waits for them. It checks that each was run once and is stored as
+// done, and returns the settings.
 func use(s system, dir, sync string, f func(session, *tally) (n int, err error)) (settings string, err error) {
 	dir, err = os.MkdirTemp(dir, "round")
 	if err != nil {
 		return "", err
 	}
 	defer os.RemoveAll(dir)
-	runtime.GC() // what the previous system has left is not this one's business
+	runtime.GC() // of the previous system's garbage
 	e := env{dir: dir, sync: sync, jobs: new(tally)}
 	ses, err := s.open(e)
 	if err != nil {
@@ -44,19 +44,19 @@ func check(ses session, jobs *tally, n int) error {
 		return err
 	}
 	if ran := jobs.started.Load(); finals != n || ran != int64(n) {
-		return fmt.Errorf("of %d jobs %d were run and %d have their final state stored", n, ran, finals)
+		return fmt.Errorf("of %d jobs, %d were run and %d final states are stored", n, ran, finals)
 	}
 	return nil
 }
 
-// A load is what the throughput of a system is measured under.
+// A load is the conditions of a throughput measurement.
 type load struct {
 	sync       string
 	submitters int
 }
 
-// throughput has n jobs submitted and waits until all final states are stored.
-// Each submitter takes the next job, or batch of jobs, until there are no more.
+// throughput submits n jobs and waits until all final states are stored. Each
+// submitter takes the next job, or batch of jobs, until all are submitted.
 func throughput(s system, dir string, l load, n int) (elapsed time.Duration, settings string, err error) {
 	settings, err = use(s, dir, l.sync, func(ses session, _ *tally) (int, error) {
 		var (
@@ -103,10 +103,10 @@ func jobsPerRound(s system, dir string, l load, d time.Duration) (int, error) {
 	}
 }
 
-// batches rounds n up to whole batches, and to minJobs at least.
+// batches rounds n up to whole batches and to at least minJobs.
 func batches(n, batch int) int { return (max(n, minJobs) + batch - 1) / batch * batch }
 
-// A latency is what one job took, from the call of submit.
+// A latency holds the times of one job, measured from the call of submit.
 type latency struct {
 	returned, started, final time.Duration
 }
@@ -114,8 +114,8 @@ type latency struct {
 // pause is the time between the end of a job and the next one.
 const pause = 20 * time.Millisecond
 
-// latencies submits n jobs one at a time. One more before them is not counted:
-// connections are made, statements prepared.
+// latencies submits n jobs one at a time, after one that is not counted: it opens
+// connections and prepares statements.
 func latencies(s system, dir string, n int) (all []latency, err error) {
 	_, err = use(s, dir, "FULL", func(ses session, jobs *tally) (int, error) {
 		for range n + 1 {

@@ -17,11 +17,11 @@ const (
 	axisColor, gridColor, singleColor = "#444", "#ddd", "#888"
 )
 
-// Colors that the colour-blind can tell apart, after Paul Tol; the first one is
-// this library's.
+// Colors that are distinguishable with color blindness, after Paul Tol. The first
+// one is this library's.
 var plotColors = []string{"#cc3311", "#000000", "#0077bb", "#33bbee", "#009988", "#99aa00", "#ee7733", "#ee3377", "#aa4499", "#775500", "#7777ff"}
 
-// A line is what the plot shows of one system.
+// A line is the line of one system in the plot.
 type line struct {
 	name   string
 	color  string
@@ -31,8 +31,8 @@ type line struct {
 
 type point struct{ submitters, rate float64 }
 
-// plot draws jobs/s at synchronous=FULL against the number of submitters, both
-// axes logarithmic, as SVG.
+// plot draws jobs/s at synchronous=FULL against the number of submitters as SVG.
+// Both axes are logarithmic.
 func (b *bench) plot() string {
 	lines := b.lines()
 	var low, high, most = math.Inf(1), 0.0, 1.0
@@ -62,8 +62,8 @@ func (b *bench) plot() string {
 		stroke(&s, gridColor, x(1), y(r), x(most), y(r))
 		text(&s, plotLeft-8, y(r)+4, "end", axisColor, number(r))
 	}
-	// From top to bottom, each label as near to the end of its line as those
-	// above leave room.
+	// From top to bottom, each label is as close to the end of its line as the
+	// labels above allow.
 	slices.SortFunc(lines, func(a, b line) int { return int(y(a.last().rate) - y(b.last().rate)) })
 	next := float64(plotTop)
 	for _, l := range lines {
@@ -78,8 +78,8 @@ func (b *bench) plot() string {
 	return s.String()
 }
 
-// lines returns a line per system that was measured; what has one submitter
-// only is drawn level and dashed.
+// lines returns a line for each measured system. A system with one submitter is
+// drawn level and dashed.
 func (b *bench) lines() []line {
 	most := slices.MaxFunc(b.loads, func(a, b load) int { return a.submitters - b.submitters }).submitters
 	var lines []line

@@ -15,9 +15,9 @@ import (
 	"github.com/riverqueue/river/rivermigrate"
 )
 
-// riverSystem is River with one Insert per job, or one InsertManyFast per
-// batch, tuned for throughput. Each fetch is a commit, so fetching as often as
-// River allows makes it slower; too seldom, and the workers run out of jobs.
+// riverSystem is River with one Insert per job, or one InsertManyFast per batch,
+// tuned for throughput. Each fetch is a commit: fetching as often as River allows
+// is slower, and fetching too rarely leaves the workers without jobs.
 func riverSystem(batch int) system {
 	name, poll := "River", 100*time.Millisecond
 	if batch > 1 {
@@ -32,8 +32,8 @@ func riverSystem(batch int) system {
 	}
 }
 
-// riverTxSystem is River tuned for latency: left to itself it stores final
-// states every 250 ms, or 100 at a time.
+// riverTxSystem is River tuned for latency. By default, River stores final states
+// every 250 ms, or 100 at a time.
 var riverTxSystem = system{
 	name: "River, JobCompleteTx",
 	tuning: "as River, but FetchCooldown and FetchPollInterval 1 ms, their minimum, and the worker itself completes its job " +
@@ -72,7 +72,7 @@ type riverSession struct {
 	completes  bool // its worker completes the jobs
 	db, reader *sql.DB
 	client     *river.Client[*sql.Tx]
-	events     <-chan *river.Event // jobs completed, unless its worker does it
+	events     <-chan *river.Event // completed jobs, unless the worker completes them
 }
 
 func openRiver(e env, poll time.Duration, completes bool) (session, error) {
@@ -108,7 +108,7 @@ func openRiver(e env, poll time.Duration, completes bool) (session, error) {
 		return nil, err
 	}
 	if !completes {
-		// Events that don't fit are dropped.
+		// River drops events that do not fit.
 		s.events, _ = s.client.SubscribeConfig(&river.SubscribeConfig{
 			Kinds:    []river.EventKind{river.EventKindJobCompleted},
 			ChanSize: maxJobs,

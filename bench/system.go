@@ -12,17 +12,17 @@ import (
 	"time"
 )
 
-// A system stores jobs, runs them, and stores how they ended.
+// A system stores jobs, runs them, and stores their final states.
 type system struct {
 	name   string
-	tuning string // what was chosen for it, besides the settings read back
+	tuning string // how it was tuned, besides the settings read back
 	batch  int    // how many jobs one call of submit stores
-	single bool   // it has one submitter, and more would change nothing
-	skip   string // why it can't be measured here
+	single bool   // it has only one submitter
+	skip   string // why it can't be measured here; "" if it can
 	open   func(env) (session, error)
 }
 
-// An env is what a session gets.
+// An env is the environment of a session.
 type env struct {
 	dir  string // its own, new and empty
 	sync string // FULL or NORMAL
@@ -49,16 +49,16 @@ type session interface {
 	// settings reads back what the system's own connections are set to.
 	settings() (string, error)
 
-	// finals counts the final states that are stored, not asking the library.
+	// finals counts the stored final states without using the library.
 	finals() (int, error)
 
 	close() error
 }
 
-// A tally counts the functions of a session's jobs, which do nothing else.
+// A tally counts the calls of a session's jobs, which do nothing else.
 type tally struct {
 	started atomic.Int64
-	last    atomic.Int64 // when the last one started, since epoch
+	last    atomic.Int64 // the start of the last one, since epoch
 }
 
 var epoch = time.Now()
@@ -80,7 +80,7 @@ func (e env) openSQLite(conns int) (*sql.DB, error) {
 	return db, nil
 }
 
-// count opens the database afresh and returns the number that query selects.
+// count opens a new connection and returns the number that query selects.
 func (e env) count(query string) (n int, err error) {
 	db, err := e.openSQLite(1)
 	if err != nil {
@@ -91,7 +91,7 @@ func (e env) count(query string) (n int, err error) {
 	return n, err
 }
 
-// pragmas reads the settings of all open connections of db, which must be alike.
+// pragmas reads the settings of all open connections of db, which must agree.
 func pragmas(db *sql.DB) (string, error) {
 	var all []string
 	for range max(1, db.Stats().OpenConnections) {
@@ -99,7 +99,7 @@ func pragmas(db *sql.DB) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		defer c.Close() // at the end, so that each time it is another one
+		defer c.Close() // at the end, so that each connection is another one
 		var mode string
 		var synchronous, pageSize int
 		err = errors.Join(
@@ -121,7 +121,7 @@ func pragmas(db *sql.DB) (string, error) {
 // patience is how long a system may take to store what it was given.
 const patience = 2 * time.Minute
 
-var errPatience = errors.New("the final states are not stored in time")
+var errPatience = errors.New("timed out waiting for the final states")
 
 // poll calls done every interval until it reports true.
 func poll(every time.Duration, done func() (bool, error)) error {
@@ -133,8 +133,8 @@ func poll(every time.Duration, done func() (bool, error)) error {
 	return errPatience
 }
 
-// drainByCount is drain for a system that doesn't tell when it is done: the
-// final states are counted once all functions have been called.
+// drainByCount is drain for a system without a notification: it counts the final
+// states once all functions have been called.
 func (e env) drainByCount(n int, finals func() (int, error)) error {
 	err := poll(time.Millisecond, func() (bool, error) { return e.jobs.started.Load() >= int64(n), nil })
 	if err != nil {

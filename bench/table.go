@@ -13,24 +13,24 @@ import (
 	"time"
 )
 
-// print prints the table, and what one has to know to believe it.
+// print prints the table and how it was measured.
 func (b *bench) print(w io.Writer) {
 	fmt.Fprintf(w, "Jobs that do nothing, from submission to a stored final state, on %s/%s, %d CPUs, %s.\n\n",
 		runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), runtime.Version())
 	b.printTable(w)
 	fmt.Fprintf(w, `
-Jobs/s: the median (minimum–maximum) of the rounds, here %d, from the first call
-to the stored final state of the last job, with 1 and with 64 goroutines submitting one job
-(or batch) a call until there are no more, at synchronous=FULL and NORMAL. Bare SQLite is one
-loop: a job is a row inserted and later updated, so n a commit are n jobs in two commits. After
-every round the final states stored were counted and found complete.
+Jobs/s: the median (minimum–maximum) of %d rounds, from the first call to the stored final state
+of the last job, with 1 and with 64 goroutines that submit one job (or batch) per call, at
+synchronous=FULL and NORMAL. Bare SQLite is one loop: a job is a row that is inserted and later
+updated, so that n a commit means n jobs in two commits. After every round the stored final states
+were counted and found complete.
 
-Latency: p50 / p99 of %d jobs a round, one at a time after pauses of %v, at FULL, all from the
-call: until it returned, until the function started, and until a user could know that the final
-state is stored.
+Latency: p50 / p99 of %d jobs a round, one at a time after pauses of %v, at FULL, from the call
+until it returned, until the function started, and until a user could know that the final state
+is stored.
 `, b.rounds, b.latencies, pause)
 	b.printRatios(w)
-	fmt.Fprint(w, "\nSettings, read back from each system's own connections after every round, and tuning:\n\n")
+	fmt.Fprint(w, "\nTuning, and the settings as read back from each system's own connections after every round:\n\n")
 	for _, r := range b.results {
 		r.printSettings(w)
 	}
@@ -78,8 +78,8 @@ func (r *result) percentiles(column func(latency) time.Duration) string {
 	return duration(quantile(all, 0.5)) + " / " + duration(quantile(all, 0.99))
 }
 
-// printRatios prints how many times as fast as each of the others this library
-// is at FULL, and how soon it starts a job.
+// printRatios prints the throughput of this library at FULL as a multiple of each
+// other system's, and how soon it starts a job.
 func (b *bench) printRatios(w io.Writer) {
 	i := slices.IndexFunc(b.results, func(r *result) bool { return r.name == taskSystem.name })
 	if i < 0 {
@@ -98,9 +98,9 @@ func (b *bench) printRatios(w io.Writer) {
 				ratios = append(ratios, fmt.Sprintf("%.3g %s", median(task.rates[l])/median(r.rates[other]), r.name))
 			}
 		}
-		fmt.Fprintf(w, "Task, FULL, submitters %d, is so many times: %s.\n", l.submitters, strings.Join(ratios, "; "))
+		fmt.Fprintf(w, "Throughput of task at FULL, submitters %d, as a multiple of: %s.\n", l.submitters, strings.Join(ratios, "; "))
 	}
-	fmt.Fprintf(w, "Task calls the function after Submit has returned: %s.\n",
+	fmt.Fprintf(w, "Time from the return of Submit to the start of the function: %s.\n",
 		task.percentiles(func(l latency) time.Duration { return l.started - l.returned }))
 }
 
@@ -119,7 +119,7 @@ func (r *result) printSettings(w io.Writer) {
 		r.name, r.settings["FULL"], r.settings["NORMAL"], r.tuning, strings.Join(jobs, ", "))
 }
 
-// versions returns the peers' and drivers' modules.
+// versions returns the modules of the peers and the drivers.
 func versions() []string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -145,7 +145,7 @@ func rate(rates []float64) string {
 
 func median[T cmp.Ordered](all []T) T { return quantile(all, 0.5) }
 
-// quantile returns the smallest value that a fraction q of all don't exceed.
+// quantile returns the smallest value that a fraction q of all does not exceed.
 func quantile[T cmp.Ordered](all []T, q float64) T {
 	all = slices.Sorted(slices.Values(all))
 	return all[max(0, int(math.Ceil(q*float64(len(all))))-1)]

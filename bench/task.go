@@ -13,7 +13,7 @@ import (
 // taskSystem is this library.
 var taskSystem = system{
 	name:   "task",
-	tuning: "OpenSQLite as it is; for NORMAL NewSQLiteStore on a pool of as many connections",
+	tuning: "OpenSQLite; for NORMAL, NewSQLiteStore on a pool of as many connections",
 	batch:  1,
 	open:   openTask,
 }
@@ -33,7 +33,7 @@ func openTask(e env) (session, error) {
 		if err != nil {
 			return nil, err
 		}
-		// The store keeps its pool to itself, but its settings shall be read.
+		// The store does not export its pool, whose settings are read here.
 		s.db = (*sql.DB)(reflect.ValueOf(s.store).Elem().FieldByName("db").UnsafePointer())
 	} else {
 		s.db, err = e.openSQLite(max(4, runtime.NumCPU()))

@@ -10,9 +10,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// The rules for the abilities that a store may have beyond the four methods. A
-// new one gets a table like these, which TestPersistence runs, and a case in
-// Inject.
+// The rules for the optional abilities of stores. A new ability needs a table
+// like these, which TestPersistence runs, and a case in Inject.
 
 var batchChecks = []check{
 	{
@@ -23,7 +22,7 @@ var batchChecks = []check{
 	},
 	{
 		name: "batch-bad-member",
-		rule: "In WriteBatch, an operation that can't be stored fails alone, and the others are stored; errors are in the order of operations.",
+		rule: "In WriteBatch, an operation that can't be stored fails alone, and the others are stored; errors are in the order of the operations.",
 		has:  has[task.BatchWriter],
 		test: batchesWithBad,
 	},
@@ -70,7 +69,7 @@ func batches(s *session) {
 	}
 }
 
-// Every place that a bad member can have, and several of them at once.
+// batchesWithBad puts a bad member in every place, and several into one batch.
 func batchesWithBad(s *session) {
 	stored, finished := s.saved("stored"), in(task.StateDone, s.new("finished"))
 	s.save(finished)
@@ -85,19 +84,19 @@ func batchesWithBad(s *session) {
 		good := func(name string) task.Operation { return s.new(fmt.Sprint(name, " ", place)) }
 		saves := []task.Operation{good("a"), good("b")}
 		s.batch(slices.Insert(saves, place, again()), nil)
-		s.verify("after WriteBatch with a save of what is stored")
+		s.verify("after WriteBatch with a save of a stored operation")
 		for _, bad := range []task.Operation{late(), unknown()} {
 			updates := []task.Operation{in(task.StateRunning, saves[0]), in(task.StateRunning, saves[1])}
 			s.batch(nil, slices.Insert(updates, place, bad))
-			s.verify("after WriteBatch with an update of what is " + bad.Name)
+			s.verify("after WriteBatch with an update of an operation that is " + bad.Name)
 		}
 	}
 	twice := s.new("twice")
 	s.batch([]task.Operation{again(), twice, twice, again(), s.new("last")},
 		[]task.Operation{late(), in(task.StateDone, stored), unknown(), in(task.StateDone, twice)})
-	s.verify("after WriteBatch with many that can't be stored")
+	s.verify("after WriteBatch with several bad members")
 	s.batch([]task.Operation{again()}, []task.Operation{unknown()})
-	s.verify("after WriteBatch of what can't be stored")
+	s.verify("after WriteBatch with bad members only")
 }
 
 func batchesOfSame(s *session) {
@@ -121,13 +120,13 @@ func batchesOfNone(s *session) {
 var recoverChecks = []check{
 	{
 		name: "recover",
-		rule: "Recover makes what a store that is closed has left PENDING or RUNNING FAILED with the reason, yields each once, and touches nothing that is finished.",
+		rule: "Recover marks each operation that a closed store has left PENDING or RUNNING as FAILED with the reason, yields each once, and changes nothing that is finished.",
 		has:  has[task.Recoverer],
 		test: recovers,
 	},
 	{
 		name: "recover-break",
-		rule: "What Recover yields is stored; when its caller breaks out of the loop, the next Recover goes on with the rest.",
+		rule: "What Recover yields is stored; when its caller breaks out of the loop, the next Recover continues with the rest.",
 		has:  has[task.Recoverer],
 		test: recoversInParts,
 	},
@@ -139,7 +138,7 @@ var recoverChecks = []check{
 	},
 }
 
-// left has a store that is closed leave operations in all states behind.
+// left makes a store that is then closed leave operations in all states behind.
 func (s *session) left(rounds int) bool {
 	for i := range rounds {
 		for _, state := range states {
@@ -174,8 +173,8 @@ func recovers(s *session) {
 	}
 }
 
-// recover calls Recover and breaks out of the loop after so many operations,
-// if that is not negative. It checks those, and returns how many they are.
+// recover calls Recover and checks what it yields. It breaks out of the loop
+// after most operations, unless most is negative, and returns their number.
 func (s *session) recover(reason string, most int) (n int) {
 	for op, err := range s.db.(task.Recoverer).Recover(reason) {
 		if err != nil || op == nil {
@@ -184,7 +183,7 @@ func (s *session) recover(reason string, most int) (n int) {
 		}
 		n++
 		if at := s.find(op.ID); at == nil || at.State.Finished() {
-			s.errorf("Recover yielded %s, which is not left to recover", short(op.Name))
+			s.errorf("Recover yielded %s, which is not an orphan", short(op.Name))
 		} else {
 			at.State, at.Error, at.UpdatedAt = task.StateFailed, reason, later(at, op)
 			s.same("yielded by Recover", op, at)
@@ -196,8 +195,7 @@ func (s *session) recover(reason string, most int) (n int) {
 	return n
 }
 
-// later returns when an operation was updated, or when it was before, if that
-// should be later.
+// later returns the later of two UpdatedAt.
 func later(before, now *task.Operation) time.Time {
 	if now.UpdatedAt.Before(before.UpdatedAt) {
 		return before.UpdatedAt
@@ -205,8 +203,8 @@ func later(before, now *task.Operation) time.Time {
 	return now.UpdatedAt
 }
 
-// expectFailed notes that nothing is left unfinished. Of what was not yielded,
-// because of a break, only the store knows when it was updated.
+// expectFailed marks all unfinished operations of s.want as FAILED. Where a break
+// kept one from being yielded, only the store knows its UpdatedAt.
 func (s *session) expectFailed(reason string) {
 	for i := range s.want {
 		at := &s.want[i]
@@ -226,7 +224,7 @@ func recoversInParts(s *session) {
 	}
 	const reason = "it's the reason"
 	if n := s.recover(reason, 1); n != 1 {
-		s.errorf("Recover yielded %d operations up to a break, want 1", n)
+		s.errorf("Recover yielded %d operations before the break, want 1", n)
 	}
 	for _, want := range s.want {
 		got, err := s.db.Get(want.ID)
@@ -237,7 +235,7 @@ func recoversInParts(s *session) {
 			s.same("after a break: Get", got, &want)
 		}
 	}
-	s.recover(reason, -1) // yields what is unfinished still: none to all of the rest
+	s.recover(reason, -1) // yields the rest, or what is still unfinished of it
 	s.expectFailed(reason)
 	s.verify("after a second Recover")
 }
@@ -265,12 +263,12 @@ func recoversNoLiving(s *session) {
 		return
 	}
 	<-started
-	for op, err := range s.db.(task.Recoverer).Recover("taken for dead") {
-		s.errorf("Recover yielded %s, %v, though all that is unfinished is running", show(op), err)
+	for op, err := range s.db.(task.Recoverer).Recover("mistaken for dead") {
+		s.errorf("Recover yielded %s, %v, want nothing, since its manager is alive", show(op), err)
 	}
 	close(release)
 	if got, err := m.Wait(ctx, op.ID); err != nil || got.State != task.StateDone || got.Result != "finished" {
-		s.errorf("after Recover it ended as %s, %v, want it DONE", show(got), err)
+		s.errorf("after Recover, Manager.Wait = %s, %v, want it DONE", show(got), err)
 	}
 	s.answer("Manager.Close", m.Close(), nil)
 }
@@ -278,7 +276,7 @@ func recoversNoLiving(s *session) {
 var filterChecks = []check{
 	{
 		name: "filtered",
-		rule: "ListFiltered does what List does with those operations that the filter is for; Before an unknown ID is an error that wraps task.ErrNotFound.",
+		rule: "ListFiltered does what List does, with the operations that match the filter; Before an unknown ID is an error that wraps task.ErrNotFound.",
 		has:  has[task.FilteredLister],
 		test: filters,
 	},
@@ -342,14 +340,14 @@ func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Opera
 var pruneChecks = []check{
 	{
 		name: "prune",
-		rule: "Prune deletes the operations that finished before the time given and no others, and yields how many.",
+		rule: "Prune deletes the operations that finished before the given time and no others, and yields how many.",
 		has:  has[task.Pruner],
 		test: prunes,
 	},
 }
 
 func prunes(s *session) {
-	const each = 150 // so that it may need some steps
+	const each = 150 // enough for several steps
 	for i := range each {
 		for _, state := range states {
 			op := in(state, s.saved(fmt.Sprint(state, " ", i)))
@@ -374,13 +372,13 @@ func prunes(s *session) {
 		}
 	})
 	s.prune(noon, 0)
-	s.verify("after Prune of what is older than all")
+	s.verify("after Prune with a time before all operations")
 	s.prune(cut, len(gone))
 	s.want = slices.DeleteFunc(s.want, old)
 	s.verify("after Prune")
 	for _, op := range gone[:3] {
 		_, err := s.db.Get(op.ID)
-		s.answer("Get of what was pruned", err, task.ErrNotFound)
+		s.answer("Get of a pruned operation", err, task.ErrNotFound)
 		s.update(op)
 	}
 	s.prune(cut, 0)
@@ -399,6 +397,6 @@ func (s *session) prune(before time.Time, want int) {
 		}
 	}
 	if n != want {
-		s.errorf("Prune yielded %d operations in all, want %d", n, want)
+		s.errorf("Prune yielded a total of %d, want %d", n, want)
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/mynt-nas/task/tasktest"
 )
 
-// In a file ending in _test.go, this is how a store is tested.
+// This belongs in a file whose name ends in _test.go.
 func ExampleTestPersistence() {
 	TestStore := func(t *testing.T) {
 		tasktest.TestPersistence(t, func(dir string) (task.Persistence, error) {
@@ -25,8 +25,8 @@ func ExampleTestPersistence() {
 	_ = TestStore
 }
 
-// A store without files is kept by its directory, so that it can be opened
-// again.
+// For a store without files, a map from the directory to the store allows
+// opening it again.
 func ExampleTestPersistence_memory() {
 	TestStore := func(t *testing.T) {
 		stores := make(map[string]task.Persistence)
@@ -40,7 +40,7 @@ func ExampleTestPersistence_memory() {
 	_ = TestStore
 }
 
-// What does a program do when the disk is full? Here it fills up while a
+// How does a program cope with a full disk? Here the disk fills up while a
 // function runs, and has space again later.
 func ExampleInject() {
 	errFull := errors.New("no space left on device")

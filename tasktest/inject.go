@@ -11,25 +11,24 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A Call is a call of a method of a store that [Inject] has returned.
+// A Call is a method call of a store that [Inject] has returned.
 type Call struct {
 	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover", "ListFiltered" or "Prune"
-	N      int    // how many calls of any method of that store came before
+	N      int    // the number of earlier calls of that store, of any method
 }
 
-// Inject returns a store that asks fault what is to become of each call. If
-// the answer is nil, the call is passed on to db. If it is an error, db is not
-// called, and that error is what the call returns: WriteBatch for each
-// operation, Recover and Prune as the only thing they yield. See [Lost] for errors
-// that come after the deed.
+// Inject returns a store that asks fault about each call. If fault returns nil,
+// the call goes to db. If it returns an error, db is not called, and the call
+// fails with that error: WriteBatch returns it for each operation, Recover and
+// Prune yield nothing else. See [Lost] for errors after db was called.
 //
 // The store has the abilities of db: it is a [task.BatchWriter] or a
 // [task.Recoverer] if db is, and a [task.FilteredLister] and [task.Pruner] if
-// db is both. It has no Close; close db. A call of Recover or Prune is one when
-// its result is ranged over.
+// db is both. It has no Close; close db. Recover and Prune count as calls when
+// their results are ranged over.
 //
-// As calls come from many goroutines, fault must be safe for that. It may
-// take its time, and look at the program under test.
+// Many goroutines call fault at once. It may block, and it may inspect the
+// program under test.
 func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
 	s := &injected{db: db, fault: fault}
 	b, batches := db.(task.BatchWriter)
@@ -103,7 +102,7 @@ func failIf(cond func(Call) bool, err error) func(Call) error {
 	}
 }
 
-// Delay is a fault for [Inject]: every call is passed on after d.
+// Delay is a fault for [Inject]: every call reaches the store after d.
 func Delay(d time.Duration) func(Call) error {
 	return func(Call) error {
 		time.Sleep(d)
@@ -111,8 +110,8 @@ func Delay(d time.Duration) func(Call) error {
 	}
 }
 
-// Lost returns an error that stands for a lost acknowledgement: as the answer
-// of a fault it has the call passed on, and then fail with err all the same.
+// Lost returns an error that stands for a lost acknowledgement: when a fault
+// returns it, the store does the work, and the call still fails with err.
 func Lost(err error) error { return &lostError{err} }
 
 type lostError struct{ err error }
@@ -126,7 +125,7 @@ type injected struct {
 	calls atomic.Int64
 }
 
-// ask returns whether to pass a call on, and with what error it then fails.
+// ask returns whether to call the store, and the error that the caller gets.
 func (s *injected) ask(method string) (pass bool, err error) {
 	err = s.fault(Call{Method: method, N: int(s.calls.Add(1)) - 1})
 	var lost *lostError

@@ -12,7 +12,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A spy notes the names of the methods that are called, and always succeeds.
+// A spy records the names of the methods that are called, and always succeeds.
 type spy struct{ called []string }
 
 func (s *spy) Save(*task.Operation) error   { s.called = append(s.called, "Save"); return nil }
@@ -41,8 +41,8 @@ func (s *spy) Recover(string) iter.Seq2[*task.Operation, error] {
 	}
 }
 
-// injectedCalls call each method. They return its errors, and whether
-// there was a result without one.
+// injectedCalls calls each method. The functions return its errors, and whether
+// it returned a result.
 var injectedCalls = map[string]func(db task.Persistence) (errs []error, result bool){
 	"Save":   func(db task.Persistence) ([]error, bool) { return []error{db.Save(nil)}, false },
 	"Update": func(db task.Persistence) ([]error, bool) { return []error{db.Update(nil)}, false },
@@ -141,7 +141,8 @@ func TestInjectAbilities(t *testing.T) {
 	}
 }
 
-// TestInjectHistory: listing and pruning fail as told, before or after the deed.
+// TestInjectHistory checks that listing and pruning fail as fault says, before or
+// after the store was called.
 func TestInjectHistory(t *testing.T) {
 	broken := errors.New("broken")
 	for _, test := range []struct {

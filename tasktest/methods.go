@@ -16,26 +16,26 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// methodChecks are the rules for the four methods, which every store keeps.
+// methodChecks are the rules for the four methods of every store.
 var methodChecks = []check{
 	{
 		name: "empty",
 		rule: "A store that is opened in an empty directory shows no operations.",
-		test: func(s *session) { s.verify("at first") },
+		test: func(s *session) { s.verify("after opening") },
 	},
 	{
 		name: "save",
-		rule: "What Save has stored, Get and List return as it was, whatever its state.",
+		rule: "Get and List return an operation as Save has stored it, whatever its state.",
 		test: saves,
 	},
 	{
 		name: "save-duplicate",
-		rule: "Save of an ID that is stored already leaves that operation as it is and returns an error.",
+		rule: "Save of an ID that is already stored leaves that operation as it is and returns an error.",
 		test: savesDuplicate,
 	},
 	{
 		name: "update",
-		rule: "Update stores everything but ID, Name and CreatedAt, also what has become empty.",
+		rule: "Update stores everything but ID, Name and CreatedAt, including fields that have become empty.",
 		test: updates,
 	},
 	{
@@ -55,7 +55,7 @@ var methodChecks = []check{
 	},
 	{
 		name: "order",
-		rule: "List returns operations by order of their Save, the last one first, whatever their times and IDs are and however they are updated.",
+		rule: "List returns operations in the order of their Save, the last one first, whatever their times and IDs are and however they are updated.",
 		test: order,
 	},
 	{
@@ -65,7 +65,7 @@ var methodChecks = []check{
 	},
 	{
 		name: "pages-moving",
-		rule: "While operations are being saved, each page of List is a part of the history as it was at one moment, without gaps or repeats.",
+		rule: "While operations are being saved, each page of List shows the history at one moment, without gaps or repeats.",
 		test: pagesMoving,
 	},
 	{
@@ -75,22 +75,22 @@ var methodChecks = []check{
 	},
 	{
 		name: "returned",
-		rule: "What Get and List return belongs to the caller: no later call changes it, and changing it changes nothing in the store.",
+		rule: "An operation that Get or List returns belongs to the caller: no later call changes it, and changing it changes nothing in the store.",
 		test: returned,
 	},
 	{
 		name: "passed",
-		rule: "The bytes of a json.RawMessage that the store is given are not modified.",
+		rule: "The store does not modify the bytes of a json.RawMessage that it is given.",
 		test: passed,
 	},
 	{
 		name: "texts",
-		rule: "Name and Error are kept as they are, whatever characters are in them and however long they are.",
+		rule: "Name and Error are kept unchanged, whatever characters they contain and however long they are.",
 		test: texts,
 	},
 	{
 		name: "values",
-		rule: "Metadata and Result are returned as something that encodes to the same JSON.",
+		rule: "Metadata and Result are returned as values that encode to the same JSON.",
 		test: values(
 			`null`, `true`, `0`, `""`, `{}`, `[]`, `[null,{"a":null}]`, `{"":{"b":[{"c":[]}]}}`,
 			`{"z":1,"a":2}`, `"null"`, `"a\u0000b"`, `"'; DROP TABLE tasks; --"`, `"🚀 \u2028 ü \u0001"`,
@@ -113,7 +113,7 @@ var methodChecks = []check{
 	},
 	{
 		name: "reopen",
-		rule: "What a store has answered without an error is there when it is closed and opened again.",
+		rule: "What a store has confirmed is there after it is closed and opened again.",
 		test: reopens,
 	},
 	{
@@ -123,12 +123,12 @@ var methodChecks = []check{
 	},
 	{
 		name: "one-winner",
-		rule: "When several goroutines save the same ID or finish the same operation at once, one of them succeeds.",
+		rule: "When several goroutines save the same ID or finish the same operation at once, exactly one succeeds.",
 		test: oneWinner,
 	},
 	{
 		name: "manager",
-		rule: "A task.Manager on the store keeps its promises: what it has told is stored, and what was left unfinished has failed.",
+		rule: "A task.Manager on the store keeps its promises: what it has shown is stored, and operations that were left unfinished become FAILED.",
 		test: manages,
 	},
 }
@@ -155,7 +155,7 @@ func savesDuplicate(s *session) {
 			op.Name, op.Metadata, op.Error = "second", json.RawMessage(`2`), "second"
 			s.save(op)
 		}
-		s.verify("after a Save with the ID of one that is " + string(state))
+		s.verify("after a Save with the ID of an operation that is " + string(state))
 	}
 }
 
@@ -194,7 +194,7 @@ func updatesMissing(s *session) {
 	for _, state := range states {
 		s.update(in(state, s.new("not stored")))
 	}
-	s.verify("after an Update of what is not stored")
+	s.verify("after an Update of an operation that is not stored")
 }
 
 func updatesFinished(s *session) {
@@ -209,7 +209,7 @@ func updatesFinished(s *session) {
 				s.update(op)
 			}
 		}
-		s.verify("after an Update of what is " + string(final))
+		s.verify("after an Update of an operation that is " + string(final))
 	}
 }
 
@@ -234,7 +234,7 @@ func order(s *session) {
 }
 
 func pages(s *session) {
-	const n = 120 // more than what some take for the size of a page
+	const n = 120 // more than a common page size
 	for i := range n {
 		s.saved(fmt.Sprint(i))
 	}
@@ -275,9 +275,9 @@ func pagesMoving(s *session) {
 				from := int(saved.Load())
 				last = from == total
 				got, err := s.db.List(limit, offset)
-				to := min(int(saved.Load())+1, total) // one more may be under way
+				to := min(int(saved.Load())+1, total) // one more Save may be under way
 				if err != nil || !s.everWas(got, limit, offset, from, to) {
-					s.errorf("List(limit %d, offset %d) = %s, %v, which the history never was", limit, offset, names(got), err)
+					s.errorf("List(limit %d, offset %d) = %s, %v, which was the page at no moment", limit, offset, names(got), err)
 				}
 			}
 		})
@@ -286,7 +286,8 @@ func pagesMoving(s *session) {
 	s.verify("at the end")
 }
 
-// everWas reports whether this is the page for some length of the history.
+// everWas reports whether this was the page for a length of the history between
+// from and to.
 func (s *session) everWas(page []*task.Operation, limit, offset, from, to int) bool {
 	for n := from; n <= to; n++ {
 		if samePage(page, s.page(n, limit, offset)) {
@@ -324,16 +325,16 @@ func returned(s *session) {
 		s.update(op)
 		s.verify("after a later Update")
 		if d := diff(got, &was); d != "" {
-			s.errorf("later calls have changed what %s had returned: %s", method, d)
+			s.errorf("later calls changed the operation that %s had returned: %s", method, d)
 		}
 		if got = s.read(method, op.ID); got != nil {
 			*got = in(task.StateCancelled, s.new("scribble"))
-			s.verify("after the caller has changed what " + method + " had returned")
+			s.verify("after the caller has changed the operation that " + method + " had returned")
 		}
 	}
 }
 
-// read reads the newest operation by way of Get or List, nil if that fails.
+// read returns the newest operation, read with Get or List, or nil on failure.
 func (s *session) read(method, id string) *task.Operation {
 	var op *task.Operation
 	ops, err := s.db.List(1, 0)
@@ -363,7 +364,7 @@ func passed(s *session) {
 	}
 	for i, raw := range raws {
 		if string(raw) != text(i) {
-			s.errorf("the bytes that were passed as %s have become %s", text(i), raw)
+			s.errorf("the store was given the bytes %s and changed them to %s", text(i), raw)
 		}
 	}
 }
@@ -388,7 +389,7 @@ func texts(s *session) {
 	}
 }
 
-// values returns a test that stores texts of JSON in both fields for them.
+// values returns a test that stores each JSON text as Metadata and as Result.
 func values(texts ...string) func(*session) {
 	return func(s *session) {
 		for i, text := range texts {
@@ -441,15 +442,15 @@ func reopens(s *session) {
 			return
 		}
 		s.verify("opened again")
-		for _, op := range slices.Clone(s.want) { // finished or not, as before
+		for _, op := range slices.Clone(s.want) { // finished ones must still be finished
 			op.Metadata = json.RawMessage(fmt.Sprint(round))
 			s.update(op)
 		}
-		s.verify("updated after it was opened again")
+		s.verify("updated after opening again")
 	}
 }
 
-// crowd has many goroutines store and read operations.
+// crowd makes many goroutines store and read operations.
 func (s *session) crowd(save, update func(task.Operation)) {
 	const workers, each = 8, 10
 	var all sync.WaitGroup
@@ -466,7 +467,7 @@ func (s *session) crowd(save, update func(task.Operation)) {
 					s.errorf("Get(%s) = %s, %v, want it RUNNING", short(op.Name), show(got), err)
 				}
 				if got, err := s.db.List(i+1, 0); err != nil || len(got) != i+1 {
-					s.errorf("List(limit %d) = %s, %v, though there are as many", i+1, names(got), err)
+					s.errorf("List(limit %d) = %s, %v, want a full page", i+1, names(got), err)
 				}
 				update(in(task.StateDone, op))
 			}
@@ -477,7 +478,7 @@ func (s *session) crowd(save, update func(task.Operation)) {
 	if err != nil {
 		s.errorf("List = %v", err)
 	}
-	// Nobody can know the order of what was saved at the same time.
+	// Concurrent saves may have any order: take the store's.
 	place := make(map[string]int)
 	for i, row := range rows {
 		if row != nil {
@@ -498,7 +499,7 @@ func oneWinner(s *session) {
 		}); won != nil {
 			s.want = append(s.want, *won)
 		}
-		s.verify("after Save by many")
+		s.verify("after concurrent Saves")
 		if won := s.compete("Update", s.db.Update, func(who string) task.Operation {
 			op := in(task.StateFailed, op)
 			op.Error = who
@@ -506,12 +507,12 @@ func oneWinner(s *session) {
 		}); won != nil {
 			s.want[len(s.want)-1] = *won
 		}
-		s.verify("after Update by many")
+		s.verify("after concurrent Updates")
 	}
 }
 
-// compete has several goroutines write an operation at the same time, and
-// returns the one that was stored.
+// compete makes several goroutines write an operation at the same time. It
+// returns the version that was stored.
 func (s *session) compete(method string, write func(*task.Operation) error, of func(who string) task.Operation) *task.Operation {
 	ops, errs := make([]task.Operation, 8), make([]error, 8)
 	start := make(chan struct{})
@@ -534,7 +535,7 @@ func (s *session) compete(method string, write func(*task.Operation) error, of f
 			won = &ops[i]
 			n++
 		case method == "Update":
-			s.answer("Update after another has finished it", err, task.ErrNotFound)
+			s.answer("Update of an operation that another call has finished", err, task.ErrNotFound)
 		}
 	}
 	if n != 1 {
@@ -543,20 +544,20 @@ func (s *session) compete(method string, write func(*task.Operation) error, of f
 	return won
 }
 
-// patience is how long a manager may take for what takes it no time.
+// patience bounds calls of a manager that should return at once.
 const patience = 10 * time.Second
 
-// quiet keeps a manager from logging.
+// quiet makes a manager log nothing.
 var quiet = task.WithLogger(slog.New(slog.DiscardHandler))
 
 func manages(s *session) {
-	left := in(task.StateRunning, s.new("left by a process that is gone"))
+	left := in(task.StateRunning, s.new("left by a dead process"))
 	s.save(left)
 	if !s.reopen() {
 		return
 	}
-	if got, err := s.db.List(1, 1); err != nil || len(got) > 0 { // New would never see the end
-		s.errorf("List(limit 1, offset 1) = %s, %v, want none, since the history has one", names(got), err)
+	if got, err := s.db.List(1, 1); err != nil || len(got) > 0 { // New would never reach the end
+		s.errorf("List(limit 1, offset 1) of one operation = %s, %v, want none", names(got), err)
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -596,7 +597,8 @@ func manages(s *session) {
 	}
 }
 
-// wait notes what a manager tells of an operation that should end in a state.
+// wait waits for an operation that should end in that state, and adds what the
+// manager shows to s.want.
 func (s *session) wait(ctx context.Context, m *task.Manager, op *task.Operation, state task.State) {
 	got, err := m.Wait(ctx, op.ID)
 	if err != nil || got.State != state {

@@ -1,6 +1,6 @@
-// Package tasktest helps to test what stands around package task:
-// [TestPersistence] checks a store against the contract of [task.Persistence],
-// and [Inject] makes a store fail on purpose, to see what a program then does.
+// Package tasktest helps to test stores and programs that use package task.
+// [TestPersistence] checks a store against the contract of [task.Persistence].
+// [Inject] makes a store fail on purpose, to see how a program copes.
 package tasktest
 
 import (
@@ -20,19 +20,20 @@ import (
 )
 
 // TestPersistence checks a store against the contract of [task.Persistence],
-// and of each further ability that it has: [task.BatchWriter],
-// [task.Recoverer], [task.FilteredLister] and [task.Pruner]. It runs one subtest for each rule; one that fails says the
-// rule, what was expected and what was found.
+// and of each optional ability that it has: [task.BatchWriter],
+// [task.Recoverer], [task.FilteredLister] and [task.Pruner]. It runs one subtest
+// per rule. A failing subtest reports the rule, what it expected and what it
+// found.
 //
 // The function open opens the store whose data is in the directory dir, which
-// is new and empty the first time. Opened again for the same directory, the
-// store must show the same operations. One that is an [io.Closer] is closed
-// before it is opened again, and at the end. For a store without files, open
-// can keep a map from dir to store.
+// is new and empty the first time. Reopened for the same directory, the store
+// must show the same operations. A store that is an [io.Closer] is closed before
+// it is reopened, and at the end. For a store without files, open can keep a map
+// from dir to store.
 //
-// The operations are as a manager makes them: their IDs are UUIDs, texts are
-// valid UTF-8, and times are in UTC, to the microsecond. Run it with the race
-// detector: stores are called from many goroutines at once.
+// The operations are like those of a manager: IDs are UUIDs, texts are valid
+// UTF-8, and times are in UTC, to the microsecond. Use the race detector: stores
+// are called from many goroutines at once.
 func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, error)) {
 	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks) {
 		t.Run(c.name, func(t *testing.T) {
@@ -49,7 +50,7 @@ func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, erro
 type check struct {
 	name string
 	rule string
-	has  func(task.Persistence) bool // whether a store has the ability; nil if all have
+	has  func(task.Persistence) bool // whether a store has the ability; nil if every store has it
 	test func(*session)
 }
 
@@ -61,8 +62,8 @@ func has[I task.Persistence](db task.Persistence) bool {
 
 var errUnable = errors.New("the store does not have this ability")
 
-// run checks the store in a new directory. The error says the rule and all
-// that was found to break it.
+// run checks the store in a new directory. The error states the rule and each
+// violation.
 func (c check) run(dir string, open func(dir string) (task.Persistence, error)) error {
 	s := &session{
 		open: func() (task.Persistence, error) { return open(dir) },
@@ -86,8 +87,8 @@ func (c check) run(dir string, open func(dir string) (task.Persistence, error)) 
 	return fmt.Errorf("%s\n%w", c.rule, errors.Join(s.errs...))
 }
 
-// A session is a store under test, what it should hold by now, and what has
-// been found wrong with it.
+// A session is a store under test, its expected content, and the violations
+// found so far.
 type session struct {
 	open func() (task.Persistence, error)
 	db   task.Persistence
@@ -104,8 +105,7 @@ func (s *session) errorf(format string, args ...any) {
 	s.errs = append(s.errs, fmt.Errorf(format, args...))
 }
 
-// reopen closes the store and opens it again. It reports whether there is a
-// store to go on with.
+// reopen closes the store and opens it again. It reports whether that succeeded.
 func (s *session) reopen() bool {
 	s.close()
 	db, err := s.open()
@@ -126,11 +126,13 @@ func (s *session) close() {
 	s.db = nil
 }
 
-// noon is when the operations of most checks happen. They differ in nothing
-// that is not the rule's own, so that a wrong store breaks the rule it breaks.
+// noon is the time of the operations in most checks. Operations differ only
+// where the rule needs it, so that a wrong store fails the check of the rule that
+// it breaks, and no other.
 var noon = time.Date(2024, 2, 29, 12, 0, 0, 0, time.UTC)
 
-// new returns a new operation. The order of IDs is not that of their making.
+// new returns a new operation. IDs are random: their order is not the order of
+// creation.
 func (s *session) new(name string) task.Operation {
 	r := s.rand
 	return task.Operation{
@@ -150,7 +152,7 @@ func (s *session) saved(name string) task.Operation {
 	return op
 }
 
-// in returns op in another state, with what comes with that.
+// in returns op in another state, with the other fields to match.
 func in(state task.State, op task.Operation) task.Operation {
 	op.State = state
 	op.UpdatedAt = op.CreatedAt.Add(2 * time.Second)
@@ -168,20 +170,20 @@ func in(state task.State, op task.Operation) task.Operation {
 	return op
 }
 
-// save calls Save and checks that it answers as the contract says. The store
-// gets a copy of its own, here as everywhere.
+// save calls Save and checks its answer. As everywhere, the store gets a copy of
+// its own.
 func (s *session) save(op task.Operation) {
 	want := s.expectSave(op)
 	s.answer(fmt.Sprintf("Save(%s)", short(op.Name)), s.db.Save(&op), want)
 }
 
-// update does the same with Update.
+// update calls Update and checks its answer.
 func (s *session) update(op task.Operation) {
 	want := s.expectUpdate(op)
 	s.answer(fmt.Sprintf("Update(%s to %s)", short(op.Name), op.State), s.db.Update(&op), want)
 }
 
-// batch does the same with WriteBatch.
+// batch calls WriteBatch and checks its answers.
 func (s *session) batch(saves, updates []task.Operation) {
 	var want []error
 	for _, op := range saves {
@@ -195,7 +197,7 @@ func (s *session) batch(saves, updates []task.Operation) {
 		return
 	}
 	if len(errs) != len(want) {
-		s.errorf("WriteBatch(%d saves, %d updates) returned %d errors, want one for each, or none if all are stored",
+		s.errorf("WriteBatch(%d saves, %d updates) returned %d errors, want one for each operation, or none if all are stored",
 			len(saves), len(updates), len(errs))
 		return
 	}
@@ -212,10 +214,9 @@ func copies(ops []task.Operation) (pointers []*task.Operation) {
 	return pointers
 }
 
-var errDuplicate = errors.New("an operation with the same ID is stored")
+var errDuplicate = errors.New("the ID is already stored")
 
-// expectSave does to s.want what Save should do, and returns what it should
-// answer.
+// expectSave applies a Save to s.want, and returns the expected answer.
 func (s *session) expectSave(op task.Operation) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -238,7 +239,8 @@ func (s *session) expectUpdate(op task.Operation) error {
 	return nil
 }
 
-// find returns what should be stored under an ID. The caller holds s.mu.
+// find returns the operation that should be stored under an ID, or nil. The
+// caller holds s.mu.
 func (s *session) find(id string) *task.Operation {
 	if i := slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == id }); i >= 0 {
 		return &s.want[i]
@@ -251,14 +253,14 @@ func (s *session) answer(call string, err, want error) {
 	case want == nil && err != nil:
 		s.errorf("%s = %v, want nil", call, err)
 	case want == errDuplicate && err == nil:
-		s.errorf("%s = nil, want an error, since %v already", call, want)
+		s.errorf("%s = nil, want an error, since %v", call, want)
 	case want == task.ErrNotFound && !errors.Is(err, want):
 		s.errorf("%s = %v, want an error that wraps task.ErrNotFound", call, err)
 	}
 }
 
-// verify checks that the store shows what it should, and nothing else. It is
-// called while nobody else uses the session.
+// verify checks that the store shows exactly what it should. Nobody else may use
+// the session meanwhile.
 func (s *session) verify(when string) {
 	rows, err := s.db.List(len(s.want)+1, 0)
 	if want := s.page(len(s.want), len(s.want)+1, 0); err != nil {
@@ -280,8 +282,8 @@ func (s *session) verify(when string) {
 	}
 }
 
-// page returns what List should return after the first n operations of s.want
-// were saved.
+// page returns the expected answer of List once the first n operations of
+// s.want are saved.
 func (s *session) page(n, limit, offset int) (page []*task.Operation) {
 	for i := n - 1; i >= 0 && len(page) < limit; i-- {
 		if offset > 0 {
@@ -321,14 +323,15 @@ func show(op *task.Operation) string {
 	return fmt.Sprintf("%s %s", short(op.Name), op.State)
 }
 
-// same checks that an operation is the same as another.
+// same checks that two operations are equal.
 func (s *session) same(what string, got, want *task.Operation) {
 	if d := diff(got, want); d != "" {
 		s.errorf("%s(%s): %s", what, short(want.Name), d)
 	}
 }
 
-// diff says in which fields two operations differ, "" if in none.
+// diff lists the fields in which two operations differ. It returns "" if they
+// are equal.
 func diff(got, want *task.Operation) string {
 	if got == nil {
 		return "no operation"
@@ -342,7 +345,7 @@ func diff(got, want *task.Operation) string {
 	value := func(name string, got, want any) {
 		g, _ := got.(json.RawMessage)
 		w, _ := want.(json.RawMessage)
-		if len(g) == 0 || !bytes.Equal(g, w) { // to decode the same bytes would take long
+		if len(g) == 0 || !bytes.Equal(g, w) { // decoding equal bytes would be slow
 			field(name, jsonText(got), jsonText(want))
 		}
 	}
@@ -359,17 +362,17 @@ func diff(got, want *task.Operation) string {
 	return strings.Join(all, "; ")
 }
 
-// jsonText returns the JSON that v encodes to, the same for the same value:
-// with sorted keys, but with numbers as they are written.
+// jsonText encodes v as canonical JSON: keys are sorted, numbers keep their
+// digits.
 func jsonText(v any) string {
 	raw, err := json.Marshal(v)
 	if err != nil {
-		return fmt.Sprintf("no JSON (%v)", err)
+		return fmt.Sprintf("invalid JSON (%v)", err)
 	}
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.UseNumber()
 	if err := d.Decode(&v); err != nil {
-		return fmt.Sprintf("no JSON (%v)", err)
+		return fmt.Sprintf("invalid JSON (%v)", err)
 	}
 	raw, _ = json.Marshal(v)
 	return string(raw)
@@ -377,7 +380,7 @@ func jsonText(v any) string {
 
 func timeText(t time.Time) string { return t.Format(time.RFC3339Nano) }
 
-// short quotes a text, of a long one both ends.
+// short quotes a text. Of a long text it quotes both ends.
 func short(text string) string {
 	const most = 100
 	if len(text) <= most {

@@ -12,8 +12,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// once returns an open function for stores without files: the same directory,
-// the same store.
+// once returns an open function for stores without files, which gives the same
+// store for the same directory.
 func once[S task.Persistence](newStore func() S) func(dir string) (task.Persistence, error) {
 	var mu sync.Mutex
 	stores := make(map[string]S)
@@ -49,7 +49,7 @@ func openInApp(dir string) (task.Persistence, error) {
 	return inApp{s, db}, nil
 }
 
-// An inApp closes the application's database too.
+// An inApp also closes the application's database.
 type inApp struct {
 	*task.SQLiteStore
 	db *sql.DB
@@ -57,7 +57,7 @@ type inApp struct {
 
 func (s inApp) Close() error { return errors.Join(s.SQLiteStore.Close(), s.db.Close()) }
 
-// bare hides all abilities of a store but those of Persistence.
+// bare hides all methods of a store but those of Persistence.
 type bare struct{ task.Persistence }
 
 // rightStores keep the contract.

@@ -19,8 +19,9 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestWrongStores: each is found by the check of the rule that it breaks, and
-// what that says names the fault. Every check finds one.
+// TestWrongStores checks that each wrong store is found by the check of the rule
+// that it breaks, with a text that names the fault, and that every check finds a
+// wrong store.
 func TestWrongStores(t *testing.T) {
 	checks := slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks)
 	for _, c := range checks {
@@ -30,7 +31,7 @@ func TestWrongStores(t *testing.T) {
 	}
 	for _, w := range wrongStores {
 		t.Run(w.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { // nobody waits for what never comes
+			synctest.Test(t, func(t *testing.T) { // time-outs take no time
 				i := slices.IndexFunc(checks, func(c check) bool { return c.name == w.rule })
 				err := checks[i].run(t.TempDir(), w.open)
 				if err == nil || !strings.Contains(err.Error(), w.says) {
@@ -41,14 +42,14 @@ func TestWrongStores(t *testing.T) {
 	}
 }
 
-// A mapStore is a store as a user may write it. It keeps the contract.
+// A mapStore is a simple store as a user may write it. It keeps the contract.
 type mapStore struct {
 	mu    sync.Mutex // guards what follows
 	rows  map[string]*task.Operation
-	order []string        // the IDs by order of Save
-	left  map[string]bool // the IDs of those saved before it was last closed
+	order []string        // the IDs in the order of Save
+	left  map[string]bool // the IDs saved before the last Close
 
-	// For those that are wrong.
+	// For wrong stores.
 	busy   sync.Mutex
 	shared map[string]*task.Operation
 }
@@ -71,7 +72,7 @@ func (s *mapStore) Save(op *task.Operation) error {
 	return nil
 }
 
-// put stores an operation whatever was there. The caller holds s.mu.
+// put stores an operation, replacing any with its ID. The caller holds s.mu.
 func (s *mapStore) put(op task.Operation) {
 	if s.rows[op.ID] == nil {
 		s.order = append(s.order, op.ID)
@@ -120,7 +121,7 @@ func (s *mapStore) Close() error {
 	return nil
 }
 
-// A batchStore keeps the contract too.
+// A batchStore adds WriteBatch and keeps the contract.
 type batchStore struct {
 	*mapStore
 	batch func(s batchStore, saves, updates []*task.Operation) []error // replaces WriteBatch, if not nil
@@ -139,11 +140,11 @@ func (s batchStore) WriteBatch(saves, updates []*task.Operation) (errs []error) 
 	return errs
 }
 
-// A recoverStore keeps the contract too.
+// A recoverStore adds Recover and keeps the contract.
 type recoverStore struct {
 	*mapStore
 	orphan func(op *task.Operation, left bool) bool
-	store  func(s *mapStore, op task.Operation) // stores what is recovered; the caller holds s.mu
+	store  func(s *mapStore, op task.Operation) // stores a recovered operation; the caller holds s.mu
 }
 
 func isOrphan(op *task.Operation, left bool) bool { return left && !op.State.Finished() }
@@ -208,7 +209,7 @@ func (w wrong) Get(id string) (*task.Operation, error) {
 	return w.mapStore.Get(id)
 }
 
-// open returns an open function for stores that are wrong in this way.
+// open returns an open function for such wrong stores.
 func (w wrong) open() func(dir string) (task.Persistence, error) {
 	return once(func() wrong {
 		w := w
@@ -230,7 +231,7 @@ func updating(f saveFunc) openFunc { return wrong{update: f}.open() }
 func listing(f listFunc) openFunc  { return wrong{list: f}.open() }
 func getting(f getFunc) openFunc   { return wrong{get: f}.open() }
 
-// storing opens a store that stores something else than it is given.
+// storing opens a store that changes an operation before storing it.
 func storing(change changeFunc) openFunc {
 	return wrong{
 		save:   func(s *mapStore, op *task.Operation) error { change(op); return s.Save(op) },
@@ -238,7 +239,7 @@ func storing(change changeFunc) openFunc {
 	}.open()
 }
 
-// showing opens a store that shows something else than is stored.
+// showing opens a store that changes an operation before returning it.
 func showing(change changeFunc) openFunc {
 	return wrong{
 		list: func(s *mapStore, limit, offset int) ([]*task.Operation, error) {
@@ -258,7 +259,7 @@ func showing(change changeFunc) openFunc {
 	}.open()
 }
 
-// sorting opens a store that lists operations in an order of its own.
+// sorting opens a store that lists operations in another order.
 func sorting(compare func(a, b *task.Operation) int) openFunc {
 	return listing(func(s *mapStore, limit, offset int) ([]*task.Operation, error) {
 		ops, err := s.List(math.MaxInt, 0)
@@ -296,7 +297,7 @@ func recovering(orphan func(op *task.Operation, left bool) bool) openFunc {
 	return once(func() recoverStore { return recoverStore{newMapStore(), orphan, (*mapStore).put} })
 }
 
-// others lets other goroutines go on, as far as they can.
+// others lets other goroutines run until they block.
 func others() {
 	for range 100 {
 		runtime.Gosched()
@@ -307,7 +308,7 @@ func others() {
 type wrongStore struct {
 	name string
 	rule string // the name of a check that finds it
-	says string // part of what that says
+	says string // part of that check's error
 	open openFunc
 }
 
@@ -340,7 +341,7 @@ var wrongStores = []wrongStore{
 		}
 		return s.Update(op)
 	})},
-	{"keeps what an update empties", "update", "has become empty", updating(func(s *mapStore, op *task.Operation) error {
+	{"keeps what an update empties", "update", "have become empty", updating(func(s *mapStore, op *task.Operation) error {
 		if row, err := s.Get(op.ID); err == nil && op.Metadata == nil {
 			op.Metadata = row.Metadata
 		}
@@ -366,13 +367,13 @@ var wrongStores = []wrongStore{
 		}
 		return err
 	})},
-	{"upserts in Save", "save-duplicate", "stored already", saving(func(s *mapStore, op *task.Operation) error {
+	{"upserts in Save", "save-duplicate", "already stored", saving(func(s *mapStore, op *task.Operation) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.put(*op)
 		return nil
 	})},
-	{"says nothing of duplicates", "save-duplicate", "want an error", saving(func(s *mapStore, op *task.Operation) error {
+	{"accepts duplicates silently", "save-duplicate", "want an error", saving(func(s *mapStore, op *task.Operation) error {
 		s.Save(op)
 		return nil
 	})},
@@ -382,7 +383,7 @@ var wrongStores = []wrongStore{
 		}
 		return s.Update(op)
 	})},
-	{"has an error of its own for what is not updated", "update-missing", "wraps task.ErrNotFound", updating(func(s *mapStore, op *task.Operation) error {
+	{"returns another error for a missing operation", "update-missing", "wraps task.ErrNotFound", updating(func(s *mapStore, op *task.Operation) error {
 		if s.Update(op) != nil {
 			return errors.New("0 rows affected")
 		}
@@ -403,14 +404,14 @@ var wrongStores = []wrongStore{
 	{"orders by creation", "order", "earlier times", sorting(func(a, b *task.Operation) int {
 		return strings.Compare(b.CreatedAt.String(), a.CreatedAt.String())
 	})},
-	{"orders by creation, those of equal times by ID", "order", "equal times", sorting(func(a, b *task.Operation) int {
+	{"orders by creation, then by ID", "order", "equal times", sorting(func(a, b *task.Operation) int {
 		return cmp.Or(strings.Compare(b.CreatedAt.String(), a.CreatedAt.String()), strings.Compare(b.ID, a.ID))
 	})},
 	{"orders by update", "order", "however they are updated", sorting(func(a, b *task.Operation) int { return b.UpdatedAt.Compare(a.UpdatedAt) })},
 	{"ignores the limit", "pages", "at most limit", listing(func(s *mapStore, limit, offset int) ([]*task.Operation, error) {
 		return s.List(math.MaxInt, offset)
 	})},
-	{"takes limit 0 for none", "pages", "at most limit", listing(func(s *mapStore, limit, offset int) ([]*task.Operation, error) {
+	{"takes limit 0 for no limit", "pages", "at most limit", listing(func(s *mapStore, limit, offset int) ([]*task.Operation, error) {
 		return s.List(cmp.Or(limit, math.MaxInt), offset)
 	})},
 	{"ignores the offset", "pages", "skips offset", listing(func(s *mapStore, limit, offset int) ([]*task.Operation, error) {
@@ -425,7 +426,7 @@ var wrongStores = []wrongStore{
 		}
 		return s.List(limit, offset)
 	})},
-	{"reads pages row by row", "pages-moving", "which the history never was", wrong{
+	{"reads pages row by row", "pages-moving", "the page at no moment", wrong{
 		save: func(s *mapStore, op *task.Operation) error { others(); return s.Save(op) },
 		list: func(s *mapStore, limit, offset int) (page []*task.Operation, err error) {
 			for range min(limit, 100) {
@@ -450,8 +451,8 @@ var wrongStores = []wrongStore{
 	{"returns what it keeps", "returned", "belongs to the caller", sharing(func(s *mapStore, op *task.Operation) *task.Operation {
 		return s.rows[op.ID]
 	})},
-	{"writes over what it has returned", "returned", "belongs to the caller", sharing(func(s *mapStore, op *task.Operation) *task.Operation {
-		// One copy that is kept, and brought up to date by each read.
+	{"overwrites what it has returned", "returned", "belongs to the caller", sharing(func(s *mapStore, op *task.Operation) *task.Operation {
+		// It keeps one copy and updates that on each read.
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		shared := s.shared[op.ID]
@@ -462,7 +463,7 @@ var wrongStores = []wrongStore{
 		*shared = *op
 		return shared
 	})},
-	{"writes over what it was given", "passed", "not modified", updating(func(s *mapStore, op *task.Operation) error {
+	{"overwrites what it was given", "passed", "does not modify", updating(func(s *mapStore, op *task.Operation) error {
 		if row, err := s.Get(op.ID); err == nil {
 			old, _ := row.Metadata.(json.RawMessage)
 			if raw, _ := op.Metadata.(json.RawMessage); len(raw) == len(old) && len(raw) > 0 {
@@ -473,9 +474,9 @@ var wrongStores = []wrongStore{
 		return s.Update(op)
 	})},
 	{"ends texts at NUL", "texts", "whatever characters", storing(func(op *task.Operation) { op.Error, _, _ = strings.Cut(op.Error, "\x00") })},
-	{"trims texts", "texts", "kept as they are", storing(func(op *task.Operation) { op.Name = strings.TrimSpace(op.Name) })},
+	{"trims texts", "texts", "kept unchanged", storing(func(op *task.Operation) { op.Name = strings.TrimSpace(op.Name) })},
 	{"cuts long texts", "texts", "however long", storing(func(op *task.Operation) { op.Name = op.Name[:min(255, len(op.Name))] })},
-	{"cuts long values", "values", "no JSON", storing(func(op *task.Operation) {
+	{"cuts long values", "values", "invalid JSON", storing(func(op *task.Operation) {
 		if raw, ok := op.Metadata.(json.RawMessage); ok {
 			op.Metadata = raw[:min(len(raw), 1<<16)]
 		}
@@ -489,7 +490,7 @@ var wrongStores = []wrongStore{
 	{"keeps times to the second", "times", "microsecond", storing(func(op *task.Operation) { op.UpdatedAt = op.UpdatedAt.Truncate(time.Second) })},
 	{"shows local times", "times", "UTC", showing(func(op *task.Operation) { op.CreatedAt = op.CreatedAt.In(time.FixedZone("", 3600)) })},
 	{"forgets", "reopen", "closed and opened again", func(string) (task.Persistence, error) { return newMapStore(), nil }},
-	{"takes one call at a time", "concurrent", "any number of goroutines", wrong{
+	{"does not expect concurrent calls", "concurrent", "any number of goroutines", wrong{
 		save: func(s *mapStore, op *task.Operation) error {
 			if !s.busy.TryLock() {
 				return errors.New("busy")
@@ -499,7 +500,7 @@ var wrongStores = []wrongStore{
 			return s.Save(op)
 		},
 	}.open()},
-	{"looks before it writes", "one-winner", "one of them succeeds", updating(func(s *mapStore, op *task.Operation) error {
+	{"looks before it writes", "one-winner", "exactly one succeeds", updating(func(s *mapStore, op *task.Operation) error {
 		row, err := s.Get(op.ID)
 		if err != nil || row.State.Finished() {
 			return task.ErrNotFound
@@ -511,7 +512,7 @@ var wrongStores = []wrongStore{
 		s.put(*op)
 		return nil
 	})},
-	{"does not finish what was left", "manager", "left by a process that is gone", updating(func(s *mapStore, op *task.Operation) error {
+	{"rejects finishing an interrupted operation", "manager", "left by a dead process", updating(func(s *mapStore, op *task.Operation) error {
 		if s.left[op.ID] {
 			return task.ErrNotFound
 		}
@@ -536,7 +537,7 @@ var wrongStores = []wrongStore{
 		s.WriteBatch(saves, updates)
 		return nil
 	})},
-	{"returns errors in another order", "batch-bad-member", "in the order of operations", batching(func(s batchStore, saves, updates []*task.Operation) []error {
+	{"returns errors in another order", "batch-bad-member", "in the order of the operations", batching(func(s batchStore, saves, updates []*task.Operation) []error {
 		errs := s.WriteBatch(saves, updates)
 		slices.Reverse(errs)
 		return errs
@@ -551,13 +552,13 @@ var wrongStores = []wrongStore{
 		late := s.WriteBatch(nil, updates)
 		return append(s.WriteBatch(saves, nil), late...)
 	})},
-	{"counts an empty batch", "batch-empty", "returned 1 errors", batching(func(s batchStore, saves, updates []*task.Operation) []error {
+	{"returns an error for an empty batch", "batch-empty", "returned 1 errors", batching(func(s batchStore, saves, updates []*task.Operation) []error {
 		if len(saves)+len(updates) == 0 {
 			return []error{errors.New("empty batch")}
 		}
 		return s.WriteBatch(saves, updates)
 	})},
-	{"takes one batch at a time", "batch-concurrent", "any number of goroutines", batching(func(s batchStore, saves, updates []*task.Operation) []error {
+	{"does not expect concurrent batches", "batch-concurrent", "any number of goroutines", batching(func(s batchStore, saves, updates []*task.Operation) []error {
 		if !s.busy.TryLock() {
 			return slices.Repeat([]error{errors.New("busy")}, len(saves)+len(updates))
 		}
@@ -584,7 +585,7 @@ func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*tas
 	return s.MemoryStore.ListFiltered(f, limit, offset)
 }
 
-// An eagerPruner deletes what is not finished too.
+// An eagerPruner also deletes unfinished operations.
 type eagerPruner struct{ *mapStore }
 
 func (s *eagerPruner) Prune(before time.Time) iter.Seq2[int, error] {

@@ -1,13 +1,13 @@
-// Soak puts the load of a busy daemon on a manager for a while and prints,
-// every few seconds, what must not grow: memory, goroutines, file descriptors,
-// the write-ahead log, and the latency of Submit and of the final state.
+// Soak puts the load of a busy daemon on a manager. Every few seconds it prints
+// what must not grow: memory, goroutines, file descriptors, the write-ahead log,
+// and the latency of Submit and of the final state.
 //
 //	go run ./soak -for 10m
 //
-// The load is a mix of quick operations, so many that the history has -rows
-// rows at the end, and of long ones that report progress all the time; some
-// are cancelled, fail, or panic. Meanwhile several readers page through the
-// history, and one holds read transactions open for seconds, as a backup does.
+// The load is a mix of quick operations, enough to fill the history with -rows
+// rows, and of long ones that report progress all the time. Some are cancelled,
+// fail, or panic. Several readers page through the history, and one holds read
+// transactions open for seconds, as a backup does.
 package main
 
 import (
@@ -33,10 +33,10 @@ import (
 
 func main() {
 	log.SetFlags(0)
-	length := flag.Duration("for", time.Minute, "how long")
-	every := flag.Duration("every", 5*time.Second, "print a line so often")
-	rows := flag.Int("rows", 1_000_000, "operations in the history at the end")
-	dir := flag.String("dir", "", "put the database there (default: a new temporary directory)")
+	length := flag.Duration("for", time.Minute, "run for this time")
+	every := flag.Duration("every", 5*time.Second, "print a line at this interval")
+	rows := flag.Int("rows", 1_000_000, "fill the history with this many operations")
+	dir := flag.String("dir", "", "keep the database in this `directory` (default: a new temporary one)")
 	flag.Parse()
 	if err := soak(*length, *every, *rows, *dir); err != nil {
 		log.Fatal(err)
@@ -45,11 +45,11 @@ func main() {
 
 const (
 	submitters = 32 // of quick operations
-	long       = 50 // operations that run at any time
+	long       = 50 // long operations at any time
 	readers    = 4
 )
 
-// A load is what the goroutines of a soak share.
+// A load is the state that the goroutines of a soak share.
 type load struct {
 	manager *task.Manager
 	path    string
@@ -144,8 +144,8 @@ func (l *load) long(ctx context.Context) {
 	}
 }
 
-// run takes one operation through its life. After cancelAfter, if that is not
-// 0, it is cancelled.
+// run submits one operation and waits for it. It cancels it after cancelAfter,
+// unless that is 0.
 func (l *load) run(fn task.Func, cancelAfter time.Duration) {
 	began := time.Now()
 	var ended time.Time
@@ -167,7 +167,7 @@ func (l *load) run(fn task.Func, cancelAfter time.Duration) {
 	if _, err := l.manager.Wait(context.Background(), op.ID); err != nil {
 		log.Fatal(err)
 	}
-	if !ended.IsZero() { // else it was cancelled before it started
+	if !ended.IsZero() { // otherwise it was cancelled before it started
 		l.finals.add(time.Since(ended))
 	}
 	l.jobs.Add(1)
@@ -182,13 +182,13 @@ func (l *load) read(ctx context.Context) {
 		}
 		for _, op := range ops {
 			if _, ok := l.manager.Get(op.ID); !ok {
-				log.Fatalf("%s is gone", op.ID)
+				log.Fatalf("operation %s is missing", op.ID)
 			}
 		}
 	}
 }
 
-// hold reads in transactions that stay open for a while.
+// hold keeps read transactions open for a while.
 func (l *load) hold(ctx context.Context) {
 	db, err := sql.Open("sqlite3", l.path)
 	if err != nil {
@@ -209,7 +209,7 @@ func (l *load) hold(ctx context.Context) {
 	}
 }
 
-// sleep reports whether ctx was not done meanwhile.
+// sleep pauses for d, or until ctx is done. It reports whether ctx is not done.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():
@@ -219,7 +219,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// report prints a line now and then until ctx is done.
+// report prints a line at each interval until ctx is done.
 func (l *load) report(ctx context.Context, every time.Duration) {
 	fmt.Println("   time      rows  jobs/s  RSS MB  heap MB  goroutines  fds  WAL MB  submit p50/p99 ms  final p50/p99 ms")
 	began, last := time.Now(), int64(0)
@@ -245,7 +245,7 @@ func fileSize(path string) int64 {
 	return info.Size()
 }
 
-// rss returns the resident memory in MB, 0 where /proc doesn't tell.
+// rss returns the resident memory in MB, or 0 without /proc.
 func rss() float64 {
 	status, _ := os.ReadFile("/proc/self/statm")
 	var size, resident int64
@@ -253,7 +253,7 @@ func rss() float64 {
 	return mb(resident * int64(os.Getpagesize()))
 }
 
-// descriptors returns the number of open files, 0 where /proc doesn't tell.
+// descriptors returns the number of open files, or 0 without /proc.
 func descriptors() int {
 	entries, _ := os.ReadDir("/proc/self/fd")
 	return len(entries)
@@ -271,7 +271,7 @@ func (l *latencies) add(d time.Duration) {
 	l.all = append(l.all, d)
 }
 
-// take returns the median and the 99th percentile, and starts anew.
+// take returns the median and the 99th percentile, and drops all durations.
 func (l *latencies) take() string {
 	l.mu.Lock()
 	all := l.all

@@ -19,28 +19,28 @@ import (
 
 // An api is the REST API of the daemon:
 //
-//	GET  /api/pools                     all pools, and how their last operations ended
-//	POST /api/pools                     {"name": NAME} makes a pool
+//	GET  /api/pools                     all pools, with the outcome of their last operations
+//	POST /api/pools                     {"name": NAME} creates a pool
 //	PUT  /api/pools/NAME/files/PATH     stores the body as a file
-//	POST /api/pools/NAME/scrub          reads all files and finds those that are corrupted
-//	POST /api/pools/NAME/accept         takes all files as they are for good
-//	POST /api/pools/NAME/replicate      {"to": NAME} copies what has changed to another pool
+//	POST /api/pools/NAME/scrub          reads all files and finds corrupted ones
+//	POST /api/pools/NAME/accept         accepts the present content of all files
+//	POST /api/pools/NAME/replicate      {"to": NAME} copies changed files to another pool
 //	POST /api/pools/NAME/snapshot       takes a snapshot
-//	GET  /api/pools/NAME/snapshots      the IDs of all snapshots, the oldest first
+//	GET  /api/pools/NAME/snapshots      the IDs of all snapshots, oldest first
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
-//	GET  /                              the page to do all this with
+//	GET  /                              the web page
 //
-// A POST is answered with 202 and the operation that it has started.
+// The answer to a POST is 202 and the operation that was started.
 type api struct {
 	storage *storage
 	last    *lastResults
 }
 
-// tasksPath is where the operations are.
+// tasksPath is the prefix of the operations.
 const tasksPath = "/api/tasks"
 
-// newAPI returns the API. With local it answers only to the addresses of this
-// machine and to "localhost".
+// newAPI returns the API. If local, it accepts only IP addresses and "localhost"
+// as Host.
 func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	a := &api{s, last}
 	mux := http.NewServeMux()
@@ -55,8 +55,8 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
 
-	// A page of another site must not be able to start anything here, neither
-	// openly nor by having its own name resolve to this machine.
+	// A page of another site must not start anything here, neither directly nor
+	// under a name of its own that resolves to this machine.
 	protection := http.NewCrossOriginProtection()
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		taskhttp.Problem(w, r, http.StatusForbidden, errors.New("a page of another site may not do this"))
@@ -64,15 +64,14 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	h := protection.Handler(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if local && !isAddress(r.Host) {
-			taskhttp.Problem(w, r, http.StatusMisdirectedRequest, errors.New("ask for this by its address, or as localhost"))
+			taskhttp.Problem(w, r, http.StatusMisdirectedRequest, errors.New("the Host header must be an IP address or localhost"))
 			return
 		}
 		h.ServeHTTP(w, r)
 	})
 }
 
-// isAddress reports whether a Host header has an address in it, and no name
-// but localhost.
+// isAddress reports whether a Host header holds an IP address or localhost.
 func isAddress(host string) bool {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
@@ -91,8 +90,8 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 	}
 	op, err := a.storage.create(in.Name)
 	if err == nil {
-		// Who asked will go on with the pool: it had better be there, unless
-		// that takes long.
+		// The client will use the pool next: wait until it is there, unless that
+		// takes long.
 		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 		defer cancel()
 		if now, _ := a.storage.tasks.Wait(ctx, op.ID); now != nil {
@@ -114,7 +113,7 @@ func (a *api) replicate(w http.ResponseWriter, r *http.Request) {
 	answer(w, r, op, err)
 }
 
-// on answers a request that starts an operation on a pool.
+// on handles a request that starts an operation on a pool.
 func (a *api) on(start func(pool string) (*task.Operation, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		op, err := start(r.PathValue("name"))
@@ -170,8 +169,8 @@ func (a *api) put(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// patient returns the body of a request. It may take as long as it likes, as
-// long as something comes every half minute.
+// patient returns the body of a request. It may take any time, as long as some of
+// it arrives every half minute.
 func patient(w http.ResponseWriter, r *http.Request) io.Reader {
 	c := http.NewResponseController(w)
 	return readerFunc(func(p []byte) (int, error) {
@@ -191,11 +190,11 @@ func readJSON(w http.ResponseWriter, r *http.Request, v any) error {
 	d.DisallowUnknownFields()
 	switch err := d.Decode(v); {
 	case errors.As(err, new(*http.MaxBytesError)):
-		return err // taskhttp knows that one
+		return err // taskhttp has a status for it
 	case err != nil:
-		return inputError("the body should be a JSON object: " + err.Error())
+		return inputError("the body must be a JSON object: " + err.Error())
 	case d.Decode(new(any)) != io.EOF:
-		return inputError("the body should be one JSON object")
+		return inputError("the body must be a single JSON object")
 	default:
 		return nil
 	}
@@ -209,7 +208,8 @@ func writeJSON(w http.ResponseWriter, v any) {
 	}
 }
 
-// fail answers with an error. What is not the storage service's is taskhttp's.
+// fail answers with an error. It leaves errors that are not of the storage service
+// to taskhttp.
 func fail(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case errors.As(err, new(inputError)), errors.Is(err, syscall.ENAMETOOLONG),

@@ -38,38 +38,38 @@ func TestAPIErrors(t *testing.T) {
 		{name: "snapshots", method: "GET", path: "/api/pools/tank/snapshots", want: 200},
 		{name: "page", method: "GET", path: "/", want: 200},
 		{name: "tasks", method: "GET", path: "/api/tasks/", want: 200},
-		{name: "nothing there", method: "GET", path: "/x", want: 404},
+		{name: "unknown path", method: "GET", path: "/x", want: 404},
 		{name: "no such pool", method: "GET", path: "/api/pools/x/snapshots", want: 404},
 		{name: "no such method", method: "DELETE", path: "/api/pools", want: 405},
-		{name: "scrub of no pool", method: "POST", path: "/api/pools/x/scrub", want: 404},
-		{name: "bad pool", method: "POST", path: "/api/pools/%2e%2e/scrub", want: 400},
+		{name: "scrub of an unknown pool", method: "POST", path: "/api/pools/x/scrub", want: 404},
+		{name: "bad pool name", method: "POST", path: "/api/pools/%2e%2e/scrub", want: 400},
 		{name: "pool exists", method: "POST", path: "/api/pools", body: `{"name":"tank"}`, want: 409},
-		{name: "bad name", method: "POST", path: "/api/pools", body: `{"name":"../x"}`, want: 400},
-		{name: "something exists", method: "POST", path: "/api/pools", body: `{"name":"stray"}`, want: 409},
+		{name: "bad name for a new pool", method: "POST", path: "/api/pools", body: `{"name":"../x"}`, want: 400},
+		{name: "name is taken by a file", method: "POST", path: "/api/pools", body: `{"name":"stray"}`, want: 409},
 		{name: "more than one object", method: "POST", path: "/api/pools", body: `{"name":"x"} {}`, want: 400},
 		{name: "no body", method: "POST", path: "/api/pools", want: 400},
-		{name: "misspelt", method: "POST", path: "/api/pools", body: `{"nmae":"x"}`, want: 400},
+		{name: "misspelt member", method: "POST", path: "/api/pools", body: `{"nmae":"x"}`, want: 400},
 		{name: "large body", method: "POST", path: "/api/pools", body: `{"name":"` + strings.Repeat("x", 1<<20) + `"}`, want: 413},
-		{name: "to nowhere", method: "POST", path: "/api/pools/tank/replicate", body: `{"to":"x"}`, want: 404},
-		{name: "to itself", method: "POST", path: "/api/pools/tank/replicate", body: `{"to":"tank"}`, want: 400},
+		{name: "replicate to an unknown pool", method: "POST", path: "/api/pools/tank/replicate", body: `{"to":"x"}`, want: 404},
+		{name: "replicate to itself", method: "POST", path: "/api/pools/tank/replicate", body: `{"to":"tank"}`, want: 400},
 		{name: "put", method: "PUT", path: "/api/pools/tank/files/b", body: "b", want: 204},
 		{name: "put over a directory", method: "PUT", path: "/api/pools/tank/files/dir", want: 409},
 		{name: "put below a file", method: "PUT", path: "/api/pools/tank/files/dir/a/b", want: 409},
 		{name: "put through a link to outside", method: "PUT", path: "/api/pools/tank/files/out/x", want: 409},
-		{name: "put through a link to nowhere", method: "PUT", path: "/api/pools/tank/files/nowhere/x", want: 409},
+		{name: "put through a dangling link", method: "PUT", path: "/api/pools/tank/files/nowhere/x", want: 409},
 		{name: "put through a loop", method: "PUT", path: "/api/pools/tank/files/loop/x", want: 409},
 		{name: "put with a long name", method: "PUT", path: "/api/pools/tank/files/" + strings.Repeat("x", 300), want: 400},
 		{name: "put below a long name", method: "PUT", path: "/api/pools/tank/files/" + strings.Repeat("x", 300) + "/x", want: 400},
-		{name: "put outside", method: "PUT", path: "/api/pools/tank/files/%2e%2e/manifest", want: 400},
-		{name: "put what is hidden", method: "PUT", path: "/api/pools/tank/files/.incoming/x", want: 400},
-		{name: "put nothing", method: "PUT", path: "/api/pools/tank/files/", want: 400},
-		{name: "put into no pool", method: "PUT", path: "/api/pools/x/files/a", want: 404},
+		{name: "put outside of the pool", method: "PUT", path: "/api/pools/tank/files/%2e%2e/manifest", want: 400},
+		{name: "put into .incoming", method: "PUT", path: "/api/pools/tank/files/.incoming/x", want: 400},
+		{name: "put without a name", method: "PUT", path: "/api/pools/tank/files/", want: 400},
+		{name: "put into an unknown pool", method: "PUT", path: "/api/pools/x/files/a", want: 404},
 		{name: "another site", method: "POST", path: "/api/pools/tank/scrub", origin: other, want: 403},
 		{name: "another site puts", method: "PUT", path: "/api/pools/tank/files/a", origin: other, want: 403},
 		{name: "another site cancels", method: "POST", path: "/api/tasks/x/cancel", origin: other, want: 403},
-		{name: "rebound", method: "GET", path: "/api/pools", host: "evil.example", want: 421},
-		{name: "rebound with a port", method: "POST", path: "/api/pools/tank/scrub", host: "evil.example:80", origin: other, want: 421},
-		{name: "name of an open one", method: "GET", path: "/api/pools", host: "nas.example", handler: open, want: 200},
+		{name: "DNS rebinding", method: "GET", path: "/api/pools", host: "evil.example", want: 421},
+		{name: "DNS rebinding with a port", method: "POST", path: "/api/pools/tank/scrub", host: "evil.example:80", origin: other, want: 421},
+		{name: "host name, not local", method: "GET", path: "/api/pools", host: "nas.example", handler: open, want: 200},
 		{name: "localhost", method: "GET", path: "/api/pools", host: "localhost:8080", want: 200},
 		{name: "IPv6", method: "GET", path: "/api/pools", host: "[::1]:8080", want: 200},
 	}
@@ -92,25 +92,25 @@ func TestAPIErrors(t *testing.T) {
 				t.Fatalf("got %d, want %d: %s", w.Code, tt.want, w.Body)
 			}
 			if got := w.Header().Get("Allow"); w.Code == 405 && got != "GET, HEAD, POST" {
-				t.Errorf("allowed is %q", got)
+				t.Errorf("Allow is %q", got)
 			}
-			if w.Code >= 400 && w.Code != 405 && tt.path != "/x" { // those are the mux's
+			if w.Code >= 400 && w.Code != 405 && tt.path != "/x" { // the mux answers those
 				wantProblem(t, w.Result())
 			}
 		})
 	}
 	if ops, err := s.tasks.List(10, 0); err != nil || len(ops) > 0 {
-		t.Errorf("started were %v, %v", ops, err)
+		t.Errorf("the requests have started %v, %v", ops, err)
 	}
 }
 
-// deadlines makes a recorder a connection that has deadlines.
+// deadlines adds deadlines to a response recorder.
 type deadlines struct{ *httptest.ResponseRecorder }
 
 func (deadlines) SetReadDeadline(time.Time) error  { return nil }
 func (deadlines) SetWriteDeadline(time.Time) error { return nil }
 
-// wantProblem checks that an answer has problem details as its body.
+// wantProblem checks that the body of an answer is problem details.
 func wantProblem(t *testing.T, resp *http.Response) {
 	t.Helper()
 	var p struct {
@@ -125,7 +125,7 @@ func wantProblem(t *testing.T, resp *http.Response) {
 	}
 }
 
-// The answer waits for the pool, but not for long.
+// TestCreateWaits checks that the answer waits for the pool, but not for long.
 func TestCreateWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStorage(t)
@@ -156,7 +156,7 @@ func TestCreateWaits(t *testing.T) {
 	})
 }
 
-// The page's own script and style are all that runs in it.
+// TestPage checks that the policy allows only the page's own script and style.
 func TestPage(t *testing.T) {
 	w := httptest.NewRecorder()
 	servePage(w, httptest.NewRequest("GET", "/", nil))

@@ -11,17 +11,17 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A bus passes events on to whoever subscribes. The zero bus is ready for use.
+// A bus forwards events to its subscribers. The zero bus is ready for use.
 type bus struct {
 	mu     sync.Mutex // guards what follows
 	subs   []*subscriber
 	closed bool
 }
 
-// An event says that an operation is not as it was.
+// An event says that an operation has changed.
 type event struct {
-	op     *task.Operation // shared by all subscribers: nobody may change it
-	missed int             // how many events the subscriber was too slow for, just before this one
+	op     *task.Operation // shared by all subscribers, who must not modify it
+	missed int             // how many events just before this one the subscriber has lost
 }
 
 type subscriber struct {
@@ -29,8 +29,8 @@ type subscriber struct {
 	missed int
 }
 
-// subscribe returns a channel that gets all events from now on, and is closed
-// with the bus. What doesn't fit into its buffer is lost to this subscriber.
+// subscribe returns a channel that receives all events from now on. It is closed
+// with the bus. Events that don't fit into its buffer are lost to this subscriber.
 func (b *bus) subscribe(buffer int) <-chan event {
 	s := &subscriber{events: make(chan event, buffer)}
 	b.mu.Lock()
@@ -43,7 +43,7 @@ func (b *bus) subscribe(buffer int) <-chan event {
 	return s.events
 }
 
-// publish passes on an event. It never waits.
+// publish sends an event to all subscribers. It never waits.
 func (b *bus) publish(op *task.Operation) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -57,7 +57,7 @@ func (b *bus) publish(op *task.Operation) {
 	}
 }
 
-// lose tells all subscribers that something was lost, with the next event.
+// lose makes the next event say that at least one was lost.
 func (b *bus) lose() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -66,7 +66,7 @@ func (b *bus) lose() {
 	}
 }
 
-// close ends the bus, after the last event.
+// close closes the bus. Subscribers still receive what is in their buffers.
 func (b *bus) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -76,16 +76,16 @@ func (b *bus) close() {
 	b.subs, b.closed = nil, true
 }
 
-// feed forwards what Watch tells until the manager is closed, and then closes
+// feed publishes the events of Watch until the manager is closed, and then closes
 // the bus.
 func feed(b *bus, changes iter.Seq2[*task.Operation, error]) {
 	defer b.close()
-	for errors.Is(forward(b, changes), task.ErrLagged) { // the whole process was held up
-		b.lose() // and then watch anew
+	for errors.Is(forward(b, changes), task.ErrLagged) { // the whole process was stopped
+		b.lose() // then watch again
 	}
 }
 
-// forward is all it takes to feed a bus.
+// forward publishes the events of one Watch.
 func forward(b *bus, changes iter.Seq2[*task.Operation, error]) error {
 	for op, err := range changes {
 		if err != nil {
@@ -96,11 +96,11 @@ func forward(b *bus, changes iter.Seq2[*task.Operation, error]) error {
 	return nil
 }
 
-// logFinished is a subscriber that logs how operations ended.
+// logFinished is a subscriber that logs final states.
 func logFinished(events <-chan event) {
 	for e := range events {
 		if e.missed > 0 {
-			slog.Warn("the log lacks operations", "events", e.missed)
+			slog.Warn("events lost, operations may be missing from the log", "events", e.missed)
 		}
 		op := e.op
 		switch {
@@ -113,7 +113,7 @@ func logFinished(events <-chan event) {
 	}
 }
 
-// took returns for how long an operation ran.
+// took returns how long an operation ran.
 func took(op *task.Operation) time.Duration {
 	if op.StartedAt.IsZero() {
 		return 0
@@ -121,29 +121,29 @@ func took(op *task.Operation) time.Duration {
 	return op.UpdatedAt.Sub(op.StartedAt)
 }
 
-// A lastResults is a subscriber that knows how the last operation of each kind
-// ended for each pool.
+// A lastResults is a subscriber that keeps the last finished operation of each
+// kind for each pool.
 type lastResults struct {
 	tasks *task.Manager
 
 	mu   sync.Mutex                            // guards what follows
-	pool map[string]map[string]*task.Operation // by pool and kind; not to be changed
+	pool map[string]map[string]*task.Operation // by pool and kind; not to be modified
 }
 
-// newLastResults begins with what the history says. Watch before.
+// newLastResults starts with the history. Call Watch first, to miss nothing.
 func newLastResults(m *task.Manager) *lastResults {
 	l := &lastResults{tasks: m, pool: make(map[string]map[string]*task.Operation)}
 	l.load()
 	return l
 }
 
-// load reads all of the history: the last of a kind may be far back.
+// load reads the whole history: the last operation of a kind may be far back.
 func (l *lastResults) load() {
 	finished := task.ByState(task.StateDone, task.StateFailed, task.StateCancelled)
 	for before := ""; ; {
 		ops, err := l.tasks.List(1000, 0, finished, task.Before(before))
-		if err != nil && !errors.Is(err, task.ErrNotFound) { // it is old and just forgotten, as is the rest
-			slog.Error("not all last results", "err", err)
+		if err != nil && !errors.Is(err, task.ErrNotFound) { // retention has deleted the last one, and all older ones
+			slog.Error("last results are incomplete", "err", err)
 		}
 		if len(ops) == 0 {
 			return
@@ -155,7 +155,7 @@ func (l *lastResults) load() {
 	}
 }
 
-// follow keeps it up to date.
+// follow keeps the results up to date.
 func (l *lastResults) follow(events <-chan event) {
 	for e := range events {
 		if e.missed > 0 {
@@ -165,7 +165,7 @@ func (l *lastResults) follow(events <-chan event) {
 	}
 }
 
-// add adds an operation that has finished, unless a later one has.
+// add records a finished operation, unless a later one is recorded.
 func (l *lastResults) add(op *task.Operation) {
 	var a about
 	if !op.State.Finished() || op.DecodeMetadata(&a) != nil {
@@ -183,7 +183,7 @@ func (l *lastResults) add(op *task.Operation) {
 	}
 }
 
-// of returns how the last operations on a pool ended, by kind.
+// of returns the last finished operations on a pool, by kind.
 func (l *lastResults) of(pool string) map[string]*task.Operation {
 	l.mu.Lock()
 	defer l.mu.Unlock()

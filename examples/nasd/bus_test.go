@@ -14,7 +14,7 @@ func TestBus(t *testing.T) {
 	b.publish(&task.Operation{ID: "nobody hears it"})
 	slow, quick := b.subscribe(2), b.subscribe(10)
 	for _, id := range []string{"1", "2", "3", "4"} {
-		b.publish(&task.Operation{ID: id}) // and waits for nobody
+		b.publish(&task.Operation{ID: id}) // never waits
 	}
 	want := func(name string, events <-chan event, id string, missed int) {
 		t.Helper()
@@ -38,12 +38,13 @@ func TestBus(t *testing.T) {
 	want("quick", quick, "6", 0)
 	for name, events := range map[string]<-chan event{"slow": slow, "quick": quick, "late": b.subscribe(1)} {
 		if e, ok := <-events; ok {
-			t.Errorf("%s got %+v after the end", name, e)
+			t.Errorf("%s got %+v after close", name, e)
 		}
 	}
 }
 
-// The bus gets what happens to operations, and ends with the manager.
+// TestFeed checks that the bus gets the events of operations, and is closed with
+// the manager.
 func TestFeed(t *testing.T) {
 	s := newStorage(t, "tank")
 	running, end := make(chan struct{}), make(chan struct{})
@@ -58,15 +59,15 @@ func TestFeed(t *testing.T) {
 	events := b.subscribe(100)
 	go feed(b, s.tasks.Watch(context.Background()))
 	if e := <-events; e.op.ID != op.ID || e.op.State != task.StateRunning {
-		t.Errorf("first comes %+v, want what is there", e.op)
+		t.Errorf("first event %+v, want the present state", e.op)
 	}
 	close(end)
 	if e := <-events; e.op.ID != op.ID || e.op.State != task.StateFailed || e.op.Error != "broken" {
-		t.Errorf("then comes %+v, want its end", e.op)
+		t.Errorf("second event %+v, want the final state", e.op)
 	}
 	must(t, s.tasks.Close())
 	if e, ok := <-events; ok {
-		t.Errorf("after the end comes %+v", e.op)
+		t.Errorf("event %+v after the final state", e.op)
 	}
 }
 
@@ -128,7 +129,8 @@ func TestLastResults(t *testing.T) {
 	check("after a loss", fourth, third)
 }
 
-// The last of a kind is found however many of others came later.
+// TestLastResultsFarBack checks that the last operation of a kind is found even if
+// many of other kinds followed.
 func TestLastResultsFarBack(t *testing.T) {
 	s := newStorage(t, "tank")
 	op, err := s.scrub("tank")
@@ -159,7 +161,8 @@ func TestTook(t *testing.T) {
 	}
 }
 
-// The bus is fed on after the whole process was held up, and says so.
+// TestFeedLagged checks that feed continues after ErrLagged, and says that events
+// were lost.
 func TestFeedLagged(t *testing.T) {
 	b := new(bus)
 	events := b.subscribe(1)
@@ -172,6 +175,6 @@ func TestFeedLagged(t *testing.T) {
 		}
 	})
 	if e := <-events; e.op.ID != "1" || e.missed == 0 {
-		t.Errorf("got %+v, want it to say that something was missed", e)
+		t.Errorf("got %+v, want missed events", e)
 	}
 }

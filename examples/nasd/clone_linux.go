@@ -7,11 +7,11 @@ import (
 	"syscall"
 )
 
-// ficlone is FICLONE of linux/fs.h. On other processors it is another number.
+// ficlone is FICLONE of linux/fs.h. Its value differs on other processors.
 const ficlone = 0x40049409
 
-// clone makes dst, an empty file, have the content of src without taking any
-// space until one of them is changed. Few file systems can: Btrfs, XFS, ZFS.
+// clone gives dst, an empty file, the content of src. The two share their space
+// until one is changed. Few file systems support it, among them Btrfs, XFS and ZFS.
 func clone(dst, src *os.File) error {
 	from, err := src.SyscallConn()
 	if err != nil {

@@ -7,5 +7,5 @@ import (
 	"os"
 )
 
-// clone would share the content of src with dst.
+// clone is not supported here.
 func clone(dst, src *os.File) error { return errors.ErrUnsupported }

@@ -23,23 +23,23 @@ import (
 )
 
 const (
-	// incoming is the directory where files are until all of them is written.
+	// incoming is the directory for files that are not completely written.
 	incoming = ".incoming"
 
-	chunkSize = 1 << 20 // bytes between two looks at the context
+	chunkSize = 1 << 20 // bytes between two checks of the context
 
-	// tick is longer than file systems take for two changes of a file to be
-	// sure to differ in time, those of Unix at least.
+	// tick exceeds the resolution of modification times on the file systems of
+	// Unix: two changes of a file that far apart differ in time.
 	tick = 50 * time.Millisecond
 
 	maxListed = 1000 // paths in one list of a result
 )
 
-// A list counts files, and names the first of them.
+// A list counts files and names the first ones.
 type list struct {
 	Count int      `json:"count"`
 	Paths []string `json:"paths,omitempty"`
-	Error string   `json:"error,omitempty"` // what is wrong with the very first, if it isn't clear
+	Error string   `json:"error,omitempty"` // of the first one, where it needs saying
 }
 
 func (l *list) add(path string) {
@@ -49,7 +49,7 @@ func (l *list) add(path string) {
 	}
 }
 
-// addError adds path, and why.
+// addError adds a path and its error.
 func (l *list) addError(path string, err error) {
 	if l.Count == 0 {
 		l.Error = err.Error()
@@ -57,7 +57,7 @@ func (l *list) addError(path string, err error) {
 	l.add(path)
 }
 
-// why ends a message about lists.
+// why returns the end of a message about lists: the first error.
 func why(lists ...list) string {
 	for _, l := range lists {
 		if l.Error != "" {
@@ -67,13 +67,13 @@ func why(lists ...list) string {
 	return ""
 }
 
-// A readError is an error of what is read, be it a file or a directory.
+// A readError is an error of reading a file or a directory.
 type readError struct{ error }
 
 func (e readError) Unwrap() error { return e.error }
 
-// addUnreadable adds path to the list if err is about reading that, and it
-// hasn't just been deleted. What it returns is why the operation can't go on.
+// addUnreadable adds path to the list if err is a readError, unless the file has
+// just been deleted. It returns any other error, which ends the operation.
 func (l *list) addUnreadable(ctx context.Context, path string, err error) error {
 	switch {
 	case ctx.Err() != nil:
@@ -86,12 +86,12 @@ func (l *list) addUnreadable(ctx context.Context, path string, err error) error 
 	return nil
 }
 
-// errNoFile is for what is neither a directory nor a regular file.
+// errNoFile is the error for links, devices and the like.
 var errNoFile = errors.New("neither a file nor a directory")
 
-// walk calls visit for each file below the directory dir, with an error for
-// what it can't read and for what is no file. Paths have slashes. It follows no
-// symbolic links. fs.WalkDir wouldn't enter a directory whose name is not UTF-8.
+// walk calls visit for each file below the directory dir, with an error if it
+// can't be read or is not a file. Paths have slashes. It does not follow symbolic
+// links. Unlike fs.WalkDir, it enters directories whose names are not UTF-8.
 func walk(ctx context.Context, root *os.Root, dir string, visit func(path string, err error) error) error {
 	entries, err := readDir(root, dir)
 	switch {
@@ -100,7 +100,7 @@ func walk(ctx context.Context, root *os.Root, dir string, visit func(path string
 	case err == nil:
 	case dir == ".":
 		return err
-	case !errors.Is(err, fs.ErrNotExist): // or else it was deleted meanwhile
+	case !errors.Is(err, fs.ErrNotExist): // otherwise it was deleted meanwhile
 		err = visit(dir, readError{err})
 	default:
 		err = nil
@@ -134,8 +134,8 @@ func readDir(root *os.Root, dir string) ([]os.DirEntry, error) {
 	return entries, err
 }
 
-// open opens a regular file for reading. No later change of it will leave the
-// file with the time and the size in the FileInfo.
+// open opens a regular file for reading. Any later change of the file gives it
+// another time or size than those in the FileInfo.
 func open(ctx context.Context, root *os.Root, path string) (*os.File, fs.FileInfo, error) {
 	for tries := 0; ; tries++ {
 		f, info, err := openRegular(root, path)
@@ -153,21 +153,21 @@ func open(ctx context.Context, root *os.Root, path string) (*os.File, fs.FileInf
 	}
 }
 
-var errReplaced = errors.New("replaced just now")
+var errReplaced = errors.New("replaced while it was opened")
 
 func openRegular(root *os.Root, path string) (*os.File, fs.FileInfo, error) {
 	found, err := root.Lstat(path)
 	if err != nil {
 		return nil, nil, err
 	}
-	// Should there be a FIFO by now, opening it must not wait for a writer.
+	// It may have been replaced by a FIFO: opening must not wait for a writer.
 	f, err := root.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, err
 	}
 	info, err := f.Stat()
 	if err == nil && (!info.Mode().IsRegular() || !os.SameFile(found, info)) {
-		err = fmt.Errorf("%s: %w", path, errReplaced) // say, by a symbolic link
+		err = fmt.Errorf("%s: %w", path, errReplaced) // for example, by a symbolic link
 	}
 	if err != nil {
 		f.Close()
@@ -176,7 +176,7 @@ func openRegular(root *os.Root, path string) (*os.File, fs.FileInfo, error) {
 	return f, info, nil
 }
 
-// settle waits until a change of a file gives it another time than t.
+// settle waits until any change of a file gives it another time than t.
 func settle(ctx context.Context, t time.Time) error {
 	age := time.Since(t)
 	if age < 0 || age > tick {
@@ -190,24 +190,24 @@ func settle(ctx context.Context, t time.Time) error {
 	}
 }
 
-// unchanged reports whether a file has the size and the time that it had.
+// unchanged reports whether a file still has its size and time.
 func unchanged(info, was fs.FileInfo) bool {
 	return info.Size() == was.Size() && info.ModTime().Equal(was.ModTime())
 }
 
-// A worker moves the bytes of one operation and shows how far it is. The zero
-// worker shows it to nobody.
+// A worker moves the bytes of one operation and reports its progress. The zero
+// worker reports nothing.
 type worker struct {
 	about  about
 	update func(int)
 	total  int64 // bytes to be moved
 	done   int64
-	others int // what is no file
+	others int // links, devices and the like
 	buf    []byte
 }
 
-// each is walk that first adds up the sizes of all files, and then shows which
-// one it is at.
+// each is walk with progress: it first adds up the sizes of all files, and then
+// reports which file it is working on.
 func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string, err error) error) error {
 	err := walk(ctx, root, ".", func(path string, err error) error {
 		if err == nil {
@@ -215,7 +215,7 @@ func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string
 				w.total += info.Size()
 			}
 		}
-		return nil // visit will see
+		return nil // visit gets the error
 	})
 	if err != nil {
 		return err
@@ -234,13 +234,13 @@ func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string
 	return err
 }
 
-// at shows which file it is at.
+// at reports the present file.
 func (w *worker) at(ctx context.Context, path string) {
 	w.about.File = path
-	task.SetMetadata(ctx, w.about) // fails outside of an operation: in tests
+	task.SetMetadata(ctx, w.about) // fails outside of an operation, in tests
 }
 
-// moved adds n bytes to what is done.
+// moved adds n bytes to the progress.
 func (w *worker) moved(n int64) {
 	w.done += n
 	if w.update != nil {
@@ -248,8 +248,8 @@ func (w *worker) moved(n int64) {
 	}
 }
 
-// copy copies from src to dst and returns the SHA-256 of that. It looks at ctx
-// every so often.
+// copy copies from src to dst and returns the SHA-256 of the content. It checks
+// ctx after every chunk.
 func (w *worker) copy(ctx context.Context, dst io.Writer, src io.Reader) (sum string, err error) {
 	if w.buf == nil {
 		w.buf = make([]byte, chunkSize)
@@ -274,14 +274,14 @@ func (w *worker) copy(ctx context.Context, dst io.Writer, src io.Reader) (sum st
 	}
 }
 
-// contents returns a reader of an open file. A log that grows as fast as it is
-// read must not keep it for ever: what counts is its size when it was opened.
+// contents returns a reader of an open file, up to its size when it was opened: a
+// log that grows as fast as it is read must have an end.
 func contents(f *os.File, info fs.FileInfo) io.Reader {
 	return io.LimitReader(f, info.Size())
 }
 
-// sparse is a file in which zeros are written by leaving a hole, so that the
-// copy of a disk image is not larger than the original. End it with truncate.
+// sparse is a file that stores zeros as holes, so that the copy of a disk image
+// is not larger than the original. Call truncate at the end.
 type sparse struct{ f *os.File }
 
 var zeros [chunkSize]byte
@@ -294,7 +294,7 @@ func (s sparse) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// truncate makes a hole at the end part of the file.
+// truncate gives the file its size, in case it ends with a hole.
 func (s sparse) truncate() error {
 	size, err := s.f.Seek(0, io.SeekCurrent)
 	if err != nil {
@@ -303,14 +303,14 @@ func (s sparse) truncate() error {
 	return s.f.Truncate(size)
 }
 
-// A meta is what a new file has besides its content.
+// A meta is the metadata of a new file.
 type meta struct {
 	perm  fs.FileMode
-	mtime time.Time // zero for now
+	mtime time.Time // zero for the present time
 }
 
-// create makes a new file. On return it is durable, but for its name, or it
-// isn't there.
+// create creates a new file. On return its content is durable but its name is not,
+// or the file does not exist.
 func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err error) {
 	f, err := root.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -333,9 +333,9 @@ func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err 
 	return f.Sync()
 }
 
-// replace makes a new file, or has it take the place of another one: nobody
-// ever sees a part of it. The directories in between are made if need be.
-// Until syncParents its name is not durable.
+// replace creates a file or atomically replaces one: no part of it is ever
+// visible. It creates missing directories. Only syncParents makes the name
+// durable.
 func replace(root *os.Root, path string, m meta, fill func(*os.File) error) error {
 	if err := makePlace(root, path); err != nil {
 		return err
@@ -354,30 +354,30 @@ func replace(root *os.Root, path string, m meta, fill func(*os.File) error) erro
 	return err
 }
 
-// A placeError says that there can be no file at a path: there is a directory,
-// or a file or a link to elsewhere on the way, or the name is too long.
+// A placeError says why there can't be a file at a path: the path names a
+// directory, it leads through a file or outside the pool, or a name is too long.
 type placeError struct{ error }
 
 func (e placeError) Unwrap() error { return e.error }
 
-// makePlace makes the directories that lead to a file.
+// makePlace creates the directories that lead to a file.
 func makePlace(root *os.Root, path string) error {
 	switch info, err := root.Lstat(path); {
 	case err == nil && info.IsDir():
-		return placeError{fmt.Errorf("%s: there is a directory", path)}
+		return placeError{fmt.Errorf("%s: is a directory", path)}
 	case err == nil:
 		return nil
 	case !errors.Is(err, fs.ErrNotExist):
 		return placeError{err}
 	}
 	err := root.MkdirAll(filepath.Dir(path), 0o755)
-	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // a link to nowhere
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // ErrExist: a dangling link
 		return placeError{err}
 	}
 	return err
 }
 
-// syncParents makes the names of files durable that are new in root.
+// syncParents makes the names of new files in root durable.
 func syncParents(root *os.Root, paths ...string) error {
 	synced := make(map[string]bool)
 	for _, p := range paths {
@@ -393,7 +393,7 @@ func syncParents(root *os.Root, paths ...string) error {
 
 func syncDir(root *os.Root, dir string) error {
 	if runtime.GOOS == "windows" {
-		return nil // which has no such thing
+		return nil // Windows can't sync directories
 	}
 	f, err := root.Open(dir)
 	if err != nil {

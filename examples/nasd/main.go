@@ -1,31 +1,31 @@
-// Nasd is a small NAS daemon: it shows the four parts of an appliance that
-// package task is made for, working together.
+// Nasd is a small NAS daemon. It shows how the four parts of an appliance that
+// package task is made for work together.
 //
 //	nasd -data DIR [-listen ADDR]
 //
 // The storage service (storage.go, scrub.go, replicate.go) keeps pools, which
 // are directories, scrubs them and replicates one to another. The snapshot
-// scheduler (snapshot.go) takes snapshots of each and thins them out. Whatever
-// takes time is an operation of one task.Manager. Its news go to an event bus
-// (bus.go), and the REST API (api.go) has them all under /api/tasks. All that
-// can be tried with a browser: the page (page.html) is at /.
+// scheduler (snapshot.go) takes snapshots of each pool and thins them out.
+// Whatever takes time is an operation of one task.Manager. Its events go to an
+// event bus (bus.go), and the REST API (api.go) serves the operations under
+// /api/tasks. The page at / (page.html) lets a user try all that.
 //
-// On each pool one operation runs at a time. A replication is one on two pools.
+// On each pool one operation runs at a time. A replication occupies two pools.
 //
 // DIR holds everything:
 //
-//	tasks.db                   the operations, of the past and the present
-//	lock                       held while a nasd serves DIR
-//	pools/NAME/files/          the files of a pool: yours to read and write,
-//	                           but for .incoming, where they are being written
+//	tasks.db                   past and present operations
+//	lock                       locked while a nasd serves DIR
+//	pools/NAME/files/          the files of a pool, for you to read and write;
+//	                           .incoming holds files that are being written
 //	pools/NAME/manifest        the checksums of the files
-//	pools/NAME/snapshots/ID/   the files as they were: to read only
+//	pools/NAME/snapshots/ID/   snapshots of the files, for reading only
 //
-// It knows no users: whoever can connect may do everything. Listening on
-// 127.0.0.1, as it does unless told otherwise, those are the users of this
-// machine; put something that authenticates in front of it to let in others. It
-// has to ask for it as 127.0.0.1, by the Host header too: other names than
-// localhost are refused, as a page of another site may have made them up.
+// It has no users: whoever can connect may do everything. By default it listens
+// on 127.0.0.1, so that only programs on this machine can connect; to admit
+// others, put an authenticating proxy in front of it. The proxy must send the Host
+// header 127.0.0.1: names other than localhost are refused, because a page of
+// another site may have made them resolve to this machine.
 package main
 
 import (
@@ -59,12 +59,12 @@ type config struct {
 func main() {
 	var c config
 	flag.StringVar(&c.data, "data", "", "keep everything in this `DIR`")
-	flag.StringVar(&c.listen, "listen", "127.0.0.1:8080", "listen on this `ADDR`; port 0 takes one that is free")
-	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once; 0 for any number")
-	flag.DurationVar(&c.history, "keep-history", 30*24*time.Hour, "forget operations that finished longer ago; 0 for never")
-	flag.DurationVar(&c.every, "snapshot-every", 10*time.Minute, "take snapshots of each pool that often; 0 for never")
+	flag.StringVar(&c.listen, "listen", "127.0.0.1:8080", "listen on this `ADDR`; port 0 chooses a free port")
+	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once; 0 for no limit")
+	flag.DurationVar(&c.history, "keep-history", 30*24*time.Hour, "delete operations that finished longer ago; 0 for never")
+	flag.DurationVar(&c.every, "snapshot-every", 10*time.Minute, "take a snapshot of each pool at this interval; 0 for never")
 	flag.IntVar(&c.keep, "keep-snapshots", 12, fmt.Sprintf(
-		"keep the newest `N` snapshots of each pool, and the last ones of %d hours and %d days", keepHours, keepDays))
+		"keep the newest `N` snapshots of each pool, and the last one of each of %d hours and %d days", keepHours, keepDays))
 	flag.Parse()
 	if c.data == "" || flag.NArg() > 0 || min(c.limit, c.keep) < 0 || min(c.history, c.every) < 0 {
 		flag.Usage()
@@ -72,20 +72,20 @@ func main() {
 	}
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // the second signal ends it at once
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
 	if err := run(ctx, c, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "nasd:", err)
 		os.Exit(1)
 	}
 }
 
-// run is the daemon, until ctx is done.
+// run runs the daemon until ctx is done.
 func run(ctx context.Context, c config, out io.Writer) (err error) {
 	if err := os.MkdirAll(c.data, 0o700); err != nil {
 		return err
 	}
-	// The locks of package task hold within one Manager. Two daemons would
-	// get in each other's way.
+	// The locks of package task hold within one Manager: they would not keep
+	// two daemons apart.
 	lock, err := lockFile(filepath.Join(c.data, "lock"))
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.data, err)
@@ -113,15 +113,15 @@ func run(ctx context.Context, c config, out io.Writer) (err error) {
 	return serve(ctx, c, s, ln, out)
 }
 
-// serve has the parts of the daemon work together until ctx is done, and then
-// ends them in the order that lets each see the end of what it depends on.
+// serve runs the parts of the daemon until ctx is done. It then ends them in an
+// order in which each still sees the end of the parts that it depends on.
 func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var parts sync.WaitGroup
 
 	bus := new(bus)
-	changes := s.tasks.Watch(context.Background()) // before last reads: nothing is missed in between
+	changes := s.tasks.Watch(context.Background()) // before reading the history, so that nothing is missed
 	last := newLastResults(s.tasks)
 	toLog, toLast := bus.subscribe(1000), bus.subscribe(1000)
 	parts.Go(func() { logFinished(toLog) })
@@ -133,8 +133,8 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 	}
 	srv := &http.Server{
 		Handler: newAPI(s, last, isLoopback(ln.Addr())),
-		// No ReadTimeout and no WriteTimeout: they would end event streams. The
-		// handlers that read bodies set deadlines of their own.
+		// No ReadTimeout and no WriteTimeout, which would end event streams.
+		// Handlers that read bodies set deadlines of their own.
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 	}
@@ -147,13 +147,13 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 
 	<-ctx.Done()
 	slog.Info("shutting down")
-	// The server goes last: it has yet to tell those who watch how their
-	// operations ended. That ends the event streams.
+	// The server ends last: it still has to send the final states of operations
+	// to its clients. Those end the event streams.
 	err := s.tasks.Close()
 	grace, end := context.WithTimeout(context.Background(), 3*time.Second)
 	defer end()
 	if srv.Shutdown(grace) != nil {
-		srv.Close() // say, an upload that takes its time
+		srv.Close() // for example, a slow upload
 	}
 	parts.Wait()
 	if !errors.Is(served, http.ErrServerClosed) {
@@ -162,7 +162,7 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 	return err
 }
 
-// greet says where the daemon is, and how to begin.
+// greet prints the daemon's address, and how to begin.
 func greet(out io.Writer, url string, s *storage) {
 	names, err := s.names()
 	fmt.Fprintf(out, "nasd is at %s; stop it with Ctrl-C or kill %d\n", url, os.Getpid())

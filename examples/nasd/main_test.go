@@ -24,10 +24,10 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestMain lets the test binary stand in for the daemon.
+// TestMain makes the test binary run the daemon if it is asked to.
 func TestMain(m *testing.M) {
 	if os.Getenv("NASD_TEST_MAIN") != "" {
-		go func() { // should the test not live to end it
+		go func() { // ends it with the test, however that ends
 			io.Copy(io.Discard, os.Stdin)
 			os.Exit(3)
 		}()
@@ -42,8 +42,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// goroutines returns the stacks of all but this goroutine, as soon as there are
-// none, or after some time.
+// goroutines returns the stacks of all other goroutines. It waits some time for
+// them to end.
 func goroutines() (left string) {
 	buf := make([]byte, 1<<20)
 	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
@@ -62,25 +62,25 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 	must(t, err)
 	cmd := exec.CommandContext(t.Context(), exe, args...)
 	cmd.Env = append(os.Environ(), "NASD_TEST_MAIN=1",
-		"GORACE=atexit_sleep_ms=0") // else -race adds a second to each run
-	_, err = cmd.StdinPipe() // which ends with this process, or when cmd has ended
+		"GORACE=atexit_sleep_ms=0") // otherwise -race adds a second to each run
+	_, err = cmd.StdinPipe() // closed when this process or cmd ends
 	must(t, err)
 	return cmd
 }
 
-// A daemon is one that runs.
+// A daemon is a running daemon.
 type daemon struct {
 	t      *testing.T
 	dir    string
 	url    string
-	greets string // what it said first
+	greets string // its first output
 	cmd    *exec.Cmd
-	log    bytes.Buffer // to be read when it has ended
+	log    bytes.Buffer // read it only after the daemon has ended
 	client *http.Client
 	ended  chan struct{}
 }
 
-// start starts the daemon, and returns when it listens.
+// start starts the daemon, and returns once it listens.
 func start(t *testing.T, dir string, args ...string) *daemon {
 	t.Helper()
 	d := &daemon{t: t, dir: dir, client: &http.Client{Transport: &http.Transport{}}, ended: make(chan struct{})}
@@ -98,7 +98,7 @@ func start(t *testing.T, dir string, args ...string) *daemon {
 	r := bufio.NewReader(out)
 	line, err := r.ReadString('\n')
 	if err != nil {
-		t.Fatalf("the daemon doesn't start: %v, %v", err, d.end(syscall.SIGKILL))
+		t.Fatalf("the daemon does not start: %v, %v", err, d.end(syscall.SIGKILL))
 	}
 	d.greets = line
 	d.url, _, _ = strings.Cut(strings.TrimPrefix(line, "nasd is at "), ";")
@@ -162,8 +162,8 @@ func (d *daemon) get(id string) (op task.Operation) {
 	return op
 }
 
-// finish does an operation, checks in which state it ends, and stores its
-// result in the value that into points to, unless that is nil.
+// finish runs an operation, checks its final state, and stores its result in the
+// value that into points to, unless that is nil.
 func (d *daemon) finish(path, body string, state task.State, into any) task.Operation {
 	d.t.Helper()
 	op := d.begin(path, body)
@@ -177,13 +177,13 @@ func (d *daemon) finish(path, body string, state task.State, into any) task.Oper
 	return op
 }
 
-// put makes a file.
+// put stores a file.
 func (d *daemon) put(path, content string) {
 	d.t.Helper()
 	d.do("PUT", path, content, 204, nil)
 }
 
-// file returns where something in a pool is.
+// file returns the path of a file in a pool.
 func (d *daemon) file(pool, name string) string {
 	return filepath.Join(d.dir, "pools", pool, filesDir, name)
 }
@@ -224,7 +224,7 @@ func (s *stream) next() (name string, data []byte, err error) {
 	}
 }
 
-// until reads events until there is one of an operation that is as wanted.
+// until reads events until wanted accepts an operation.
 func (s *stream) until(what string, wanted func(op *task.Operation) bool) *task.Operation {
 	s.t.Helper()
 	for {
@@ -243,12 +243,12 @@ func (s *stream) until(what string, wanted func(op *task.Operation) bool) *task.
 	}
 }
 
-// untilAt waits until an operation is at a file.
+// untilAt waits until an operation works on a file.
 func (d *daemon) untilAt(id, file string) {
 	d.t.Helper()
 	s := d.stream("/api/tasks/" + id + "/events")
 	defer s.body.Close()
-	s.until("being at "+file, func(op *task.Operation) bool {
+	s.until("work on "+file, func(op *task.Operation) bool {
 		var a about
 		must(d.t, op.DecodeMetadata(&a))
 		return a.File == file
@@ -265,7 +265,7 @@ func TestProgram(t *testing.T) {
 		{"no directory", nil, 2, "-data DIR"},
 		{"argument", []string{"-data", t.TempDir(), "x"}, 2, "-data DIR"},
 		{"negative limit", []string{"-data", t.TempDir(), "-limit", "-1"}, 2, "-data DIR"},
-		{"negative number", []string{"-data", t.TempDir(), "-keep-snapshots", "-1"}, 2, "-data DIR"},
+		{"negative number of snapshots", []string{"-data", t.TempDir(), "-keep-snapshots", "-1"}, 2, "-data DIR"},
 		{"negative history", []string{"-data", t.TempDir(), "-keep-history", "-1s"}, 2, "-data DIR"},
 		{"negative period", []string{"-data", t.TempDir(), "-snapshot-every", "-1s"}, 2, "-data DIR"},
 		{"bad address", []string{"-data", t.TempDir(), "-listen", "256.0.0.1:0"}, 1, "nasd: listen"},
@@ -283,7 +283,7 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// The whole story, over HTTP, as a user would live it.
+// TestDaemon does over HTTP what a user would do.
 func TestDaemon(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -339,7 +339,7 @@ func TestDaemon(t *testing.T) {
 		var got struct{ Snapshots []string }
 		d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
 		if !slices.Equal(got.Snapshots, []string{first.ID, second.ID}) || second.Linked != 2 {
-			t.Errorf("listed are %v, taken were %+v and %+v", got, first, second)
+			t.Errorf("the list is %v after taking %+v and %+v", got, first, second)
 		}
 		wantTree(t, filepath.Join(d.dir, "pools/tank/snapshots", first.ID), want)
 	})
@@ -347,7 +347,7 @@ func TestDaemon(t *testing.T) {
 		makeHuge(t, d.file("tank", "huge"))
 		first := d.begin("/api/pools/tank/scrub", "")
 		second := d.begin("/api/pools/tank/snapshot", "")
-		d.untilAt(first.ID, "huge") // where it will be for hours
+		d.untilAt(first.ID, "huge") // it takes hours
 		d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 		if op := d.get(second.ID); op.State != task.StatePending {
 			t.Errorf("the second is %s, want %s", op.State, task.StatePending)
@@ -365,8 +365,8 @@ func TestDaemon(t *testing.T) {
 	})
 }
 
-// untilLast waits until the pools are listed with an operation as the last of
-// its kind. That comes by the event bus, some time after the end.
+// untilLast waits until the list of pools shows an operation as the last of its
+// kind. The event bus reports it some time after the finish.
 func (d *daemon) untilLast(pool, kind, id string) {
 	d.t.Helper()
 	for {
@@ -395,19 +395,20 @@ func TestGreeting(t *testing.T) {
 		}
 		if out, err := program(t, "-data", dir, "-listen", "127.0.0.1:0").CombinedOutput(); err == nil ||
 			!strings.Contains(string(out), "another nasd serves") {
-			t.Errorf("a second daemon: %v, %s", err, out)
+			t.Errorf("a second daemon returned %v, %s", err, out)
 		}
 		must(t, d.end(syscall.SIGINT))
 		if got := strings.Contains(d.greets, d.url+"/api/pools/tank/scrub"); got != want {
-			t.Errorf("it says %q, with advice: %v, want %v", d.greets, got, want)
+			t.Errorf("it greets with %q, with advice: %v, want %v", d.greets, got, want)
 		}
 		if want := fmt.Sprintf("kill %d\n", d.cmd.Process.Pid); !strings.Contains(d.greets, want) {
-			t.Errorf("it says %q, without %q", d.greets, want)
+			t.Errorf("it greets with %q, want %q in it", d.greets, want)
 		}
 	}
 }
 
-// On SIGTERM the operations end, those who watch see it, and the daemon exits.
+// TestTerm checks that on SIGTERM the operations end, event streams report their
+// final states, and the daemon exits.
 func TestTerm(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -416,13 +417,13 @@ func TestTerm(t *testing.T) {
 	waiting := d.begin("/api/pools/tank/snapshot", "")
 	all := d.stream("/api/tasks/events")
 	if name, data, err := all.next(); name != "snapshot" || !bytes.Contains(data, []byte(running.ID)) {
-		t.Errorf("first comes %s %s, %v", name, data, err)
+		t.Errorf("the first event is %s %s, %v", name, data, err)
 	}
 	d.untilAt(running.ID, "huge")
 
 	ended := make(chan error, 1)
 	go func() { ended <- d.end(syscall.SIGTERM) }()
-	failed := make(map[string]string) // what the stream says, until it ends
+	failed := make(map[string]string) // errors by ID, as the stream reports them
 	for {
 		name, data, err := all.next()
 		if err == io.EOF {
@@ -444,7 +445,7 @@ func TestTerm(t *testing.T) {
 			t.Errorf("%s is %s %q", op.Name, op.State, op.Error)
 		}
 		if failed[id] != op.Error {
-			t.Errorf("%s: the stream said %q, and it is %q", op.Name, failed[id], op.Error)
+			t.Errorf("%s: the stream reported %q, stored is %q", op.Name, failed[id], op.Error)
 		}
 	}
 	must(t, os.Remove(d.file("tank", "huge")))
@@ -452,7 +453,8 @@ func TestTerm(t *testing.T) {
 	must(t, d.end(syscall.SIGTERM))
 }
 
-// Killed in the middle of it, the next daemon knows, and goes on.
+// TestKill checks that after a kill the next daemon marks the replication as
+// failed, and can continue it.
 func TestKill(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -463,13 +465,13 @@ func TestKill(t *testing.T) {
 	op := d.begin("/api/pools/tank/replicate", `{"to":"backup"}`)
 	d.untilAt(op.ID, "huge")
 	if err := d.end(syscall.SIGKILL); err == nil {
-		t.Error("killed, and no error")
+		t.Error("no error of a killed daemon")
 	}
 
 	d = start(t, d.dir)
 	op = d.get(op.ID)
 	if op.State != task.StateFailed || op.Error != "Task failed due to system restart" {
-		t.Errorf("it is %s %q", op.State, op.Error)
+		t.Errorf("the replication is %s %q", op.State, op.Error)
 	}
 	wantTree(t, d.file("backup", ""), map[string]string{"a": "a"})
 	must(t, os.Remove(d.file("tank", "huge")))
@@ -482,7 +484,8 @@ func TestKill(t *testing.T) {
 	d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 }
 
-// The scheduler takes snapshots and thins them out, all as operations.
+// TestSchedule checks that the scheduler takes snapshots and thins them out, with
+// operations.
 func TestSchedule(t *testing.T) {
 	d := start(t, t.TempDir(), "-snapshot-every", "10ms", "-keep-snapshots", "2")
 	all := d.stream("/api/tasks/events")
@@ -503,7 +506,7 @@ func TestSchedule(t *testing.T) {
 			NextCursor string `json:"next_cursor"`
 		}
 		d.do("GET", "/api/tasks/?limit=500&state=DONE&cursor="+cursor, "", 200, &page)
-		for _, op := range page.Tasks { // the newest first
+		for _, op := range page.Tasks { // newest first
 			var r struct{ ID string }
 			if op.Name == "snapshot tank" {
 				must(t, op.DecodeResult(&r))
@@ -518,6 +521,6 @@ func TestSchedule(t *testing.T) {
 	d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
 	slices.Reverse(got.Snapshots)
 	if len(got.Snapshots) < 2 || len(got.Snapshots) >= len(want) || !slices.Equal(got.Snapshots, want[:len(got.Snapshots)]) {
-		t.Errorf("there are %v, of %v taken", got.Snapshots, want)
+		t.Errorf("the snapshots are %v, want some of the newest of %v", got.Snapshots, want)
 	}
 }

@@ -12,12 +12,11 @@ import (
 	"strings"
 )
 
-// A manifest says what the files of a pool should hold, by their paths.
+// A manifest holds the expected content of the files of a pool, by path.
 //
-// It is stored as text: a line that begins with manifestHead and has the
-// SHA-256 of what follows, and then for each file its SHA-256, size, time in
-// nanoseconds since 1970, and quoted path. A later version of the program that
-// writes it in another way must write another head.
+// It is stored as text: a line with manifestHead and the SHA-256 of the rest, and
+// then a line for each file with its SHA-256, size, time in nanoseconds since
+// 1970, and quoted path. A program that changes the format must change the head.
 type manifest map[string]entry
 
 type entry struct {
@@ -32,15 +31,14 @@ func newEntry(sum string, info fs.FileInfo) entry {
 	return entry{sum: sum, size: info.Size(), mtime: info.ModTime().UnixNano()}
 }
 
-// find returns the entry of a file, if the file hasn't been changed since, by
-// the looks of it.
+// find returns the entry of a file if its size and time show no change.
 func (m manifest) find(path string, info fs.FileInfo) (entry, bool) {
 	e, ok := m[path]
 	return e, ok && e == newEntry(e.sum, info)
 }
 
-// manifest returns the manifest of a pool. A damaged one is an error: nothing
-// could be told from it about the files.
+// manifest returns the manifest of a pool, or an error if it is damaged and thus
+// says nothing about the files.
 func (p *pool) manifest() (manifest, error) {
 	text, err := p.root.ReadFile(manifestFile)
 	var m manifest
@@ -48,7 +46,7 @@ func (p *pool) manifest() (manifest, error) {
 		m, err = parseManifest(string(text))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the checksums of the pool can't be read; POST to its /accept for new ones of what the files hold now: %w", err)
+		return nil, fmt.Errorf("the checksums of the pool can't be read; POST to its /accept to replace them by those of the present files: %w", err)
 	}
 	return m, nil
 }
@@ -82,7 +80,7 @@ func parseManifest(text string) (manifest, error) {
 	for line := range strings.Lines(rest) {
 		path, e, err := parseEntry(strings.TrimSuffix(line, "\n"))
 		if err != nil {
-			return nil, fmt.Errorf("the manifest has the line %q: %w", line, err)
+			return nil, fmt.Errorf("bad line %q in the manifest: %w", line, err)
 		}
 		m[path] = e
 	}
@@ -92,7 +90,7 @@ func parseManifest(text string) (manifest, error) {
 func parseEntry(line string) (path string, e entry, err error) {
 	fields := strings.SplitN(line, " ", 4)
 	if len(fields) != 4 {
-		return "", e, errors.New("it should have four fields")
+		return "", e, errors.New("want four fields")
 	}
 	e.sum = fields[0]
 	if e.size, err = strconv.ParseInt(fields[1], 10, 64); err != nil {

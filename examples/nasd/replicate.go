@@ -10,7 +10,7 @@ import (
 // A replicateResult is what a replication has done.
 type replicateResult struct {
 	Copied     int   `json:"copied"`           // files
-	Skipped    int   `json:"skipped"`          // that the target has already
+	Skipped    int   `json:"skipped"`          // files that the target has already
 	Bytes      int64 `json:"bytes"`            // of all of these
 	Others     int   `json:"others,omitempty"` // links and such, which are not copied
 	Corrupted  list  `json:"corrupted,omitzero"`
@@ -18,11 +18,11 @@ type replicateResult struct {
 	Blocked    list  `json:"blocked,omitzero"` // the target has something else in their way
 }
 
-// replicate copies the files of p to another pool, but for those that have the
-// same size and time there. So it goes on where an earlier one was interrupted;
-// and a copy that a scrub calls corrupted stays so, until somebody deletes it.
-// It leaves alone what only the target has, and copies no symbolic links. What
-// is corrupted in p does not take the place of what may be a good copy.
+// replicate copies the files of p to another pool, except those that have the
+// same size and time there. It thus continues where an earlier replication was
+// interrupted, and does not replace a corrupted copy until somebody deletes that.
+// It does not touch files that only the target has, and copies no symbolic links.
+// A file that is corrupted in p does not replace its copy, which may be good.
 func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateResult, error) {
 	known, err := p.manifest()
 	if err != nil {
@@ -36,7 +36,7 @@ func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateRe
 	err = w.each(ctx, p.files, func(path string, err error) error { return c.visit(ctx, path, err) })
 	r := &c.result
 	r.Bytes, r.Others = w.done, w.others
-	// Also of a part of them: their checksums are worth keeping.
+	// After an error, too: the checksums of what was copied are worth keeping.
 	err = errors.Join(err, syncParents(to.files, c.copied...), to.saveManifest(there))
 	if err == nil && r.Corrupted.Count+r.Unreadable.Count+r.Blocked.Count > 0 {
 		err = fmt.Errorf("not copied: %d corrupted, %d unreadable and %d blocked files%s",
@@ -50,13 +50,13 @@ type copier struct {
 	from, to *pool
 	worker   *worker
 	known    manifest // of from
-	there    manifest // of to, which is brought up to date
+	there    manifest // of to, updated as files are copied
 	copied   []string
 	result   replicateResult
 }
 
-// visit copies a file if need be. An error that it returns is one of writing,
-// which ends it all: the disk is full.
+// visit copies a file if necessary. It returns only errors of writing, such as a
+// full disk, which end the replication.
 func (c *copier) visit(ctx context.Context, path string, err error) error {
 	if err == nil {
 		err = c.bring(ctx, path)
@@ -83,7 +83,7 @@ func (c *copier) bring(ctx context.Context, path string) error {
 	old, isKnown := c.known.find(path, info)
 	if found, err := c.to.files.Lstat(path); err == nil && found.Mode().IsRegular() && unchanged(found, info) {
 		if _, ok := c.there.find(path, info); !ok && isKnown {
-			c.there[path] = old // an earlier one was killed; a scrub will tell
+			c.there[path] = old // an earlier replication was killed; the next scrub checks the copy
 		}
 		c.worker.moved(info.Size())
 		c.result.Skipped++

@@ -33,10 +33,10 @@ func TestReplicate(t *testing.T) {
 	want := map[string]string{"a": "a", "b/c": "ccc"}
 	tests := []struct {
 		name   string
-		change func(t *testing.T, p, to *pool) // after a first replication
+		change func(t *testing.T, p, to *pool) // between two replications
 		want   replicateResult
 		err    string
-		also   map[string]string // what the target has besides, or instead
+		also   map[string]string // files of the target that differ
 	}{
 		{
 			name:   "nothing changed",
@@ -50,7 +50,7 @@ func TestReplicate(t *testing.T) {
 			also:   map[string]string{"a": "new"},
 		},
 		{
-			name: "of another time",
+			name: "another time",
 			change: func(t *testing.T, p, to *pool) {
 				must(t, p.files.Chtimes("a", longAgo, longAgo.Add(time.Nanosecond)))
 			},
@@ -73,7 +73,7 @@ func TestReplicate(t *testing.T) {
 		{
 			name: "corrupted in the source",
 			change: func(t *testing.T, p, to *pool) {
-				write(t, p.files, "a", "A") // of the same time
+				write(t, p.files, "a", "A") // with the same time
 				must(t, to.files.Chtimes("a", time.Time{}, time.Now()))
 			},
 			want: replicateResult{Skipped: 1, Bytes: 4, Corrupted: files("a")},
@@ -86,7 +86,7 @@ func TestReplicate(t *testing.T) {
 			r, err := p.replicate(t.Context(), new(worker), to)
 			must(t, err)
 			if want := (replicateResult{Copied: 2, Bytes: 4}); !reflect.DeepEqual(*r, want) {
-				t.Errorf("the first has done %+v, want %+v", *r, want)
+				t.Errorf("the first replication returned %+v, want %+v", *r, want)
 			}
 			tt.change(t, p, to)
 			r, err = p.replicate(t.Context(), new(worker), to)
@@ -111,16 +111,17 @@ func TestReplicateMeta(t *testing.T) {
 	info, err := to.files.Lstat("a")
 	must(t, err)
 	if !info.ModTime().Equal(longAgo) || runtime.GOOS != "windows" && info.Mode() != 0o751 {
-		t.Errorf("the copy is of %v with %v", info.ModTime(), info.Mode())
+		t.Errorf("the copy has time %v and mode %v", info.ModTime(), info.Mode())
 	}
-	// It has checksums from the start.
+	// The target has checksums from the start.
 	write(t, to.files, "a", "A")
 	if r, err := scrubbed(t, to); err == nil || !reflect.DeepEqual(r.Corrupted, files("a")) || r.New.Count > 0 {
-		t.Errorf("a scrub of the target: %+v, %v", r, err)
+		t.Errorf("scrub of the target: %+v, %v", r, err)
 	}
 }
 
-// One that was killed has copied files but not kept their checksums.
+// TestReplicateAfterKill: a killed replication has copied files, but not stored
+// their checksums.
 func TestReplicateAfterKill(t *testing.T) {
 	p, to := twoPools(t)
 	_, err := p.replicate(t.Context(), new(worker), to)
@@ -131,7 +132,7 @@ func TestReplicateAfterKill(t *testing.T) {
 		t.Errorf("got %+v and %v, want both skipped", r, err)
 	}
 	if r, err := scrubbed(t, to); err != nil || r.New.Count > 0 {
-		t.Errorf("a scrub of the target: %+v, %v; want nothing new", r, err)
+		t.Errorf("scrub of the target: %+v, %v; want nothing new", r, err)
 	}
 }
 
@@ -151,16 +152,16 @@ func TestReplicateCancel(t *testing.T) {
 	}
 	wantTree(t, to.files.Name(), map[string]string{"a": "a", "b/c": "ccc"})
 	if r, err := scrubbed(t, to); err != nil || r.New.Count > 0 {
-		t.Errorf("a scrub of the target: %+v, %v; want nothing new", r, err)
+		t.Errorf("scrub of the target: %+v, %v; want nothing new", r, err)
 	}
 	must(t, p.files.Remove("b/huge"))
 	if r, err := p.replicate(t.Context(), new(worker), to); err != nil || r.Skipped != 2 || r.Copied != 0 {
-		t.Errorf("once more: got %+v and %v, want both skipped", r, err)
+		t.Errorf("again: got %+v and %v, want both skipped", r, err)
 	}
 }
 
-// What has something else in its way is told, and keeps nothing else from being
-// copied.
+// TestReplicateBlocked checks that files without a place in the target are
+// reported, and that the others are copied.
 func TestReplicateBlocked(t *testing.T) {
 	outside := t.TempDir()
 	link := func(target string) func(*testing.T, *pool) {
@@ -174,10 +175,10 @@ func TestReplicateBlocked(t *testing.T) {
 		block func(t *testing.T, to *pool)
 		path  string
 	}{
-		{"a directory", func(t *testing.T, to *pool) { must(t, to.files.MkdirAll("a/x", 0o700)) }, "a"},
-		{"a file on the way", func(t *testing.T, to *pool) { write(t, to.files, "b", "") }, "b/c"},
-		{"a link to outside", link(outside), "b/c"},
-		{"a link to nowhere", link("gone"), "b/c"},
+		{"directory", func(t *testing.T, to *pool) { must(t, to.files.MkdirAll("a/x", 0o700)) }, "a"},
+		{"file in the path", func(t *testing.T, to *pool) { write(t, to.files, "b", "") }, "b/c"},
+		{"link to outside", link(outside), "b/c"},
+		{"dangling link", link("gone"), "b/c"},
 		{"a loop", link("b"), "b/c"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -195,7 +196,8 @@ func TestReplicateBlocked(t *testing.T) {
 	}
 }
 
-// What can't be read is told; what can't be written ends it.
+// TestReplicateTrouble checks that unreadable files are reported, and that a
+// failed write ends the replication.
 func TestReplicateTrouble(t *testing.T) {
 	p, to := twoPools(t)
 	c := &copier{from: p, to: to, worker: new(worker)}
@@ -205,9 +207,9 @@ func TestReplicateTrouble(t *testing.T) {
 		t.Errorf("got %+v, want %+v", c.result, want)
 	}
 	must(t, to.files.RemoveAll(incoming))
-	write(t, to.files, incoming, "in the way")
+	write(t, to.files, incoming, "not a directory")
 	if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
-		t.Error("nowhere to write: no error")
+		t.Error("no error of a write into a file")
 	}
 	if _, err := to.files.Lstat("a"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v, want %v", err, fs.ErrNotExist)
@@ -215,7 +217,7 @@ func TestReplicateTrouble(t *testing.T) {
 	for _, damaged := range []*pool{to, p} {
 		must(t, damaged.root.WriteFile(manifestFile, nil, 0o600))
 		if _, err := p.replicate(t.Context(), new(worker), to); err == nil {
-			t.Error("a damaged manifest: no error")
+			t.Error("no error for a damaged manifest")
 		}
 	}
 }

@@ -12,11 +12,11 @@ import (
 
 // A scrubResult is what a scrub has found.
 //
-// A file is corrupted if its content has changed although neither its size nor
-// its time has: no program does that, but disks do. It is reported until the
-// file is restored or the user accepts what it holds. Any other change is taken
-// to be meant: the new checksum is kept. Nobody can tell a file that was
-// deleted from one that was lost, so that it is reported as missing, once.
+// A file is corrupted if its content has changed but its size and time have not:
+// disks do that, programs do not. It is reported until the file is restored or
+// the user accepts its content. Any other change counts as intended, and its
+// checksum is recorded. A deleted file looks like a lost one: it is reported as
+// missing once.
 type scrubResult struct {
 	Files      int   `json:"files"` // read
 	Bytes      int64 `json:"bytes"`
@@ -28,9 +28,9 @@ type scrubResult struct {
 	Changed    list  `json:"changed,omitzero"`
 }
 
-// scrub compares all files with known, and keeps the checksums of those that
-// are new or have been changed. Cancelled, it keeps what it knew. It returns
-// an error, and the result as well, if there is anything wrong with the files.
+// scrub compares all files with the manifest, and records the checksums of new and
+// changed files. A cancelled scrub records nothing. If files are corrupted or
+// unreadable, scrub returns an error beside the result.
 func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResult, error) {
 	s := &scrub{pool: p, worker: w, known: known, next: make(manifest)}
 	err := w.each(ctx, p.files, func(path string, err error) error { return s.visit(ctx, path, err) })
@@ -75,7 +75,7 @@ func (s *scrub) visit(ctx context.Context, path string, err error) error {
 	return s.result.Unreadable.addUnreadable(ctx, path, err)
 }
 
-// check reads one file and compares it with what is known.
+// check reads one file and compares it with its manifest entry.
 func (s *scrub) check(ctx context.Context, path string) error {
 	f, info, err := open(ctx, s.pool.files, path)
 	if err != nil {
@@ -107,8 +107,8 @@ func (s *scrub) check(ctx context.Context, path string) error {
 	return nil
 }
 
-// keep keeps what is known of a file that can't be read, or of all files in
-// such a directory: they are not missing.
+// keep keeps the entry of an unreadable file, or those of all files below an
+// unreadable directory: they are not missing.
 func (s *scrub) keep(path string) {
 	for known, e := range s.known {
 		if known == path || strings.HasPrefix(known, path+"/") {

@@ -15,7 +15,7 @@ import (
 
 func files(paths ...string) list { return list{Count: len(paths), Paths: paths} }
 
-// scrubbed scrubs a pool by its manifest.
+// scrubbed scrubs a pool.
 func scrubbed(t *testing.T, p *pool) (*scrubResult, error) {
 	t.Helper()
 	known, err := p.manifest()
@@ -29,10 +29,10 @@ func TestScrub(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	corrupt := func(t *testing.T, p *pool) { write(t, p.files, "b/c", "CCC") } // of the same time
+	corrupt := func(t *testing.T, p *pool) { write(t, p.files, "b/c", "CCC") } // with the same time
 	tests := []struct {
 		name  string
-		steps []func(t *testing.T, p *pool) // a scrub after each but the last
+		steps []func(t *testing.T, p *pool) // with a scrub between any two
 		want  scrubResult
 		err   string
 	}{
@@ -94,7 +94,7 @@ func TestScrub(t *testing.T) {
 			want: scrubResult{Files: 2, Bytes: 2, New: files("d"), Missing: files("b/c")},
 		},
 		{
-			name: "missing, which is told once",
+			name: "missing, reported once",
 			steps: []func(*testing.T, *pool){
 				func(t *testing.T, p *pool) { must(t, p.files.RemoveAll("b")) },
 				func(*testing.T, *pool) {},
@@ -102,15 +102,15 @@ func TestScrub(t *testing.T) {
 			want: scrubResult{Files: 1, Bytes: 1},
 		},
 		{
-			name: "what is being written",
+			name: "files being written",
 			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) {
 				write(t, p.files, incoming+"/x", "part")
-				write(t, p.files, "b/"+incoming, "no part of it")
+				write(t, p.files, "b/"+incoming, "ordinary file")
 			}},
 			want: scrubResult{Files: 3, Bytes: 17, New: files("b/" + incoming)},
 		},
 		{
-			name:  "a name with everything in it",
+			name:  "name with special characters",
 			steps: []func(*testing.T, *pool){func(t *testing.T, p *pool) { write(t, p.files, "\n \"%ü", "x") }},
 			want:  scrubResult{Files: 3, Bytes: 5, New: files("\n \"%ü")},
 		},
@@ -123,7 +123,7 @@ func TestScrub(t *testing.T) {
 			r, err := scrubbed(t, p)
 			must(t, err)
 			if want := (scrubResult{Files: 2, Bytes: 4, New: files("a", "b/c")}); !reflect.DeepEqual(*r, want) {
-				t.Fatalf("the first scrub has found %+v, want %+v", *r, want)
+				t.Fatalf("the first scrub returned %+v, want %+v", *r, want)
 			}
 			r, err = scrubbed(t, p)
 			for _, step := range tt.steps {
@@ -140,7 +140,8 @@ func TestScrub(t *testing.T) {
 	}
 }
 
-// What can't be read is told, and what is known of it is kept.
+// TestScrubUnreadable checks that unreadable files are reported, and that their
+// checksums are kept.
 func TestScrubUnreadable(t *testing.T) {
 	p := newPool(t)
 	s := &scrub{pool: p, worker: new(worker), next: make(manifest), known: manifest{
@@ -153,15 +154,16 @@ func TestScrubUnreadable(t *testing.T) {
 	}
 	must(t, s.visit(t.Context(), "deleted", nil))
 	if s.result.Unreadable.Count != 1 {
-		t.Errorf("a file that is gone is told as unreadable: %+v", s.result)
+		t.Errorf("a deleted file is reported as unreadable: %+v", s.result)
 	}
 	must(t, p.root.RemoveAll(filesDir))
 	if _, err := scrubbed(t, p); err == nil {
-		t.Error("no files directory: no error")
+		t.Error("no error without the directory of files")
 	}
 }
 
-// A file that is changed while it is read is not corrupted.
+// TestScrubChanging checks that a file that changes while it is read is not
+// reported as corrupted.
 func TestScrubChanging(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
@@ -175,7 +177,7 @@ func TestScrubChanging(t *testing.T) {
 		_, err = f.WriteString("b")
 		must(t, errors.Join(err, f.Close()))
 	}
-	for range 2 { // with its time as known, and with another
+	for range 2 { // with the time in the manifest, and with another
 		r, err := p.scrub(t.Context(), &worker{update: change}, known)
 		must(t, err)
 		if want := (scrubResult{Files: 1, Bytes: 1, Changed: files("a")}); !reflect.DeepEqual(*r, want) {
@@ -183,10 +185,10 @@ func TestScrubChanging(t *testing.T) {
 		}
 	}
 	if r, err := scrubbed(t, p); err != nil || !reflect.DeepEqual(r.Changed, files("a")) {
-		t.Errorf("got %+v and %v, want it changed", r, err)
+		t.Errorf("got %+v and %v, want a changed file", r, err)
 	}
 	if r, err := scrubbed(t, p); err != nil || !reflect.DeepEqual(*r, scrubResult{Files: 1, Bytes: 1}) {
-		t.Errorf("got %+v and %v, want it clean", r, err)
+		t.Errorf("got %+v and %v, want no change", r, err)
 	}
 }
 
@@ -201,15 +203,16 @@ func TestScrubCancel(t *testing.T) {
 		t.Errorf("got %+v and %v, want one chunk read and %v", r, err, task.ErrCancelled)
 	}
 	if after, err := p.manifest(); err != nil || !reflect.DeepEqual(after, before) {
-		t.Errorf("the manifest is %v now, %v", after, err)
+		t.Errorf("the manifest has become %v, %v", after, err)
 	}
 }
 
-// Any damage of the manifest is found, and mended by accepting.
+// TestManifestDamaged checks that any damage of the manifest is detected, and
+// repaired by accepting the files.
 func TestManifestDamaged(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
-	write(t, p.files, "bad\xffname", "b") // where the file system takes that
+	write(t, p.files, "bad\xffname", "b") // if the file system allows that
 	_, err := scrubbed(t, p)
 	must(t, err)
 	good, err := p.root.ReadFile(manifestFile)
@@ -217,27 +220,27 @@ func TestManifestDamaged(t *testing.T) {
 	known, err := parseManifest(string(good))
 	must(t, err)
 	if got := known.text(); got != string(good) {
-		t.Errorf("read and written again, %q is %q", good, got)
+		t.Errorf("parsed and written again, %q becomes %q", good, got)
 	}
 	for i := range good {
 		if _, err := parseManifest(string(good[:i])); err == nil {
-			t.Errorf("only the first %d bytes: no error", i)
+			t.Errorf("no error for the first %d bytes", i)
 		}
 		bad := []byte(string(good))
 		bad[i] ^= 1
 		if _, err := parseManifest(string(bad)); err == nil {
-			t.Errorf("byte %d flipped: no error", i)
+			t.Errorf("no error with byte %d flipped", i)
 		}
 	}
 	for _, line := range []string{"", "a 1 2", "a x 2 \"a\"", "a 1 x \"a\"", "a 1 2 a"} {
 		if _, _, err := parseEntry(line); err == nil {
-			t.Errorf("the line %q: no error", line)
+			t.Errorf("no error for the line %q", line)
 		}
 	}
 
 	must(t, p.root.WriteFile(manifestFile, good[1:], 0o600))
 	if _, err := p.manifest(); err == nil || !strings.Contains(err.Error(), "/accept") {
-		t.Errorf("got %v, which doesn't say what to do", err)
+		t.Errorf("got %v, want it to say what to do", err)
 	}
 	must(t, p.root.Remove(manifestFile))
 	if _, err := p.manifest(); !errors.Is(err, os.ErrNotExist) {

@@ -14,11 +14,11 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// snapshotID is the layout of the names of snapshots: the time in UTC. Their
-// order is that of time.
+// snapshotID is the layout of the names of snapshots: the time in UTC, so that
+// names sort by time.
 const snapshotID = "20060102T150405.000Z"
 
-// What goes on in the directory of snapshots has names that are no IDs.
+// Incomplete snapshots have names that are not IDs.
 const (
 	partialSnapshot = snapshotsDir + "/.partial"
 	removedSnapshot = snapshotsDir + "/.removed"
@@ -28,26 +28,26 @@ const (
 type snapshotResult struct {
 	ID         string `json:"id"`
 	Bytes      int64  `json:"bytes"`
-	Linked     int    `json:"linked"` // files that are as in the snapshot before
+	Linked     int    `json:"linked"` // files unchanged since the previous snapshot
 	Cloned     int    `json:"cloned"`
 	Copied     int    `json:"copied"`
-	Others     int    `json:"others,omitempty"` // links and such, which are not in it
+	Others     int    `json:"others,omitempty"` // links and such, which it leaves out
 	Unreadable list   `json:"unreadable,omitzero"`
 }
 
 // snapshot takes a snapshot of the files of p, one file after the other.
 //
 // No file of the pool is ever linked to a snapshot: a program that changes it
-// in place would change the snapshot as well. A file that is as in the snapshot
-// before, by its size and time, is linked to that, in which nobody changes
-// anything; so a disk that corrupts it corrupts it in both. Any other is
-// cloned, where the file system can, or else copied.
+// in place would change the snapshot, too. A file that is unchanged since the
+// previous snapshot, by its size and time, is linked to that one, where nobody
+// changes it; a disk that corrupts it corrupts both. Any other file is cloned, if
+// the file system supports that, or copied.
 func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error) {
 	ids, err := p.snapshots()
 	if err != nil {
 		return nil, err
 	}
-	if err := p.root.RemoveAll(partialSnapshot); err != nil { // of one that was killed
+	if err := p.root.RemoveAll(partialSnapshot); err != nil { // left by a killed one
 		return nil, err
 	}
 	defer p.root.RemoveAll(partialSnapshot)
@@ -76,7 +76,7 @@ func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error)
 	return &s.result, errors.Join(err, syncDir(p.root, snapshotsDir))
 }
 
-// newSnapshotID returns one that comes after all ids, also if the clock was set
+// newSnapshotID returns an ID that sorts after all ids, even if the clock was set
 // back.
 func newSnapshotID(now time.Time, ids []string) string {
 	id := now.UTC().Format(snapshotID)
@@ -87,10 +87,10 @@ func newSnapshotID(now time.Time, ids []string) string {
 	return id
 }
 
-// snapshots returns the IDs of all snapshots, the oldest first.
+// snapshots returns the IDs of all snapshots, oldest first.
 func (p *pool) snapshots() ([]string, error) {
 	ids := []string{}
-	entries, err := fs.ReadDir(p.root.FS(), snapshotsDir) // which sorts them
+	entries, err := fs.ReadDir(p.root.FS(), snapshotsDir) // sorted by name
 	for _, e := range entries {
 		if _, err := time.Parse(snapshotID, e.Name()); err == nil && e.IsDir() {
 			ids = append(ids, e.Name())
@@ -99,11 +99,11 @@ func (p *pool) snapshots() ([]string, error) {
 	return ids, err
 }
 
-// A snapshot is one that is being taken.
+// A snapshot is a snapshot being taken.
 type snapshot struct {
 	pool   *pool
 	worker *worker
-	before string   // the directory of the snapshot before; "" if there is none
+	before string   // the directory of the previous snapshot; "" if there is none
 	paths  []string // of the files in it
 	result snapshotResult
 }
@@ -147,7 +147,7 @@ func (s *snapshot) take(ctx context.Context, name string) error {
 	})
 }
 
-// link links a file to the snapshot before, if it is the same in there.
+// link links a file to the previous snapshot, if it is unchanged since.
 func (s *snapshot) link(name, to string, info fs.FileInfo) bool {
 	if s.before == "" {
 		return false
@@ -157,7 +157,7 @@ func (s *snapshot) link(name, to string, info fs.FileInfo) bool {
 		s.pool.root.Link(s.before+"/"+name, to) == nil // some file systems have no links
 }
 
-// A thinResult is what thinning out has done.
+// A thinResult is the result of thinning out.
 type thinResult struct {
 	Kept    int      `json:"kept"`
 	Removed []string `json:"removed"`
@@ -166,7 +166,7 @@ type thinResult struct {
 // thin removes the snapshots that need not be kept.
 func (p *pool) thin(ctx context.Context, w *worker, keep int) (*thinResult, error) {
 	r := &thinResult{Removed: []string{}}
-	// It is renamed first: none that is half removed is ever seen.
+	// Rename it first, so that a partly removed snapshot is never visible.
 	if err := p.root.RemoveAll(removedSnapshot); err != nil {
 		return r, err
 	}
@@ -201,15 +201,15 @@ const (
 	keepDays  = 30
 )
 
-// expired returns which of the snapshots need not be kept, the oldest first.
-// To be kept are the newest, as many as keep says, and the last one of each of
-// the 24 latest hours, and of each of the 30 latest days, that have any.
+// expired returns the snapshots that need not be kept, oldest first. It keeps the
+// newest keep snapshots, and the last one of each of the latest 24 hours and of
+// each of the latest 30 days that have snapshots.
 func expired(ids []string, keep int) (doomed []string) {
 	hours := period{length: time.Hour, left: keepHours}
 	days := period{length: 24 * time.Hour, left: keepDays}
 	for i, id := range slices.Backward(ids) {
 		t, _ := time.Parse(snapshotID, id)
-		lastOfHour, lastOfDay := hours.begins(t), days.begins(t) // both have to see it
+		lastOfHour, lastOfDay := hours.begins(t), days.begins(t) // no short-circuit: both count
 		if len(ids)-i > keep && !lastOfHour && !lastOfDay {
 			doomed = append(doomed, id)
 		}
@@ -218,15 +218,15 @@ func expired(ids []string, keep int) (doomed []string) {
 	return doomed
 }
 
-// A period goes back in time, from one hour or day that has a snapshot to the
-// one before.
+// A period steps back in time, from one hour or day with snapshots to the one
+// before.
 type period struct {
 	length time.Duration
-	left   int // how many are left
+	left   int // how many hours or days are left
 	at     time.Time
 }
 
-// begins reports whether t is in another one than the times before.
+// begins reports whether t is in another hour or day than the times before.
 func (p *period) begins(t time.Time) bool {
 	at := t.Truncate(p.length)
 	if at.Equal(p.at) || p.left == 0 {
@@ -237,7 +237,7 @@ func (p *period) begins(t time.Time) bool {
 	return true
 }
 
-// A scheduler has snapshots taken of each pool, and thinned out after that.
+// A scheduler takes snapshots of each pool and thins them out.
 type scheduler struct {
 	storage *storage
 	every   time.Duration
@@ -246,14 +246,14 @@ type scheduler struct {
 	last map[string]attempt // by pool
 }
 
-// An attempt is when it submitted what, the last time.
+// An attempt is the last time that operations were submitted for a pool.
 type attempt struct {
 	at time.Time
-	id string // of the operation that comes last
+	id string // of the last operation
 }
 
-// run looks for pools whose turn it is, until ctx is done. What it goes by are
-// the snapshots that there are, so that the schedule survives the daemon.
+// run looks for pools that are due, until ctx is done. The schedule is derived
+// from the existing snapshots, and so survives a restart of the daemon.
 func (s *scheduler) run(ctx context.Context) {
 	s.last = make(map[string]attempt)
 	ticker := time.NewTicker(max(s.every/10, time.Millisecond))
@@ -274,9 +274,9 @@ func (s *scheduler) run(ctx context.Context) {
 	}
 }
 
-// tend submits what is due for a pool. It doesn't while its last operations
-// still wait, say for a scrub that takes days: they must not pile up. And it
-// does at most once in each period, also if that fails.
+// tend submits the operations that are due for a pool, at most once in each
+// period, even if they fail. It submits nothing while the last ones are
+// unfinished, so that they don't pile up behind a scrub that takes days.
 func (s *scheduler) tend(name string, now time.Time) error {
 	last := s.last[name]
 	if op, ok := s.storage.tasks.Get(last.id); ok && !op.State.Finished() || now.Sub(last.at) < s.every {
@@ -285,7 +285,7 @@ func (s *scheduler) tend(name string, now time.Time) error {
 	ids, err := s.storage.snapshots(name)
 	if err == nil && len(ids) > 0 {
 		latest, _ := time.Parse(snapshotID, ids[len(ids)-1])
-		// One of the future is of a time when the clock was wrong.
+		// A snapshot in the future comes from a wrong clock.
 		if age := now.Sub(latest); 0 <= age && age < s.every {
 			return nil
 		}

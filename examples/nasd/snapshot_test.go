@@ -19,14 +19,14 @@ func TestSnapshot(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
 	write(t, p.files, "b/c", "ccc")
-	write(t, p.root, partialSnapshot+"/x", "of one that was killed")
+	write(t, p.root, partialSnapshot+"/x", "left by a killed snapshot")
 
 	first, err := p.snapshot(t.Context(), new(worker))
 	must(t, err)
 	if first.Linked != 0 || first.Cloned+first.Copied != 2 || first.Bytes != 4 {
-		t.Errorf("the first: %+v, want two files cloned or copied", first)
+		t.Errorf("first snapshot: %+v, want two files cloned or copied", first)
 	}
-	write(t, p.files, "a", "A") // in place, and of the same time
+	write(t, p.files, "a", "A") // in place, with the same time
 	f, err := p.files.OpenFile("b/c", os.O_WRONLY, 0)
 	must(t, err)
 	_, err = f.WriteString("CCC")
@@ -36,20 +36,20 @@ func TestSnapshot(t *testing.T) {
 	second, err := p.snapshot(t.Context(), new(worker))
 	must(t, err)
 	if second.Linked != 1 || second.Cloned+second.Copied != 2 || second.ID <= first.ID {
-		t.Errorf("the second: %+v, want one file linked and two cloned or copied", second)
+		t.Errorf("second snapshot: %+v, want one file linked and two cloned or copied", second)
 	}
 	dir := filepath.Join(p.root.Name(), snapshotsDir)
 	wantTree(t, filepath.Join(dir, first.ID), map[string]string{"a": "a", "b/c": "ccc"})
-	// To its size and time, a is as it was.
+	// By its size and time, a has not changed.
 	wantTree(t, filepath.Join(dir, second.ID), map[string]string{"a": "a", "b/c": "CCC", "d": ""})
 	ids, err := p.snapshots()
 	if want := []string{first.ID, second.ID}; err != nil || !slices.Equal(ids, want) {
-		t.Errorf("there are %v and %v, want %v", ids, err, want)
+		t.Errorf("snapshots are %v, %v; want %v", ids, err, want)
 	}
 	info, err := os.Lstat(filepath.Join(dir, second.ID, "a"))
 	must(t, err)
 	if info.Mode().Perm()&0o222 != 0 || !info.ModTime().Equal(longAgo) {
-		t.Errorf("in the snapshot there is a file with %v of %v", info.Mode(), info.ModTime())
+		t.Errorf("the file in the snapshot has mode %v and time %v", info.Mode(), info.ModTime())
 	}
 	if _, err := p.root.Lstat(partialSnapshot); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v, want %v", err, os.ErrNotExist)
@@ -87,7 +87,7 @@ func TestNewSnapshotID(t *testing.T) {
 
 func TestExpired(t *testing.T) {
 	now := time.Date(2026, 7, 7, 23, 59, 59, 0, time.UTC)
-	every := func(d time.Duration, n int) (ids []string) { // the oldest first
+	every := func(d time.Duration, n int) (ids []string) { // oldest first
 		for i := range n {
 			ids = append(ids, now.Add(-time.Duration(n-1-i)*d).Format(snapshotID))
 		}
@@ -101,11 +101,11 @@ func TestExpired(t *testing.T) {
 	}{
 		{"none", nil, 3, 0},
 		{"fewer", every(time.Minute, 2), 3, 2},
-		{"of one hour", every(time.Minute, 30), 3, 3},
-		{"of one hour, to keep none", every(time.Minute, 30), 0, 1},
-		{"of 12 hours", every(10*time.Minute, 12*6), 3, 3 + 11},
-		{"of 48 hours", every(10*time.Minute, 48*6), 6, 6 + 23 + 1},
-		{"of 100 days", every(time.Hour, 100*24), 12, 24 + 29},
+		{"one hour", every(time.Minute, 30), 3, 3},
+		{"one hour, keep none", every(time.Minute, 30), 0, 1},
+		{"12 hours", every(10*time.Minute, 12*6), 3, 3 + 11},
+		{"48 hours", every(10*time.Minute, 48*6), 6, 6 + 23 + 1},
+		{"100 days", every(time.Hour, 100*24), 12, 24 + 29},
 		{"daily", every(24*time.Hour, 100), 2, 30},
 		{"yearly", every(365*24*time.Hour, 7), 2, 7},
 	}
@@ -116,15 +116,15 @@ func TestExpired(t *testing.T) {
 				t.Errorf("%d left, want %d", got, tt.left)
 			}
 			if !slices.IsSorted(doomed) {
-				t.Errorf("not the oldest first: %v", doomed)
+				t.Errorf("expired snapshots are not oldest first: %v", doomed)
 			}
 			left := slices.DeleteFunc(slices.Clone(tt.ids), func(id string) bool { return slices.Contains(doomed, id) })
 			newest := tt.ids[len(tt.ids)-min(tt.keep, len(tt.ids)):]
 			if !slices.Equal(left[len(left)-len(newest):], newest) {
-				t.Errorf("left are %v, which lacks some of the newest", left)
+				t.Errorf("left are %v, without some of the newest", left)
 			}
 			if again := expired(left, tt.keep); len(again) > 0 {
-				t.Errorf("then, of what was to be left, %v", again)
+				t.Errorf("a second call expires %v", again)
 			}
 		})
 	}
@@ -148,7 +148,8 @@ func TestThin(t *testing.T) {
 	wantTree(t, filepath.Join(p.root.Name(), snapshotsDir), map[string]string{ids[2] + "/a": ids[2], "other/a": "other"})
 }
 
-// The scheduler takes snapshots on time, and none while the last ones wait.
+// TestScheduler checks that snapshots are taken on time, and none while the last
+// ones are waiting.
 func TestScheduler(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -176,7 +177,7 @@ func TestScheduler(t *testing.T) {
 			(&scheduler{storage: s, every: time.Hour, keep: 1}).run(ctx)
 		}()
 
-		// At once, as there is none; and no other before an hour is over.
+		// The first one at once, and the next one after an hour.
 		wants("at once", "tank DONE")
 		time.Sleep(59 * time.Minute)
 		wants("after 59 minutes", "tank DONE")
@@ -191,14 +192,14 @@ func TestScheduler(t *testing.T) {
 		close(release)
 		synctest.Wait()
 		time.Sleep(30 * time.Minute)
-		wants("afterwards", "tank DONE", "hold tank DONE", "tank DONE")
+		wants("after the pool is free", "tank DONE", "hold tank DONE", "tank DONE")
 
-		// A schedule survives the daemon.
+		// The schedule survives a restart of the daemon.
 		cancel()
 		<-ended
 		sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
 		must(t, sched.tend("tank", time.Now()))
-		wants("anew", "tank DONE", "hold tank DONE", "tank DONE")
+		wants("after a restart", "tank DONE", "hold tank DONE", "tank DONE")
 		if err := sched.tend("gone", time.Now()); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %v", err, os.ErrNotExist)
 		}
@@ -210,8 +211,8 @@ func TestScheduler(t *testing.T) {
 	})
 }
 
-// A clock that was ahead once, or a pool in trouble, doesn't stop the schedule,
-// nor has it do anything more than once in each period.
+// TestSchedulerTrouble checks that neither a clock that was once ahead nor a broken
+// pool stops the schedule, or causes more than one attempt in each period.
 func TestSchedulerTrouble(t *testing.T) {
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
@@ -220,7 +221,7 @@ func TestSchedulerTrouble(t *testing.T) {
 	now := time.Now()
 	for _, tt := range []struct {
 		after time.Duration
-		want  int // operations: with each snapshot that makes another superfluous comes thinning out
+		want  int // operations: a snapshot that lets another one expire is followed by thinning out
 	}{{0, 2}, {59 * time.Minute, 2}, {time.Hour, 4}, {61 * time.Minute, 4}} {
 		must(t, sched.tend("tank", now.Add(tt.after)))
 		ops, err := s.tasks.List(10, 0)
@@ -234,11 +235,11 @@ func TestSchedulerTrouble(t *testing.T) {
 		}
 	}
 	if ids, err := p.snapshots(); err != nil || len(ids) != 1 || ids[0] != "29990102T030405.003Z" {
-		t.Errorf("there are %v, %v", ids, err)
+		t.Errorf("snapshots are %v, %v", ids, err)
 	}
 	must(t, p.root.RemoveAll(snapshotsDir))
 	if err := sched.tend("tank", now.Add(2*time.Hour)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v, want %v", err, os.ErrNotExist)
 	}
-	must(t, sched.tend("tank", now.Add(2*time.Hour+time.Minute))) // and not a word more
+	must(t, sched.tend("tank", now.Add(2*time.Hour+time.Minute))) // no second error in the same period
 }

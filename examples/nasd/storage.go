@@ -15,26 +15,26 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A storage is the storage service. Its pools are directories. Whatever takes
-// time it submits to the task manager and returns as an operation.
+// A storage is the storage service. Its pools are directories. It submits
+// whatever takes time to the task manager and returns the operation.
 //
 // On one pool, one operation runs at a time, in the order of submission: each is
-// submitted with the lock of its pool, a replication with those of both.
+// submitted with the lock of its pool, a replication with the locks of both.
 type storage struct {
-	pools *os.Root // nothing that is reached by way of it is outside of it
+	pools *os.Root // confines all access to files
 	tasks *task.Manager
 }
 
 // An about is the metadata of an operation.
 type about struct {
 	Kind string `json:"kind"`           // create, scrub, accept, replicate, snapshot or thin
-	Pool string `json:"pool"`           // which it is about
-	To   string `json:"to,omitempty"`   // the pool that it writes to, if that is another one
-	File string `json:"file,omitempty"` // which it is at
+	Pool string `json:"pool"`           // the pool that it works on
+	To   string `json:"to,omitempty"`   // the pool that it writes to, if another one
+	File string `json:"file,omitempty"` // the file that it is working on
 }
 
-// openStorage opens the storage service in the directory data, and removes
-// what writers that were killed have left.
+// openStorage opens the storage service in the directory data, and removes what
+// killed writers have left.
 func openStorage(data string, m *task.Manager) (*storage, error) {
 	dir := filepath.Join(data, "pools")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -59,14 +59,14 @@ func openStorage(data string, m *task.Manager) (*storage, error) {
 			err = errors.Join(p.root.RemoveAll(incoming), p.files.RemoveAll(incoming))
 			p.close()
 		}
-		if err != nil { // one pool in trouble must not keep the others away
-			slog.Error("pool in trouble", "pool", e.Name(), "err", err)
+		if err != nil { // a broken pool must not affect the others
+			slog.Error("pool cannot be opened", "pool", e.Name(), "err", err)
 		}
 	}
 	return s, nil
 }
 
-// create makes a new pool.
+// create creates a new pool.
 func (s *storage) create(name string) (*task.Operation, error) {
 	if err := s.mustBeFree(name); err != nil {
 		return nil, err
@@ -87,14 +87,14 @@ func (s *storage) scrub(name string) (*task.Operation, error) {
 	})
 }
 
-// accept makes new checksums of all files of a pool, whatever they hold.
+// accept records new checksums of all files of a pool, whatever they hold.
 func (s *storage) accept(name string) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "accept", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
 		return p.scrub(ctx, w, nil)
 	})
 }
 
-// replicate copies what has changed in one pool to another.
+// replicate copies the changed files of one pool to another.
 func (s *storage) replicate(name, to string) (*task.Operation, error) {
 	if name == to {
 		return nil, inputError("a pool can't be replicated to itself")
@@ -119,14 +119,14 @@ func (s *storage) snapshot(name string) (*task.Operation, error) {
 	})
 }
 
-// thin removes the snapshots of a pool that need not be kept.
+// thin removes the expired snapshots of a pool.
 func (s *storage) thin(name string, keep int) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "thin", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
 		return p.thin(ctx, w, keep)
 	})
 }
 
-// submitOn submits an operation on a pool that there is.
+// submitOn submits an operation on an existing pool.
 func (s *storage) submitOn(a about, fn func(context.Context, *pool, *worker) (any, error)) (*task.Operation, error) {
 	if err := s.mustExist(a.Pool); err != nil {
 		return nil, err
@@ -154,7 +154,7 @@ func (s *storage) submit(a about, fn task.Func) (*task.Operation, error) {
 // A pool is an open pool.
 type pool struct {
 	root  *os.Root
-	files *os.Root // another one: no link among the files leads to the manifest
+	files *os.Root // a root of its own, so that no link among the files leads to the manifest
 }
 
 const (
@@ -163,17 +163,17 @@ const (
 	manifestFile = "manifest"
 )
 
-// validName is for names that every file system keeps apart.
+// validName matches names that are distinct on every file system.
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
 func checkName(name string) error {
 	if !validName.MatchString(name) {
-		return inputError(fmt.Sprintf("pool name %q: it must have 1 to 63 of a-z, 0-9, _ and -, a letter or digit first", name))
+		return inputError(fmt.Sprintf("pool name %q: use 1 to 63 of a-z, 0-9, _ and -, beginning with a letter or digit", name))
 	}
 	return nil
 }
 
-// open opens a pool. Close it.
+// open opens a pool. The caller must close it.
 func (s *storage) open(name string) (*pool, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
@@ -204,7 +204,7 @@ func (s *storage) mustExist(name string) error {
 	return nil
 }
 
-// mustBeFree checks that a new pool may get a name.
+// mustBeFree checks that a name is free for a new pool.
 func (s *storage) mustBeFree(name string) error {
 	if err := checkName(name); err != nil {
 		return err
@@ -220,13 +220,13 @@ func (s *storage) mustBeFree(name string) error {
 	}
 }
 
-// An alreadyError is a name that something has, be it a pool or not.
+// An alreadyError is a name that is taken, by a pool or by something else.
 type alreadyError string
 
-func (e alreadyError) Error() string        { return "there is already something called " + string(e) }
+func (e alreadyError) Error() string        { return "the name " + string(e) + " is already taken" }
 func (e alreadyError) Is(target error) bool { return target == fs.ErrExist }
 
-// names returns the names of all pools. What else is among them is none.
+// names returns the names of all pools. It skips other entries.
 func (s *storage) names() ([]string, error) {
 	names := []string{}
 	entries, err := fs.ReadDir(s.pools.FS(), ".")
@@ -238,11 +238,11 @@ func (s *storage) names() ([]string, error) {
 	return names, err
 }
 
-// makePool makes a pool under another name first, so that none is ever seen
-// half made.
+// makePool creates a pool under a temporary name first, so that an incomplete pool
+// is never visible.
 func (s *storage) makePool(ctx context.Context, name string, update func(int)) error {
 	temp := ".creating-" + name
-	if err := s.pools.RemoveAll(temp); err != nil { // by one that was killed
+	if err := s.pools.RemoveAll(temp); err != nil { // left by a killed one
 		return err
 	}
 	defer s.pools.RemoveAll(temp)
@@ -265,7 +265,7 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := s.mustBeFree(name); err != nil { // since it was asked for
+	if err := s.mustBeFree(name); err != nil { // it may have been taken meanwhile
 		return err
 	}
 	if err := s.pools.Rename(temp, name); err != nil {
@@ -274,7 +274,7 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	return syncDir(s.pools, ".")
 }
 
-// snapshots returns the IDs of all snapshots of a pool, the oldest first.
+// snapshots returns the IDs of all snapshots of a pool, oldest first.
 func (s *storage) snapshots(name string) ([]string, error) {
 	p, err := s.open(name)
 	if err != nil {
@@ -284,15 +284,16 @@ func (s *storage) snapshots(name string) ([]string, error) {
 	return p.snapshots()
 }
 
-// put stores what r gives as a file of the pool: all of it or nothing. As with
-// any other program that writes there, operations may run on the pool.
+// put stores the content of r as a file of the pool, completely or not at all.
+// Like any other program that writes there, it does not wait for operations on
+// the pool.
 func (p *pool) put(ctx context.Context, name string, r io.Reader) error {
 	path, err := localPath(name)
 	if err != nil {
 		return err
 	}
 	if info, err := p.files.Lstat(path); err == nil && !info.Mode().IsRegular() {
-		return fmt.Errorf("%s: no file, and yet %w", name, fs.ErrExist)
+		return fmt.Errorf("%s: not a file: %w", name, fs.ErrExist)
 	}
 	w := new(worker)
 	err = replace(p.files, path, meta{perm: 0o644}, func(f *os.File) error {
@@ -305,17 +306,17 @@ func (p *pool) put(ctx context.Context, name string, r io.Reader) error {
 	return syncParents(p.files, path)
 }
 
-// localPath returns the path of a file in a pool as this system writes it. What
-// it can't rule out here, links to elsewhere, os.Root does.
+// localPath returns the path of a file in a pool in the syntax of this system.
+// os.Root then rejects links that lead outside.
 func localPath(name string) (string, error) {
 	path, err := filepath.Localize(name)
 	if err != nil || name == "." || name == incoming || strings.HasPrefix(name, incoming+"/") {
-		return "", inputError(fmt.Sprintf("%q is no name for a file in a pool", name))
+		return "", inputError(fmt.Sprintf("%q is not a valid name for a file in a pool", name))
 	}
 	return path, nil
 }
 
-// An inputError is about what a client asked for.
+// An inputError is an error in a client's request.
 type inputError string
 
 func (e inputError) Error() string { return string(e) }

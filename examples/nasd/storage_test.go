@@ -16,7 +16,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// must stops a test at an error that it isn't about.
+// must fails the test at once on an error of its preparation.
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -41,7 +41,7 @@ func newStorage(t *testing.T, pools ...string) *storage {
 	return s
 }
 
-// openPool returns one of its pools.
+// openPool opens a pool until the test ends.
 func openPool(t *testing.T, s *storage, name string) *pool {
 	t.Helper()
 	p, err := s.open(name)
@@ -54,10 +54,10 @@ func newPool(t *testing.T) *pool {
 	return openPool(t, newStorage(t, "tank"), "tank")
 }
 
-// longAgo is the time of files that nobody has to wait for.
+// longAgo is the time of files for which settle need not wait.
 var longAgo = time.Date(2026, 1, 2, 3, 4, 5, 678_901_000, time.UTC)
 
-// write makes a file of the time longAgo.
+// write writes a file with the time longAgo.
 func write(t *testing.T, root *os.Root, name, content string) {
 	t.Helper()
 	must(t, root.MkdirAll(filepath.Dir(name), 0o700))
@@ -65,7 +65,7 @@ func write(t *testing.T, root *os.Root, name, content string) {
 	must(t, root.Chtimes(name, longAgo, longAgo))
 }
 
-// makeHuge makes a file that takes no space and hours to read.
+// makeHuge creates a file that takes no space and hours to read.
 func makeHuge(t *testing.T, path string) {
 	t.Helper()
 	must(t, os.WriteFile(path, nil, 0o600))
@@ -91,12 +91,11 @@ func tree(t *testing.T, dir string) map[string]string {
 func wantTree(t *testing.T, dir string, want map[string]string) {
 	t.Helper()
 	if got := tree(t, dir); !maps.Equal(got, want) {
-		t.Errorf("in %s there are %v, want %v", dir, got, want)
+		t.Errorf("%s contains %v, want %v", dir, got, want)
 	}
 }
 
-// cancelled returns a context and a worker that cancels it when it has done
-// something.
+// cancelled returns a context and a worker that cancels it after its first chunk.
 func cancelled(t *testing.T) (context.Context, *worker) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	return ctx, &worker{update: func(int) { cancel(task.ErrCancelled) }}
@@ -116,13 +115,13 @@ func TestNames(t *testing.T) {
 		}
 	}
 	if _, err := s.create("tank"); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("create what is there: got %v, want %v", err, fs.ErrExist)
+		t.Errorf("create an existing pool: got %v, want %v", err, fs.ErrExist)
 	}
 	if _, err := s.scrub("gone"); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("scrub what isn't there: got %v, want %v", err, fs.ErrNotExist)
+		t.Errorf("scrub a missing pool: got %v, want %v", err, fs.ErrNotExist)
 	}
 	if _, err := s.replicate("tank", "gone"); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("replicate to what isn't there: got %v, want %v", err, fs.ErrNotExist)
+		t.Errorf("replicate to a missing pool: got %v, want %v", err, fs.ErrNotExist)
 	}
 	if _, err := s.replicate("tank", "tank"); !errors.As(err, new(inputError)) {
 		t.Errorf("replicate to itself: got %v, want an inputError", err)
@@ -154,12 +153,12 @@ func TestCreate(t *testing.T) {
 			t.Errorf("%s: %s %s", op.Name, op.State, op.Error)
 		}
 	}
-	// What is no pool is not shown as one, and in the way of one.
+	// Entries that are not pools are not listed, but their names are taken.
 	must(t, s.pools.Mkdir(".creating-x", 0o700))
 	must(t, s.pools.Mkdir("half", 0o700))
 	write(t, s.pools, "stray", "")
 	for _, name := range []string{"half", "stray", "tank"} {
-		want := "there is already something called " + name
+		want := "the name " + name + " is already taken"
 		if _, err := s.create(name); err == nil || err.Error() != want || !errors.Is(err, fs.ErrExist) {
 			t.Errorf("create %s: got %v, want %q", name, err, want)
 		}
@@ -168,13 +167,13 @@ func TestCreate(t *testing.T) {
 	if want := []string{"0-_", long, "tank"}; err != nil || !slices.Equal(names, want) {
 		t.Errorf("got %v and %v, want %v", names, err, want)
 	}
-	// One that was killed in the middle leaves nothing in the way.
+	// A killed create does not block the name.
 	must(t, s.makePool(t.Context(), "x", func(int) {}))
 	if _, err := openPool(t, s, "x").manifest(); err != nil {
 		t.Error(err)
 	}
 	if err := s.makePool(t.Context(), "tank", func(int) {}); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("create what is there by now: got %v, want %v", err, fs.ErrExist)
+		t.Errorf("create a pool that exists meanwhile: got %v, want %v", err, fs.ErrExist)
 	}
 }
 
@@ -188,10 +187,10 @@ func TestPut(t *testing.T) {
 	wantTree(t, dir, want)
 
 	if err := p.put(t.Context(), "b/c", strings.NewReader("x")); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("in place of a directory: got %v, want %v", err, fs.ErrExist)
+		t.Errorf("put over a directory: got %v, want %v", err, fs.ErrExist)
 	}
 	if err := p.put(t.Context(), "a/x", strings.NewReader("x")); err == nil {
-		t.Error("below a file: no error")
+		t.Error("put below a file: no error")
 	}
 	broken := readerFunc(func(b []byte) (int, error) { return copy(b, "part"), errors.New("broken") })
 	if err := p.put(t.Context(), "a", broken); !errors.As(err, new(readError)) {
@@ -205,10 +204,10 @@ func TestPut(t *testing.T) {
 	if err := p.put(ctx, "a", endless); !errors.Is(err, task.ErrClosed) {
 		t.Errorf("got %v, want %v", err, task.ErrClosed)
 	}
-	wantTree(t, dir, want) // and nothing in .incoming
+	wantTree(t, dir, want) // with nothing in .incoming
 }
 
-// Nothing that the files of a pool link to is read or written if it is outside.
+// TestEscape checks that no link leads reads or writes out of a pool.
 func TestEscape(t *testing.T) {
 	s := newStorage(t, "tank", "backup")
 	p, to := openPool(t, s, "tank"), openPool(t, s, "backup")
@@ -223,13 +222,13 @@ func TestEscape(t *testing.T) {
 	write(t, p.files, "a", "a")
 	for _, name := range []string{"dir/secret", "dir/new", "file", "up/x", "manifest", "loop"} {
 		if err := p.put(t.Context(), name, strings.NewReader("x")); err == nil {
-			t.Errorf("put %s: no error", name)
+			t.Errorf("put through the link %s: no error", name)
 		}
 	}
 	r, err := p.scrub(t.Context(), new(worker), manifest{})
 	must(t, err)
 	if r.Files != 1 || r.Others != 5 {
-		t.Errorf("scrub has read %+v, want the one file and none of 5 links", r)
+		t.Errorf("scrub: %+v, want one file read and 5 links skipped", r)
 	}
 	snap, err := p.snapshot(t.Context(), new(worker))
 	must(t, err)
@@ -237,7 +236,7 @@ func TestEscape(t *testing.T) {
 	if r, err := p.replicate(t.Context(), new(worker), to); err != nil || r.Copied != 1 {
 		t.Errorf("replicate: %+v, %v, want the one file copied", r, err)
 	}
-	// In the source these are files, in the target they lead outside.
+	// In the source these are files; in the target they are links to outside.
 	must(t, p.files.Remove("dir"))
 	write(t, p.files, "dir/secret", "x")
 	if r, err := p.replicate(t.Context(), new(worker), to); err == nil || r.Blocked.Count != 1 {
@@ -247,23 +246,23 @@ func TestEscape(t *testing.T) {
 
 	must(t, os.Symlink(outside, filepath.Join(s.pools.Name(), "out")))
 	if _, err := s.scrub("out"); err == nil {
-		t.Error("a pool that is a link to outside: no error")
+		t.Error("no error for a pool that is a link to outside")
 	}
 	must(t, p.root.Remove(manifestFile))
 	must(t, os.Symlink(filepath.Join(outside, "secret"), filepath.Join(p.root.Name(), manifestFile)))
 	if _, err := p.manifest(); err == nil {
-		t.Error("a manifest that is a link to outside: no error")
+		t.Error("no error for a manifest that is a link to outside")
 	}
 }
 
-// A daemon that was killed leaves nothing of what it was writing.
+// TestOpenStorage checks that opening removes what a killed daemon was writing.
 func TestOpenStorage(t *testing.T) {
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
 	write(t, p.files, "a", "a")
 	write(t, p.files, incoming+"/X", "part")
 	write(t, p.root, incoming+"/X", "part")
-	// Pools in trouble don't keep the others away.
+	// Broken pools don't affect the others.
 	must(t, s.pools.Mkdir("half", 0o700))
 	must(t, os.Symlink("loop", filepath.Join(s.pools.Name(), "loop")))
 	again, err := openStorage(filepath.Dir(s.pools.Name()), nil)
@@ -275,7 +274,8 @@ func TestOpenStorage(t *testing.T) {
 	}
 }
 
-// On one pool, one operation runs at a time; others go their way.
+// TestLock checks that operations on one pool run one at a time, without holding
+// back others.
 func TestLock(t *testing.T) {
 	s := newStorage(t, "tank", "backup", "other", "free")
 	running, end := make(chan string), make(chan struct{})
@@ -291,7 +291,7 @@ func TestLock(t *testing.T) {
 	wantNext := func(want string) {
 		t.Helper()
 		if got := <-running; got != want {
-			t.Fatalf("%q is the next to run, want %q", got, want)
+			t.Fatalf("the next to run is %q, want %q", got, want)
 		}
 	}
 	hold(about{Kind: "first", Pool: "tank"})
@@ -338,7 +338,7 @@ func TestSettle(t *testing.T) {
 	must(t, settle(t.Context(), longAgo))
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(task.ErrCancelled)
-	must(t, settle(ctx, time.Now().Add(time.Hour))) // set by hand: nothing to wait for
+	must(t, settle(ctx, time.Now().Add(time.Hour))) // a time set by hand: nothing to wait for
 	if err := settle(ctx, time.Now()); err != nil && !errors.Is(err, task.ErrCancelled) {
 		t.Errorf("got %v, want %v", err, task.ErrCancelled)
 	}
@@ -350,6 +350,6 @@ func TestListBounded(t *testing.T) {
 		l.add("a")
 	}
 	if l.Count != 3*maxListed || len(l.Paths) != maxListed {
-		t.Errorf("counts %d and lists %d", l.Count, len(l.Paths))
+		t.Errorf("the list counts %d and names %d", l.Count, len(l.Paths))
 	}
 }

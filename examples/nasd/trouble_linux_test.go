@@ -12,8 +12,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestFullAndReadOnly fills a small disk and makes it read-only, in a process
-// that may mount one: root would write to a read-only directory.
+// TestFullAndReadOnly fills a small disk and then makes it read-only. It runs in a
+// process that may mount one, because root ignores read-only directories.
 func TestFullAndReadOnly(t *testing.T) {
 	if dir := os.Getenv("NASD_TEST_DISK"); dir != "" {
 		fullAndReadOnly(t, dir)
@@ -53,23 +53,23 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	r, err := p.replicate(t.Context(), new(worker), disk)
 	full("replicate", err)
 	if r.Copied != 1 {
-		t.Errorf("copied are %d files, want 1", r.Copied)
+		t.Errorf("%d files are copied, want 1", r.Copied)
 	}
 	full("put", disk.put(t.Context(), "b", strings.NewReader(strings.Repeat("b", 1<<20))))
 	_, err = disk.snapshot(t.Context(), new(worker))
 	full("snapshot", err)
 	if ids, err := disk.snapshots(); err != nil || len(ids) > 0 {
-		t.Errorf("there are snapshots %v, %v", ids, err)
+		t.Errorf("snapshots are %v, %v", ids, err)
 	}
 	if got := tree(t, disk.files.Name()); len(got) != 1 || len(got["a"]) != 1<<20 {
 		t.Errorf("there are %d files", len(got))
 	}
 	if _, err := scrubbed(t, disk); err != nil {
-		t.Errorf("what was copied: %v", err)
+		t.Errorf("copied file: %v", err)
 	}
 	must(t, p.files.Remove("b"))
 	if r, err := p.replicate(t.Context(), new(worker), disk); err != nil || r.Skipped != 1 {
-		t.Errorf("once more: %+v, %v", r, err)
+		t.Errorf("again: %+v, %v", r, err)
 	}
 
 	must(t, syscall.Mount("none", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
@@ -86,12 +86,13 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	_, err = disk.snapshot(t.Context(), new(worker))
 	readOnly("snapshot", err)
 	readOnly("create", small.makePool(t.Context(), "more", func(int) {}))
-	if _, err := scrubbed(t, disk); err != nil { // which writes only what is new
+	if _, err := scrubbed(t, disk); err != nil { // there is nothing new to write
 		t.Error(err)
 	}
 }
 
-// The copy of a sparse file takes no more space than the file.
+// TestSparse checks that the copy of a sparse file takes no more space than the
+// file.
 func TestSparse(t *testing.T) {
 	s := newStorage(t, "tank", "backup")
 	p, to := openPool(t, s, "tank"), openPool(t, s, "backup")
@@ -114,7 +115,7 @@ func TestSparse(t *testing.T) {
 	}
 }
 
-// A clone is a copy that takes no space, where there are clones.
+// TestClone checks that a clone takes no space, where the file system has clones.
 func TestClone(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
@@ -126,17 +127,18 @@ func TestClone(t *testing.T) {
 	must(t, err)
 	defer dst.Close()
 	if err := clone(dst, src); err != nil {
-		t.Skip("no clones here:", err)
+		t.Skip("this file system has no clones:", err)
 	}
 	wantTree(t, p.files.Name(), map[string]string{"a": "a", "b": "a"})
 }
 
-// Only regular files are read, whatever takes their place at the last moment.
+// TestReplaced checks that only regular files are read, whatever replaces them at
+// the last moment.
 func TestReplaced(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
 	must(t, os.Symlink("a", filepath.Join(p.files.Name(), "link")))
-	must(t, syscall.Mkfifo(filepath.Join(p.files.Name(), "fifo"), 0o600)) // nobody writes to it
+	must(t, syscall.Mkfifo(filepath.Join(p.files.Name(), "fifo"), 0o600)) // without a writer
 	for _, name := range []string{"link", "fifo"} {
 		if _, _, err := open(t.Context(), p.files, name); !errors.Is(err, errReplaced) || !errors.As(err, new(readError)) {
 			t.Errorf("open %s: got %v, want %v", name, err, errReplaced)
@@ -150,7 +152,7 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
-// No name keeps a directory from being entered.
+// TestBadNames checks that directories are entered whatever their names.
 func TestBadNames(t *testing.T) {
 	s := newStorage(t, "tank", "backup")
 	p, to := openPool(t, s, "tank"), openPool(t, s, "backup")

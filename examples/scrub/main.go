@@ -4,12 +4,12 @@
 //	scrub [-db FILE] DIR
 //	scrub [-db FILE] -history
 //
-// It shows its progress, as a bar on a terminal and as a line for each ten
-// percent elsewhere. Ctrl-C cancels it, and a second one quits at once. Files
-// that can't be read are reported and do not make it fail.
+// It shows its progress: a bar on a terminal, or a line every ten percent
+// elsewhere. Ctrl-C cancels it, and a second Ctrl-C quits at once. Unreadable
+// files are reported and do not make it fail.
 //
-// Every scrub is kept in an SQLite file. One that a crash or a kill has
-// interrupted is marked as failed by the next run, or by -history.
+// Every scrub is kept in an SQLite file. One that was interrupted by a crash or a
+// kill is marked as failed by the next run, or by -history.
 //
 // The exit code is 0 for a scrub that is done, 1 for one that failed, 2 for a
 // usage error, and 130 for one that was cancelled.
@@ -64,8 +64,8 @@ func main() {
 	}
 }
 
-// withManager calls use with a manager whose operations are kept in the file
-// db. Scrubs that died with their process are marked as failed before that.
+// withManager calls use with a manager that keeps its operations in the file db.
+// Interrupted scrubs are marked as failed before that.
 func withManager(db string, use func(*task.Manager) error) error {
 	store, err := task.OpenSQLite(db)
 	if err != nil {
@@ -78,8 +78,8 @@ func withManager(db string, use func(*task.Manager) error) error {
 	return errors.Join(use(m), m.Close(), store.Close())
 }
 
-// scrubDir scrubs a directory and shows how it goes. If the user cancels that,
-// the error wraps task.ErrCancelled.
+// scrubDir scrubs a directory and shows the progress. If the user cancels it, the
+// error wraps task.ErrCancelled.
 func scrubDir(out *os.File, db, dir string) error {
 	if _, err := os.ReadDir(dir); err != nil {
 		return fmt.Errorf("%w: DIR must be a directory that you may read", err)
@@ -89,7 +89,7 @@ func scrubDir(out *os.File, db, dir string) error {
 		return err
 	}
 	return withManager(db, func(m *task.Manager) error {
-		db, err := realPath(db) // it exists by now
+		db, err := realPath(db) // now it exists
 		if err != nil {
 			return err
 		}
@@ -124,8 +124,8 @@ func realPath(path string) (string, error) {
 // cancelOnSignal cancels op at the first signal and quits at the second.
 func cancelOnSignal(op *task.Operation, signals <-chan os.Signal) {
 	<-signals
-	if op.Cancel() == nil { // else it has just finished
-		fmt.Fprintln(os.Stderr, "\nscrub: cancelling; once more quits at once")
+	if op.Cancel() == nil { // otherwise it has just finished
+		fmt.Fprintln(os.Stderr, "\nscrub: cancelling; interrupt again to quit at once")
 	}
 	<-signals
 	os.Exit(130)
@@ -148,12 +148,12 @@ func follow(m *task.Manager, id string, b *bar) (*task.Operation, error) {
 	}
 }
 
-// summarize prints what a finished operation has to say. It returns an error
-// unless the operation is DONE.
+// summarize prints the result of a finished operation. It returns an error unless
+// the operation is DONE.
 func summarize(w io.Writer, op *task.Operation, db string) error {
 	var r Result
 	if err := op.DecodeResult(&r); err != nil {
-		return fmt.Errorf("the result of %s: %w", op.ID, err)
+		return fmt.Errorf("result of %s: %w", op.ID, err)
 	}
 	fmt.Fprintf(w, "%s: %s in %.1f s (%s/s), files: %d, unreadable: %d\n",
 		op.State, size(r.Bytes), r.Seconds, size(int64(r.BytesPerSecond)), r.Files, r.Unreadable)
@@ -162,7 +162,7 @@ func summarize(w io.Writer, op *task.Operation, db string) error {
 		fmt.Fprintf(w, "  %s: %s\n", oneLine(u.Path), oneLine(u.Error))
 	}
 	if more := r.Unreadable - len(shown); more > 0 {
-		fmt.Fprintf(w, "  and %d more, of which the history names up to %d\n", more, maxListed)
+		fmt.Fprintf(w, "  and %d more; the history lists up to %d\n", more, maxListed)
 	}
 	if r.Digest != "" {
 		fmt.Fprintf(w, "SHA-256: %s\n", r.Digest)
@@ -180,7 +180,7 @@ func summarize(w io.Writer, op *task.Operation, db string) error {
 
 const maxHistory = 1000
 
-// interrupted is the error of a scrub that died with its process.
+// interrupted is the error of a scrub whose process died.
 const interrupted = "Task failed due to system restart"
 
 // showHistory prints the history in the file db.
@@ -208,7 +208,7 @@ func printTable(w io.Writer, ops []*task.Operation) error {
 				end = time.Now()
 			}
 			started = op.StartedAt.Local().Format(time.DateTime)
-			if op.Error != interrupted { // else nobody knows when it ended
+			if op.Error != interrupted { // otherwise nobody knows when it ended
 				took = end.Sub(op.StartedAt).Round(100 * time.Millisecond).String()
 			}
 		}
@@ -218,8 +218,8 @@ func printTable(w io.Writer, ops []*task.Operation) error {
 	return tw.Flush()
 }
 
-// oneLine makes s harmless to a table and to a terminal: names of files may
-// hold anything.
+// oneLine makes s safe for a table and for a terminal: file names may contain
+// anything.
 func oneLine(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// A bar shows how far a scrub is: on a terminal in one line that it writes
-// again and again, elsewhere in a line for each ten percent.
+// A bar shows the progress of a scrub: on a terminal in one line that it
+// rewrites, elsewhere in a line every ten percent.
 type bar struct {
 	w     io.Writer
 	live  bool // w is a terminal
@@ -34,14 +34,14 @@ func (b *bar) show(progress int) {
 	}
 	switch {
 	case b.live:
-		fmt.Fprintf(b.w, "\r%.79s\x1b[K", line) // which erases the rest of the line
+		fmt.Fprintf(b.w, "\r%.79s\x1b[K", line) // \x1b[K erases the rest of the line
 	case done > 0 && progress/10 >= b.tens:
 		fmt.Fprintln(b.w, line)
 		b.tens = progress/10 + 1
 	}
 }
 
-// end leaves the line of the bar.
+// end ends the line of the bar.
 func (b *bar) end() {
 	if b.live {
 		fmt.Fprintln(b.w)
@@ -57,14 +57,14 @@ func progressLine(progress int, done, total int64, took time.Duration) string {
 		left/3600, left/60%60, left%60)
 }
 
-// size returns a number of bytes as people write it.
+// size formats a number of bytes for people.
 func size(n int64) string {
 	if n < 1000 {
 		return fmt.Sprintf("%d B", n)
 	}
 	f := float64(n) / 1000
 	unit := 0
-	for f >= 999.95 { // which would print as 1000.0
+	for f >= 999.95 { // would print as 1000.0
 		f /= 1000
 		unit++
 	}

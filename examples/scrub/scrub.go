@@ -16,20 +16,20 @@ import (
 )
 
 const (
-	chunkSize = 1 << 20 // bytes read between two looks at the context
+	chunkSize = 1 << 20 // bytes read between two checks of the context
 	maxListed = 1000    // unreadable files that a Result lists
 )
 
-// A Result is what a scrub leaves in the history, also if it was cancelled.
+// A Result is the result of a scrub in the history, even of a cancelled one.
 type Result struct {
 	Files          int     `json:"files"`
 	Bytes          int64   `json:"bytes"`
 	Seconds        float64 `json:"seconds"`
 	BytesPerSecond float64 `json:"bytes_per_second"`
 
-	// Digest is one for the whole tree, empty if the scrub was cancelled: the
-	// SHA-256 of what "sha256sum -z" prints for the files, their paths being
-	// relative to the tree and in the order of filepath.WalkDir.
+	// Digest is the digest of the whole tree, or empty if the scrub was cancelled:
+	// the SHA-256 of the output of "sha256sum -z" for all files, with paths
+	// relative to the tree, in the order of filepath.WalkDir.
 	Digest string `json:"digest,omitempty"`
 
 	Unreadable int          `json:"unreadable"`       // how many files and directories
@@ -46,7 +46,7 @@ func (r *Result) addUnreadable(path string, err error) {
 	r.Unreadable++
 	if len(r.Errors) < maxListed {
 		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
-			err = pe.Err // which does not repeat the path
+			err = pe.Err // without the path
 		}
 		r.Errors = append(r.Errors, Unreadable{path, err.Error()})
 	}
@@ -55,10 +55,10 @@ func (r *Result) addUnreadable(path string, err error) {
 // A scrub is one pass over a directory tree.
 type scrub struct {
 	dir string // the tree
-	db  string // the history, which is not part of the tree
+	db  string // the history, which is not scrubbed
 
-	// For those who watch.
-	total atomic.Int64 // bytes in the tree, as far as they are counted
+	// For the progress bar.
+	total atomic.Int64 // bytes in the tree, as far as counted
 	done  atomic.Int64 // bytes read, 0 until all are counted
 }
 
@@ -69,7 +69,7 @@ func (s *scrub) run(ctx context.Context, update func(progress int)) (any, error)
 		if err == nil {
 			s.total.Add(info.Size())
 		}
-		return nil // reading it will fail as well, and be reported
+		return nil // reading it fails, too, and is reported
 	})
 	var r Result
 	if err == nil {
@@ -93,11 +93,11 @@ func (s *scrub) readAll(ctx context.Context, r *Result, update func(progress int
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			s.total.Add(s.done.Load() - before - info.Size()) // if it wasn't as large as it seemed
+			s.total.Add(s.done.Load() - before - info.Size()) // in case its size has changed
 		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			return nil // deleted meanwhile
+			return nil // it was deleted meanwhile
 		case err != nil:
 			r.addUnreadable(path, err)
 			return nil
@@ -117,7 +117,7 @@ func (s *scrub) readAll(ctx context.Context, r *Result, update func(progress int
 }
 
 // walk calls visit for each regular file of the tree, and with an error for
-// what it can't get at. It follows no symbolic links.
+// whatever it can't access. It does not follow symbolic links.
 func (s *scrub) walk(ctx context.Context, visit func(path string, info fs.FileInfo, err error) error) error {
 	return filepath.WalkDir(s.dir, func(path string, d fs.DirEntry, err error) error {
 		if ctx.Err() != nil {
@@ -134,15 +134,15 @@ func (s *scrub) walk(ctx context.Context, visit func(path string, info fs.FileIn
 		}
 		info, err := d.Info()
 		if err == nil && !info.Mode().IsRegular() {
-			return nil // replaced since its directory was read
+			return nil // it was replaced after its directory was read
 		}
 		return visit(path, info, err)
 	})
 }
 
 // isHistory reports whether path belongs to the program's own database. Those
-// files change all the time, and to open and close one would drop the locks
-// that SQLite holds on it.
+// files change all the time, and opening and closing one would release SQLite's
+// locks on it.
 func (s *scrub) isHistory(path string) bool {
 	suffix, ok := strings.CutPrefix(path, s.db)
 	if !ok {
@@ -157,7 +157,7 @@ func (s *scrub) isHistory(path string) bool {
 
 // sum returns the SHA-256 of the file that was found at path.
 func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []byte, update func(progress int)) ([]byte, error) {
-	// Should there be a FIFO by now, opening it must not wait for a writer.
+	// It may have been replaced by a FIFO: opening must not wait for a writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -167,12 +167,12 @@ func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []b
 	if err != nil {
 		return nil, err
 	}
-	if !os.SameFile(found, info) { // should there be a symbolic link
+	if !os.SameFile(found, info) { // for example, a symbolic link
 		return nil, errors.New("replaced while it was scrubbed")
 	}
 	hash := sha256.New()
-	// A log that grows as fast as it is read must not keep the scrub for ever:
-	// what counts is its size now.
+	// A log that grows as fast as it is read must have an end: read up to its
+	// present size.
 	for left := info.Size(); left > 0; {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)

@@ -22,7 +22,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestMain lets the test binary stand in for the program.
+// TestMain makes the test binary run the program if it is asked to.
 func TestMain(m *testing.M) {
 	if os.Getenv("SCRUB_TEST_MAIN") != "" {
 		main()
@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 
 func noUpdate(int) {}
 
-// must stops a test at an error that it isn't about.
+// must fails the test at once on an error of its preparation.
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -49,8 +49,8 @@ func write(t *testing.T, dir, name, content string) {
 	must(t, os.WriteFile(path, []byte(content), 0o600))
 }
 
-// digest returns the digest of a tree with these files: name, content, name,
-// content and so on.
+// digest returns the digest of a tree with these files, given as names and
+// contents in turn.
 func digest(files ...string) string {
 	h := sha256.New()
 	for f := range slices.Chunk(files, 2) {
@@ -107,21 +107,21 @@ func TestScrub(t *testing.T) {
 			bytes: 2,
 		},
 		{
-			name:   "a file that grows",
+			name:   "growing file",
 			make:   func(t *testing.T, dir string) { write(t, dir, "a", big) },
 			during: func(t *testing.T, dir string) { write(t, dir, "a", big+big) },
 			files:  []string{"a", big},
 			bytes:  len(big),
 		},
 		{
-			name:   "a file that shrinks",
+			name:   "shrinking file",
 			make:   func(t *testing.T, dir string) { write(t, dir, "a", big) },
 			during: func(t *testing.T, dir string) { must(t, os.Truncate(filepath.Join(dir, "a"), chunkSize+1)) },
 			files:  []string{"a", big[:chunkSize+1]},
 			bytes:  chunkSize + 1,
 		},
 		{
-			name: "files and directories that vanish",
+			name: "vanishing files and directories",
 			make: func(t *testing.T, dir string) {
 				write(t, dir, "a", big)
 				write(t, dir, "b", "b")
@@ -136,7 +136,7 @@ func TestScrub(t *testing.T) {
 			bytes: len(big),
 		},
 		{
-			name: "a file that becomes a FIFO",
+			name: "file replaced by a FIFO",
 			make: func(t *testing.T, dir string) {
 				write(t, dir, "a", big)
 				write(t, dir, "b", "b")
@@ -170,7 +170,8 @@ func TestScrub(t *testing.T) {
 	}
 }
 
-// A path that is longer than the system takes can't be read by root either.
+// TestUnreadable uses a path that is too long for the system: not even root can
+// read it.
 func TestUnreadable(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, "a", "a")
@@ -193,7 +194,7 @@ func TestUnreadable(t *testing.T) {
 		t.Errorf("the readable files were not read: %+v", r)
 	}
 	if r.Unreadable < 2 || r.Unreadable != len(r.Errors) {
-		t.Errorf("got %d unreadable and %d errors, want the same, a file and a directory at least", r.Unreadable, len(r.Errors))
+		t.Errorf("got %d unreadable and %d errors, want equal numbers, at least a file and a directory", r.Unreadable, len(r.Errors))
 	}
 	for _, u := range r.Errors {
 		if !strings.HasPrefix(u.Path, dir) || u.Error != syscall.ENAMETOOLONG.Error() {
@@ -232,7 +233,7 @@ func TestSumReplaced(t *testing.T) {
 				must(t, syscall.Mkfifo(path, 0o600))
 			}
 			if _, err := (&scrub{}).sum(t.Context(), path, info, make([]byte, chunkSize), noUpdate); err == nil {
-				t.Error("read what was not found there")
+				t.Error("the replacement was read")
 			}
 		})
 	}
@@ -259,7 +260,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// makeHuge makes a file that takes no space and hours to read.
+// makeHuge creates a file that takes no space and hours to read.
 func makeHuge(t *testing.T, dir string) {
 	t.Helper()
 	write(t, dir, "huge", "")
@@ -291,7 +292,7 @@ func TestPrintTable(t *testing.T) {
 			var b bytes.Buffer
 			must(t, printTable(&b, []*task.Operation{&tt.op}))
 			head, row, _ := strings.Cut(b.String(), "\n")
-			var cells []string // where the words of the head stand, in a row of ASCII
+			var cells []string // the row, cut at the columns of the ASCII header
 			for i, from := range columnStarts(head) {
 				to := len(row) - 1
 				if next := columnStarts(head)[i+1:]; len(next) > 0 {
@@ -325,7 +326,7 @@ func TestProgressLine(t *testing.T) {
 		{"half", 50, 2e9, 4e9, 4 * time.Second, " 50% [##########          ] 2.0 GB of 4.0 GB  500.0 MB/s  ETA 0:00:04"},
 		{"end", 100, 4e9, 4e9, time.Hour, "100% [####################] 4.0 GB of 4.0 GB  1.1 MB/s  ETA 0:00:00"},
 		{"at once", 100, 5, 5, 0, "100% [####################] 5 B of 5 B  5.0 kB/s  ETA 0:00:00"},
-		{"more than there was", 100, 999_949, 5, time.Second, "100% [####################] 999.9 kB of 5 B  999.9 kB/s  ETA 0:00:00"},
+		{"more than counted", 100, 999_949, 5, time.Second, "100% [####################] 999.9 kB of 5 B  999.9 kB/s  ETA 0:00:00"},
 		{"wide", 99, 888_800e12, 999_900e12, 888e6 * time.Second, " 99% [################### ] 888.8 PB of 999.9 PB  1.0 GB/s  ETA 30833:20:00"},
 	}
 	for _, tt := range tests {
@@ -372,7 +373,8 @@ func TestBar(t *testing.T) {
 	}
 }
 
-// A scrub of a small tree has read something before the bar is shown first.
+// TestBarSpeed: a scrub of a small tree has read something before the bar is first
+// shown.
 func TestBarSpeed(t *testing.T) {
 	var out bytes.Buffer
 	s := &scrub{}
@@ -381,7 +383,7 @@ func TestBarSpeed(t *testing.T) {
 	s.done.Store(1 << 59)
 	b.show(50)
 	if strings.Contains(out.String(), " 0 B/s") {
-		t.Errorf("got %q, which reckons with more than the time that has passed", out.String())
+		t.Errorf("got %q, which assumes more time than has passed", out.String())
 	}
 }
 
@@ -392,7 +394,7 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 	must(t, err)
 	cmd := exec.CommandContext(t.Context(), exe, args...)
 	cmd.Env = append(os.Environ(), "SCRUB_TEST_MAIN=1",
-		"GORACE=atexit_sleep_ms=0") // else -race adds a second to each run
+		"GORACE=atexit_sleep_ms=0") // otherwise -race adds a second to each run
 	return cmd
 }
 
@@ -416,7 +418,7 @@ func TestProgram(t *testing.T) {
 		name           string
 		args           []string
 		code           int
-		stdout, stderr string // parts of them
+		stdout, stderr string // substrings
 	}{
 		{"no directory", []string{}, 2, "", "usage: scrub"},
 		{"two directories", []string{tree, tree}, 2, "", "usage: scrub"},
@@ -424,7 +426,7 @@ func TestProgram(t *testing.T) {
 		{"no history yet", []string{"-db", db, "-history"}, 1, "", "scrub a directory first"},
 		{"missing", []string{"-db", db, filepath.Join(dir, "gone")}, 1, "", "DIR must be a directory that you may read"},
 		{"not a directory", []string{"-db", db, filepath.Join(tree, "a")}, 1, "", "DIR must be a directory that you may read"},
-		{"database can't be", []string{"-db", filepath.Join(dir, "gone", "db"), tree}, 1, "", "create it first"},
+		{"database in a missing directory", []string{"-db", filepath.Join(dir, "gone", "db"), tree}, 1, "", "create it first"},
 		{"scrub", []string{"-db", db, tree}, 0, "SHA-256: " + digest("a", "a"), ""},
 		{"history", []string{"-db", db, "-history"}, 0, "DONE   100%", ""},
 		{"history in the tree", []string{"-db", filepath.Join(tree, "scrub.db"), tree}, 0, "SHA-256: " + digest("a", "a"), ""},
@@ -457,7 +459,7 @@ func start(t *testing.T, db, dir string) (cmd *exec.Cmd, stdout *bufio.Reader, s
 	line, err := stdout.ReadString('\n')
 	must(t, err)
 	if !strings.HasPrefix(line, "  0%") {
-		t.Fatalf("the first line is %q", line)
+		t.Fatalf("the first line is %q, want 0 %%", line)
 	}
 	return cmd, stdout, bufio.NewReader(errs)
 }
@@ -466,7 +468,7 @@ func TestKill(t *testing.T) {
 	dir, db := t.TempDir(), filepath.Join(t.TempDir(), "scrub.db")
 	makeHuge(t, dir)
 	cmd, _, _ := start(t, db, dir)
-	for { // that it runs is stored within moments
+	for { // RUNNING is stored shortly after the start
 		stdout, stderr, code := output(t, "-db", db, "-history")
 		if code != 0 || strings.Contains(stdout, "FAILED") {
 			t.Fatalf("while it runs: exit code %d\n%s%s", code, stdout, stderr)
@@ -477,7 +479,7 @@ func TestKill(t *testing.T) {
 	}
 
 	must(t, cmd.Process.Kill())
-	cmd.Wait() // says that it was killed
+	cmd.Wait() // returns that it was killed
 	stdout, stderr, code := output(t, "-db", db, "-history")
 	if code != 0 || !strings.Contains(stdout, "FAILED") || !strings.Contains(stdout, "Task failed due to system restart") {
 		t.Errorf("after the kill: exit code %d\n%s%s", code, stdout, stderr)
@@ -495,7 +497,7 @@ func TestSignal(t *testing.T) {
 			must(t, err)
 			errs, err := io.ReadAll(stderr)
 			must(t, err)
-			cmd.Wait() // says the exit code
+			cmd.Wait() // returns the exit code
 			if code := cmd.ProcessState.ExitCode(); code != 130 || !strings.Contains(string(out), "CANCELLED: ") ||
 				!strings.Contains(string(errs), "cancelling") {
 				t.Errorf("exit code %d\n%s%s", code, out, errs)
@@ -507,7 +509,8 @@ func TestSignal(t *testing.T) {
 	}
 }
 
-// The second signal must end a scrub that doesn't heed the first.
+// TestSecondSignal checks that a second signal ends a scrub that ignores the
+// first.
 func TestSecondSignal(t *testing.T) {
 	if os.Getenv("SCRUB_TEST_STUBBORN") != "" {
 		m := task.NewManager(nil)

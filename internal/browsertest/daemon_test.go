@@ -23,7 +23,7 @@ import (
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-// With these, the test binary plays the daemon instead of running tests.
+// These environment variables make the test binary a daemon.
 const (
 	databaseVar = "TASK_BROWSERTEST_DATABASE"
 	addressVar  = "TASK_BROWSERTEST_ADDRESS"
@@ -42,9 +42,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// serve is the daemon: operations do what they are told by requests.
+// serve is the daemon. Its operations follow orders that come as requests.
 func serve(path, address string) error {
-	go func() { // it does not outlive the test, however that ends
+	go func() { // ends with the test, however that ends
 		io.Copy(io.Discard, os.Stdin)
 		os.Exit(0)
 	}()
@@ -138,7 +138,7 @@ func newDaemon(t *testing.T) *daemon {
 	return d
 }
 
-// begin starts the process, on the address where it was before.
+// begin starts the process, on the same address as before.
 func (d *daemon) begin() {
 	d.t.Helper()
 	cmd := exec.Command(os.Args[0])
@@ -160,7 +160,7 @@ func (d *daemon) kill() {
 		return
 	}
 	d.cmd.Process.Kill()
-	d.cmd.Wait() // which says that it was killed
+	d.cmd.Wait() // returns that it was killed
 	d.in.Close()
 	d.cmd = nil
 }
@@ -169,7 +169,7 @@ func (d *daemon) page() string { return "http://" + d.address + prefix + "/ui" }
 
 var client = http.Client{Timeout: 20 * time.Second}
 
-// start has the daemon start an operation, and returns its ID.
+// start makes the daemon start an operation, and returns its ID.
 func (d *daemon) start(name string, form ...string) string {
 	d.t.Helper()
 	var op task.Operation
@@ -208,7 +208,7 @@ func (d *daemon) wait(id string) {
 	answer.Body.Close()
 }
 
-// run has an operation run to its end.
+// run makes the daemon run an operation to its end.
 func (d *daemon) run(name string, form ...string) string {
 	d.t.Helper()
 	id := d.start(name)

@@ -37,7 +37,7 @@ func newNasd(t *testing.T) *nasd {
 	return d
 }
 
-// begin starts the process, on the address where it was before.
+// begin starts the process, on the same address as before.
 func (d *nasd) begin() {
 	d.t.Helper()
 	d.cmd = exec.Command(d.exe, "-data", d.data, "-listen", d.address, "-snapshot-every", "0")
@@ -54,15 +54,15 @@ func (d *nasd) begin() {
 // kill ends the process with SIGKILL.
 func (d *nasd) kill() {
 	d.cmd.Process.Kill()
-	d.cmd.Wait() // which says that it was killed
+	d.cmd.Wait() // returns that it was killed
 }
 
-// file returns where a file of a pool is.
+// file returns the path of a file of a pool.
 func (d *nasd) file(pool, name string) string {
 	return filepath.Join(d.data, "pools", pool, "files", name)
 }
 
-// corrupt changes what is in a file as no program does.
+// corrupt changes the content of a file but not its time, as a bad disk does.
 func (d *nasd) corrupt(path, content string) {
 	d.t.Helper()
 	info, err := os.Stat(path)
@@ -97,14 +97,14 @@ func (b *tab) upload(pool string, paths ...string) {
 	b.until(fmt.Sprintf(`document.querySelector('section[data-pool=%q] .note').textContent.startsWith("Uploaded")`, pool))
 }
 
-// last waits until a pool shows an operation of a kind in a state, with a text.
+// last waits until a pool shows an operation of that kind and state, with a text.
 func (b *tab) last(pool, kind, state, text string) {
 	b.t.Helper()
 	b.until(fmt.Sprintf(`[...document.querySelectorAll('section[data-pool=%q] li[data-kind=%q][data-state=%q]')].some(e => e.innerText.includes(%q))`,
 		pool, kind, state, text))
 }
 
-// Somebody with only a browser can try all that examples/nasd does.
+// TestNasd tries everything that examples/nasd does in the browser.
 func TestNasd(t *testing.T) {
 	b := newTab(t)
 	d := newNasd(t)
@@ -114,7 +114,7 @@ func TestNasd(t *testing.T) {
 	b.until(`$("empty").hidden && document.querySelector("select").parentNode.hidden`) // nothing to replicate to
 	b.create("backup")
 
-	// A name with everything that is special in a path or in HTML.
+	// A name with the special characters of paths and of HTML.
 	const name = `a b#?%<img src=x onerror=alert(1)>.txt`
 	path := filepath.Join(t.TempDir(), name)
 	must(t, os.WriteFile(path, []byte("hello"), 0o600))
@@ -131,7 +131,7 @@ func TestNasd(t *testing.T) {
 	d.corrupt(d.file("tank", name), "hallo")
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "FAILED", "corrupted: "+name)
-	b.openNasd(d) // from the history, too
+	b.openNasd(d) // now from the history
 	b.last("tank", "scrub", "FAILED", "corrupted: "+name)
 	b.press("tank", "Accept as it is")
 	b.last("tank", "accept", "DONE", "1 file")
@@ -139,7 +139,7 @@ func TestNasd(t *testing.T) {
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "DONE", "1 file")
 
-	// A manifest that is damaged can be replaced, too.
+	// A damaged manifest can be replaced, too.
 	must(t, os.WriteFile(filepath.Join(d.data, "pools/tank/manifest"), nil, 0o600))
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "FAILED", "the manifest is damaged")
@@ -148,17 +148,18 @@ func TestNasd(t *testing.T) {
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "DONE", "1 file")
 
-	// What the API refuses.
+	// The API refuses a name that is taken.
 	b.do(chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery))
-	b.until(`!$("trouble").hidden && $("trouble").textContent.includes("already something called tank")`)
-	b.press("tank", "Snapshot") // the trouble is over
+	b.until(`!$("trouble").hidden && $("trouble").textContent.includes("the name tank is already taken")`)
+	b.press("tank", "Snapshot") // hides the error
 	b.until(`$("trouble").hidden`)
-	b.nothingWrong("409") // which the browser logs
+	b.nothingWrong("409") // the browser logs the refusal
 
 	b.do(chromedp.Click(".title a", chromedp.ByQuery), chromedp.WaitVisible("#history li", chromedp.ByQuery))
 }
 
-// What runs is shown live, and the page finds a daemon that comes back.
+// TestNasdRestarts checks that the page shows running operations live, and
+// reconnects to a restarted daemon.
 func TestNasdRestarts(t *testing.T) {
 	b := newTab(t)
 	d := newNasd(t)
@@ -166,7 +167,7 @@ func TestNasdRestarts(t *testing.T) {
 	b.create("tank")
 	huge := d.file("tank", "huge")
 	must(t, os.WriteFile(huge, nil, 0o600))
-	must(t, os.Truncate(huge, 10<<40)) // which takes no space, and hours to read
+	must(t, os.Truncate(huge, 10<<40)) // takes no space, and hours to read
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "RUNNING", "huge")
 	b.until(`document.querySelector("li[data-state=RUNNING] progress").checkVisibility()`)
@@ -181,10 +182,10 @@ func TestNasdRestarts(t *testing.T) {
 	must(t, os.Remove(huge))
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "DONE", "0 files")
-	b.nothingWrong("net::ERR_", "Failed to load resource") // while there was nobody
+	b.nothingWrong("net::ERR_", "Failed to load resource") // while no daemon ran
 }
 
-// A phone shows everything without scrolling sideways.
+// TestNasdPhone checks that a phone shows everything without scrolling sideways.
 func TestNasdPhone(t *testing.T) {
 	b := newTab(t)
 	d := newNasd(t)
@@ -203,11 +204,11 @@ func TestNasdPhone(t *testing.T) {
 	b.last("tank", "scrub", "FAILED", "corrupted: yyy")
 	b.do(chromedp.Click("summary", chromedp.ByQuery))
 	if w := eval[int](b, "document.documentElement.scrollWidth"); w != 360 {
-		t.Errorf("the page is %d wide", w)
+		t.Errorf("the page is %d pixels wide", w)
 	}
 }
 
-// TestNasdScreenshots leaves pictures for somebody to look at.
+// TestNasdScreenshots stores pictures of the page for people to look at.
 func TestNasdScreenshots(t *testing.T) {
 	dir := os.Getenv("TASK_SCREENSHOTS")
 	if dir == "" {

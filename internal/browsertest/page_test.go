@@ -21,13 +21,13 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A tab is one of a browser of its own, in which nothing may go wrong.
+// A tab is the tab of a browser of its own. It collects what goes wrong.
 type tab struct {
 	t   *testing.T
 	ctx context.Context
 
 	mu     sync.Mutex // guards what follows
-	wrongs []string   // errors, exceptions, alerts, violations of the policy
+	wrongs []string   // errors, exceptions, alerts, policy violations
 }
 
 func newTab(t *testing.T) *tab {
@@ -39,7 +39,7 @@ func newTab(t *testing.T) *tab {
 	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
 	t.Cleanup(cancel)
-	ctx, cancel = chromedp.NewContext(ctx, chromedp.WithErrorf(func(string, ...any) {})) // of events newer than chromedp
+	ctx, cancel = chromedp.NewContext(ctx, chromedp.WithErrorf(func(string, ...any) {})) // drops errors about events that chromedp doesn't know
 	t.Cleanup(cancel)
 	b := &tab{t: t, ctx: ctx}
 	chromedp.ListenTarget(ctx, b.note)
@@ -48,7 +48,7 @@ func newTab(t *testing.T) *tab {
 	return b
 }
 
-// findBrowser returns where the browser is.
+// findBrowser returns the path of the browser.
 func findBrowser(t *testing.T) string {
 	for _, name := range []string{"chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -59,7 +59,7 @@ func findBrowser(t *testing.T) string {
 	return ""
 }
 
-// note keeps what goes wrong in the page.
+// note records what goes wrong in the page.
 func (b *tab) note(event any) {
 	wrong := ""
 	switch e := event.(type) {
@@ -82,7 +82,7 @@ func (b *tab) note(event any) {
 	}
 }
 
-// nothingWrong checks that, except for what is expected.
+// nothingWrong checks that nothing has gone wrong but what is expected.
 func (b *tab) nothingWrong(expected ...string) {
 	b.t.Helper()
 	b.mu.Lock()
@@ -106,7 +106,7 @@ func (b *tab) do(actions ...chromedp.Action) {
 	}
 }
 
-// open opens a page that then shows whether it is connected.
+// open opens a page and waits until it is connected and loaded.
 func (b *tab) open(url string) {
 	b.t.Helper()
 	b.do(chromedp.Navigate(url))
@@ -125,18 +125,18 @@ func (b *tab) until(expression string) {
 	b.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		var v bool
-		// There is an error while the browser goes from page to page.
+		// Evaluation fails while the browser changes pages.
 		err := chromedp.Run(b.ctx, chromedp.Evaluate("!!("+expression+")", &v))
 		if err == nil && v {
 			return
 		}
 		if time.Now().After(deadline) {
-			b.t.Fatalf("it does not come true that %s (error %v); the page says:\n%s", expression, err, eval[string](b, "document.body.innerText"))
+			b.t.Fatalf("timed out waiting for %s (error %v); the page shows:\n%s", expression, err, eval[string](b, "document.body.innerText"))
 		}
 	}
 }
 
-// row is an expression for the row of an operation.
+// row returns an expression for the row of an operation.
 func row(id string) string { return fmt.Sprintf("document.querySelector('li[data-id=%q]')", id) }
 
 // show waits until the row of an operation has a state and contains a text.
@@ -145,13 +145,13 @@ func (b *tab) show(id, state, text string) {
 	b.until(fmt.Sprintf("%[1]s && %[1]s.dataset.state === %[2]q && %[1]s.innerText.includes(%[3]q)", row(id), state, text))
 }
 
-// click clicks at what a selector selects.
+// click clicks the element that a selector selects.
 func (b *tab) click(selector string) {
 	b.t.Helper()
 	b.do(chromedp.Click(selector, chromedp.ByQuery))
 }
 
-// filter types a name to look for.
+// filter types a name into the filter.
 func (b *tab) filter(name string) {
 	b.t.Helper()
 	b.do(chromedp.Evaluate(`$("name").select()`, nil), chromedp.SendKeys("#name", name, chromedp.ByQuery))
@@ -173,23 +173,23 @@ func TestPage(t *testing.T) {
 		b.until(fmt.Sprintf(`%s.querySelector("progress").value === %d`, row(id), progress))
 		b.show(id, "RUNNING", fmt.Sprint(progress, "%"))
 	}
-	b.show(id, "RUNNING", "Running for 1 s") // it ticks
+	b.show(id, "RUNNING", "Running for 1 s") // the duration counts
 
-	// It is the same row all the time.
+	// The row is updated, not replaced.
 	b.do(chromedp.Evaluate(row(id)+`.marked = true`, nil))
 	d.tell(id, "result", `{"errors": 0, "files": ["a", "<b>"]}`)
 	b.show(id, "DONE", "Done")
 	if !eval[bool](b, row(id)+`.marked === true`) {
-		t.Error("the row was made anew")
+		t.Error("the row was replaced")
 	}
 
-	// Its details, by keyboard.
+	// The details open by keyboard.
 	b.do(chromedp.Focus(`li[data-id="`+id+`"] .open`, chromedp.ByQuery), chromedp.KeyEvent("\r"))
 	b.until(`$("detail").open && $("detail").innerText.includes('"<b>"')`)
 	b.do(chromedp.KeyEvent("\x1b"))
 	b.until(`!$("detail").open`)
 
-	// One that fails.
+	// An operation that fails shows its error.
 	id = d.run("Replicate tank", "error", "disk ada3 does not answer")
 	b.show(id, "FAILED", "disk ada3 does not answer")
 }
@@ -227,7 +227,8 @@ func TestCancel(t *testing.T) {
 	b.show(ids[1], "RUNNING", "task 1")
 }
 
-// Names, errors, results and metadata are other people's.
+// TestForeignTexts checks that names, errors, results and metadata are never
+// interpreted as HTML.
 func TestForeignTexts(t *testing.T) {
 	d := newDaemon(t)
 	b := newTab(t)
@@ -245,12 +246,12 @@ func TestForeignTexts(t *testing.T) {
 	b.show(failed, "FAILED", evil)
 	done := d.run(evil, "result", `"`+evil+`"`)
 	b.show(done, "DONE", evil)
-	b.open(d.page()) // from the history, too
+	b.open(d.page()) // now from the history
 	b.show(failed, "FAILED", evil)
 	b.click(`li[data-id="` + done + `"] .open`)
 	b.until(`$("detail").innerText.includes("<script>")`)
 	if n := eval[int](b, `document.querySelectorAll("img, body script ~ script, main script, dialog script").length`); n != 0 {
-		t.Errorf("%d elements made of texts", n)
+		t.Errorf("texts were interpreted as %d elements", n)
 	}
 }
 
@@ -273,7 +274,7 @@ func TestDaemonRestarts(t *testing.T) {
 		running = d.start("Resilver again")
 		b.show(running, "RUNNING", "Resilver again")
 	}
-	b.nothingWrong("net::ERR_", "Failed to load resource") // while there was nobody
+	b.nothingWrong("net::ERR_", "Failed to load resource") // while no daemon ran
 }
 
 func TestFilterAndPaging(t *testing.T) {
@@ -302,14 +303,14 @@ func TestFilterAndPaging(t *testing.T) {
 	b.until(`!$("empty").hidden && $("empty").innerText.includes("No task matches")`)
 	b.open(d.page())
 
-	// By a name that is further back.
+	// By a name beyond the loaded pages.
 	b.filter("oldest")
 	b.until(`document.querySelectorAll("li").length === 0 && !$("older").hidden`)
 	b.click("#older")
 	b.show(old, "FAILED", "broken")
 	b.open(d.page())
 
-	// By state, also what comes later.
+	// By state, with operations that come later.
 	b.click(`#states input[value="FAILED"]`)
 	b.until(`document.querySelectorAll("li").length === 1`)
 	b.show(old, "FAILED", "broken")
@@ -325,7 +326,7 @@ func TestFilterAndPaging(t *testing.T) {
 	b.until(`document.querySelectorAll("li").length === 0`)
 }
 
-// A phone shows everything without scrolling sideways.
+// TestPhone checks that a phone shows everything without scrolling sideways.
 func TestPhone(t *testing.T) {
 	d := newDaemon(t)
 	b := newTab(t)
@@ -339,7 +340,7 @@ func TestPhone(t *testing.T) {
 	narrow := func(what string) {
 		t.Helper()
 		if w := eval[int](b, "document.documentElement.scrollWidth"); w != 360 {
-			t.Errorf("%s: the page is %d wide", what, w)
+			t.Errorf("%s: the page is %d pixels wide", what, w)
 		}
 	}
 	narrow("list")
@@ -351,7 +352,7 @@ func TestPhone(t *testing.T) {
 	narrow("dialog")
 }
 
-// Many tasks that all report at once are shown smoothly.
+// TestManyRows checks that the page stays smooth while many tasks report.
 func TestManyRows(t *testing.T) {
 	b := newTab(t)
 	d := newDaemon(t)
@@ -379,8 +380,7 @@ func TestManyRows(t *testing.T) {
 	t.Logf("the longest frame with 800 changing rows: %.0f ms", eval[float64](b, "window.worst"))
 }
 
-// furnish makes something to look at: a history, and three that run and one
-// that waits.
+// furnish creates a history, three running operations and a waiting one.
 func furnish(d *daemon) {
 	d.t.Helper()
 	d.kill()
@@ -417,7 +417,7 @@ func furnish(d *daemon) {
 	d.start("Scrub backup")
 }
 
-// TestScreenshots leaves pictures for somebody to look at.
+// TestScreenshots stores pictures of the page for people to look at.
 func TestScreenshots(t *testing.T) {
 	dir := os.Getenv("TASK_SCREENSHOTS")
 	if dir == "" {
@@ -467,5 +467,5 @@ func TestScreenshots(t *testing.T) {
 	details("phone")
 	b.do(scheme("dark"))
 	shoot("phone-dark")
-	b.nothingWrong("net::ERR_", "Failed to load resource") // while the history was made
+	b.nothingWrong("net::ERR_", "Failed to load resource") // while the history was created
 }

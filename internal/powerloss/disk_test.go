@@ -20,8 +20,8 @@ import (
 	"testing"
 )
 
-// An entry is one of the record's, as testdata/shim.c writes them. The kind
-// ack is not the shim's but the program's own.
+// An entry is one entry of the record, as testdata/shim.c writes them. Entries of
+// the kind ack are written by the program itself.
 type entry struct {
 	kind byte
 	fd   int32
@@ -31,13 +31,13 @@ type entry struct {
 
 const ack = 'A'
 
-// The header of an entry in the record.
+// header is the header of an entry in the record.
 type header struct {
 	Kind, FD int32
 	N, Len   int64
 }
 
-// appendEntry appends an acknowledgement to the record, by a single write.
+// appendEntry appends an acknowledgement to the record, in a single write.
 func appendEntry(f *os.File, data []byte) error {
 	var b bytes.Buffer
 	if err := binary.Write(&b, binary.NativeEndian, header{Kind: ack, FD: -1, Len: int64(len(data))}); err != nil {
@@ -73,53 +73,53 @@ func readEntries(path string) ([]entry, error) {
 	}
 }
 
-// A disk is what the record says of one directory: what is on it for sure, and
-// what may be on it.
+// A disk is the state of one directory by the record: what is certainly on the
+// disk, and what may be.
 type disk struct {
 	fds   map[int32]*file
-	syncs map[int64]point // that are under way
+	syncs map[int64]point // the syncs under way
 	dir   file            // stands for the directory
 	names map[string]*name
 }
 
-// A file is what is synced of it, and what has been done to it since.
+// A file is its synced content, and the changes since.
 type file struct {
 	data    []byte
 	pending []change
-	past    int // changes that are synced
+	past    int // how many changes are synced
 }
 
-// A change is a write, or a truncation if data is nil. Of a directory it is the
-// change of a name.
+// A change is a write, or a truncation if data is nil. A change of a directory is
+// a change of a name.
 type change struct {
 	at   int64
 	data []byte
 
 	name string
-	to   *file // nil: unlinked
+	to   *file // nil if unlinked
 }
 
-// A name leads to a file, or to none if that is nil.
+// A name leads to a file, or to none if nil.
 type name struct {
-	synced *file // for sure
-	latest *file // if what was done since is synced; the changes between are the directory's
+	synced *file // where it certainly leads
+	latest *file // where it leads once the directory's pending changes are synced
 }
 
-// A point is a moment in the life of a file.
+// A point is a moment in the history of a file.
 type point struct {
 	file *file
-	past int // changes until then
+	past int // how many changes came before
 }
 
 func newDisk() *disk {
 	return &disk{fds: make(map[int32]*file), syncs: make(map[int64]point), names: make(map[string]*name)}
 }
 
-// apply takes in the next entry of the record.
+// apply applies the next entry of the record.
 func (d *disk) apply(e entry) error {
 	f := d.fds[e.fd]
 	switch e.kind {
-	case 'P': // a new process: the descriptors are those of a dead one
+	case 'P': // a new process: the old descriptors are gone
 		clear(d.fds)
 		clear(d.syncs)
 	case 'D':
@@ -145,7 +145,7 @@ func (d *disk) apply(e entry) error {
 		d.link(filepath.Base(from), nil)
 	case ack:
 	default:
-		return fmt.Errorf("the record has an entry of kind %c: %s", e.kind, e.data)
+		return fmt.Errorf("unknown entry of kind %c: %s", e.kind, e.data)
 	}
 	return nil
 }
@@ -163,7 +163,7 @@ func (d *disk) open(e entry) {
 	}
 }
 
-// link makes a name lead to a file, or to none.
+// link makes a name lead to a file, or to none if nil.
 func (d *disk) link(base string, to *file) {
 	n := d.names[base]
 	if n == nil {
@@ -174,11 +174,11 @@ func (d *disk) link(base string, to *file) {
 	d.dir.pending = append(d.dir.pending, change{name: base, to: to})
 }
 
-// synced notes that all that was done to a file until then is synced.
+// synced records that all changes of a file up to a point are synced.
 func (d *disk) synced(p point) {
 	f := p.file
 	n := p.past - f.past
-	if n <= 0 { // another sync has done it
+	if n <= 0 { // another sync has covered them
 		return
 	}
 	for _, c := range f.pending[:n] {
@@ -192,7 +192,7 @@ func (d *disk) synced(p point) {
 	f.pending = slices.Clone(f.pending[n:])
 }
 
-// apply does to data what the change does to a file.
+// apply returns data with the change applied.
 func (c change) apply(data []byte) []byte {
 	if c.data == nil {
 		return resize(data, int(c.at))
@@ -215,20 +215,20 @@ func resize(data []byte, size int) []byte {
 	return data
 }
 
-// sector is what a disk writes as a whole.
+// sector is the unit that a disk writes atomically.
 const sector = 512
 
-// A crash says what a loss of power leaves of what was not synced.
+// A crash says how much of what was not synced survives a loss of power.
 type crash int
 
 const (
 	none    crash       = iota // nothing
 	all                        // everything
-	mixed                      // of each file and each name something else
-	crashes = mixed + 3        // so many to try; mixed is done more than once
+	mixed                      // a random part of each file and each name
+	crashes = mixed + 3        // the number to try; mixed is tried several times
 )
 
-// after returns the files as they are after a crash.
+// after returns the files after a crash.
 func (d *disk) after(c crash, rng *rand.Rand) map[string][]byte {
 	files := make(map[string][]byte)
 	for base, n := range d.names {
@@ -243,7 +243,7 @@ func (d *disk) after(c crash, rng *rand.Rand) map[string][]byte {
 			continue
 		}
 		if strings.HasSuffix(base, "-shm") {
-			// It is mapped into memory, which the record doesn't show.
+			// It is written through a memory map, which the record doesn't show.
 			files[base] = garbage(rng.IntN(3)*32<<10, rng)
 			continue
 		}
@@ -252,7 +252,7 @@ func (d *disk) after(c crash, rng *rand.Rand) map[string][]byte {
 	return files
 }
 
-// either returns one of the files to which a name may lead.
+// either returns a random one of the files to which a name may lead.
 func (d *disk) either(base string, rng *rand.Rand) *file {
 	may := []*file{d.names[base].synced}
 	for _, c := range d.dir.pending {
@@ -263,8 +263,8 @@ func (d *disk) either(base string, rng *rand.Rand) *file {
 	return may[rng.IntN(len(may))]
 }
 
-// after returns the content of a file as it is after a crash. The caller must
-// not change it.
+// after returns the content of a file after a crash. The caller must not modify
+// it.
 func (f *file) after(c crash, rng *rand.Rand) []byte {
 	if c == none || len(f.pending) == 0 {
 		return f.data
@@ -276,7 +276,7 @@ func (f *file) after(c crash, rng *rand.Rand) []byte {
 		keep = whole
 	case way == 0:
 		return f.data
-	case way == 1: // the first ones
+	case way == 1: // the first changes
 		n := rng.IntN(len(f.pending) + 1)
 		keep = func(c change) []change {
 			if n--; n < 0 {
@@ -284,14 +284,14 @@ func (f *file) after(c crash, rng *rand.Rand) []byte {
 			}
 			return whole(c)
 		}
-	case way == 2: // any of them, so that a later one may be there without an earlier one
+	case way == 2: // any changes, so that a later one may survive without an earlier one
 		keep = func(c change) []change {
 			if rng.IntN(2) == 0 {
 				return nil
 			}
 			return whole(c)
 		}
-	default: // any of their sectors, most or few
+	default: // any sectors of them, most or few
 		likely := []int{1, 5, 9}[rng.IntN(3)]
 		stale := way == 4
 		keep = func(c change) []change { return tear(c, likely, stale, len(f.data), rng) }
@@ -305,9 +305,9 @@ func (f *file) after(c crash, rng *rand.Rand) []byte {
 	return data
 }
 
-// tear returns those sectors of a write that have reached the disk, likely of
-// ten. If stale, those that have not, but are part of the file, are what was in
-// that place of the disk before: size is that of the file as it is synced.
+// tear returns the sectors of a write that have reached the disk, on average
+// likely of ten. If stale, other sectors beyond size, that of the synced file,
+// hold what was at that place of the disk before.
 func tear(c change, likely int, stale bool, size int, rng *rand.Rand) (parts []change) {
 	if c.data == nil {
 		if rng.IntN(10) < likely {
@@ -328,7 +328,7 @@ func tear(c change, likely int, stale bool, size int, rng *rand.Rand) (parts []c
 	return parts
 }
 
-// noise is no text, so that tests can tell it.
+// noise is not a valid text, so that tests recognize it.
 var noise = sync.OnceValue(func() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	data := make([]byte, 256<<10)
@@ -338,14 +338,15 @@ var noise = sync.OnceValue(func() []byte {
 	return data
 })
 
-// garbage returns what nobody has written. The caller must not change it.
+// garbage returns bytes that no program has written. The caller must not modify
+// them.
 func garbage(n int, rng *rand.Rand) []byte {
 	all := noise()
 	at := rng.IntN(len(all) - n)
 	return all[at : at+n]
 }
 
-// A crash leaves what was synced, and anything of the rest.
+// TestDisk checks that a crash leaves what was synced, and any part of the rest.
 func TestDisk(t *testing.T) {
 	const dir, a = 3, 4
 	created := []entry{
@@ -361,7 +362,7 @@ func TestDisk(t *testing.T) {
 		name      string
 		entries   []entry
 		none, all string
-		may       []string // "-" is no file, and "?" a byte that nobody has written
+		may       []string // "-" stands for no file, "?" for a byte that no program has written
 	}{
 		{"created", created, "-", "x", []string{"-", "", "x", "?"}},
 		{
@@ -396,7 +397,7 @@ func TestDisk(t *testing.T) {
 			"x", "n", []string{"x", "-", "", "n", "?"},
 		},
 		{
-			"synced by a process that died before the end",
+			"synced by a process that died during the sync",
 			with(created, entry{kind: 'S', fd: dir}, entry{kind: 'P'}, entry{kind: 'D', fd: a}),
 			"-", "x", []string{"-", "", "x", "?"},
 		},
@@ -426,10 +427,10 @@ func TestDisk(t *testing.T) {
 				}, string(data))
 			}
 			if got := content(none); got != test.none {
-				t.Errorf("with nothing more: %q, want %q", got, test.none)
+				t.Errorf("with nothing unsynced: %q, want %q", got, test.none)
 			}
 			if got := content(all); got != test.all {
-				t.Errorf("with everything: %q, want %q", got, test.all)
+				t.Errorf("with everything unsynced: %q, want %q", got, test.all)
 			}
 			seen := make(map[string]bool)
 			for range 2000 {
@@ -437,13 +438,13 @@ func TestDisk(t *testing.T) {
 			}
 			got := slices.Sorted(maps.Keys(seen))
 			if want := slices.Sorted(slices.Values(test.may)); !slices.Equal(got, want) {
-				t.Errorf("may be %q, want %q", got, want)
+				t.Errorf("possible contents %q, want %q", got, want)
 			}
 		})
 	}
 }
 
-// A torn write leaves whole sectors.
+// TestTear checks that a torn write leaves whole sectors.
 func TestTear(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	write := change{at: sector - 1, data: bytes.Repeat([]byte("x"), 2*sector)}

@@ -1,7 +1,7 @@
-// Package powerloss tests what a loss of power leaves of what was acknowledged.
+// Package powerloss tests that acknowledged operations survive a loss of power.
 //
-// A program that uses the package is run with a library preloaded that records
-// what it does to its files, and what it syncs. From the record the test then
-// makes the directories that a loss of power at some moment may have left, and
-// looks for what had been acknowledged by then.
+// It runs a program that uses package task with a preloaded library, which
+// records what the program writes to its files and what it syncs. From the
+// record, the test reconstructs directories as a loss of power at some moment may
+// have left them, and looks for what had been acknowledged by then.
 package powerloss

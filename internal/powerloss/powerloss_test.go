@@ -16,11 +16,11 @@ import (
 )
 
 var (
-	pointsFlag = flag.Int("points", 120, "at how many moments of each record power is lost")
-	seedFlag   = flag.Uint64("seed", rand.Uint64(), "what decides at which, and what is left")
+	pointsFlag = flag.Int("points", 120, "lose power at this many moments of each record")
+	seedFlag   = flag.Uint64("seed", rand.Uint64(), "seed of the random choice of moments and of what survives")
 )
 
-// configVar names the environment variable that has the test binary record or
+// configVar names the environment variable that makes the test binary record or
 // replay instead of running tests. It holds the config.
 const configVar = "TASK_POWERLOSS"
 
@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// play plays the role that the config says.
+// play plays the role in the config.
 func play(text string) error {
 	var c config
 	if err := json.Unmarshal([]byte(text), &c); err != nil {
@@ -65,8 +65,8 @@ func compile(t *testing.T) string {
 	return path
 }
 
-// start has the test binary play a role with the library preloaded, and
-// returns what it has printed.
+// start makes the test binary play a role with the library preloaded, and returns
+// its output.
 func start(t *testing.T, shim string, c config, env ...string) ([]byte, error) {
 	text, err := json.Marshal(c)
 	if err != nil {
@@ -83,10 +83,9 @@ func start(t *testing.T, shim string, c config, env ...string) ([]byte, error) {
 	return cmd.Output()
 }
 
-// processes are those that are to record and be killed, one after the other
-// with the same files: at the n-th sync of theirs while they create the
-// database, while others recover it, and later, with and without operations
-// that are left unfinished.
+// processes are the processes that record and are killed, one after the other, on
+// the same files: at their n-th sync while they create the database, while they
+// recover it, and later, with and without leaving unfinished operations.
 func processes() (all []config) {
 	for n := range 10 {
 		all = append(all, config{Kill: n + 1})
@@ -98,8 +97,8 @@ func processes() (all []config) {
 	return all
 }
 
-// record returns the path of a new record. Of the processes so many are killed,
-// and the goroutines of the last one do so many operations each.
+// record returns the path of a new record. It kills that many processes. In the
+// last one, each goroutine then runs ops operations.
 func record(t *testing.T, shim, settings string, killed, ops int) string {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
@@ -132,19 +131,20 @@ func keptDir(t *testing.T) string {
 	return dir
 }
 
-// What is acknowledged survives a loss of power where the database is synced
-// before, and only there.
+// TestPowerLoss checks that acknowledged operations survive a loss of power where
+// the database is synced before the acknowledgement, and that the replay detects
+// losses elsewhere.
 func TestPowerLoss(t *testing.T) {
 	shim := compile(t)
 	for _, test := range []struct {
 		name     string
 		settings string // of an application's database; "" for OpenSQLite
-		lossless bool   // by what the README and SQLite's documentation say
-		killed   int    // how many processes, fewer where syncs are rare
-		ops      int    // how many operations then; 100 are good for some checkpoints
+		lossless bool   // by docs/durability.md and SQLite's documentation
+		killed   int    // how many processes; fewer where syncs are rare
+		ops      int    // how many operations then; 100 cause some checkpoints
 		blind    []string
 	}{
-		// That the replay would see a loss is shown by not believing the syncs.
+		// Ignoring syncs shows that the replay detects losses.
 		{"OpenSQLite", "", true, 23, 100, []string{"files", "directory"}},
 		{"WAL, NORMAL", "_journal_mode=WAL&_synchronous=NORMAL", false, 4, 100, nil},
 		{"WAL, FULL", "_journal_mode=WAL&_synchronous=FULL", true, 23, 30, nil},
@@ -172,7 +172,7 @@ func TestPowerLoss(t *testing.T) {
 	}
 }
 
-// replayed replays a record and checks what comes of it.
+// replayed replays a record and checks the report.
 func (c config) replayed(t *testing.T, shim string, lossless bool) {
 	out, err := start(t, shim, c, "SHIM_NOSYNC=1")
 	var r report
@@ -185,7 +185,7 @@ func (c config) replayed(t *testing.T, shim string, lossless bool) {
 	t.Logf("blind %q: %d entries, %d syncs, %d of the database file, %d acknowledgements; %d points, %d images, %d with a loss",
 		c.Blind, r.Entries, r.Syncs, r.DBSyncs, r.Acks, r.Points, r.Images, r.Lossy)
 	for _, text := range r.Problems {
-		if c.Blind == "" { // a disk that lies breaks any database
+		if c.Blind == "" { // a disk that ignores syncs breaks any database
 			t.Error(text)
 		}
 	}
@@ -195,6 +195,6 @@ func (c config) replayed(t *testing.T, shim string, lossless bool) {
 	case lossless && r.Lossy > 0:
 		t.Error("lost: ", r.Loss)
 	case !lossless && r.Lossy == 0 && len(r.Problems) == 0:
-		t.Error("nothing was lost: the replay would not see it")
+		t.Error("the replay has detected no loss")
 	}
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A config tells a process that the test has started what to do.
+// A config tells a process what to do.
 type config struct {
 	Role   string // "record" or "replay"
 	Dir    string // for the files
@@ -27,18 +27,18 @@ type config struct {
 
 	Settings string // of an application's database; "" for OpenSQLite
 	Gen      int    // counts the processes that record
-	Kill     int    // at which sync the process is killed; 0: not at all
-	Ops      int    // how many operations each goroutine submits; 0: until the process is killed
+	Kill     int    // the sync at which the process is killed; 0 for none
+	Ops      int    // how many operations each goroutine submits; 0 for no limit
 	Alone    bool   // one goroutine submits, so that a kill may leave nothing to recover
 
 	Points int // at how many moments power is lost
 	Seed   uint64
-	Blind  string // what the replay takes for not done: "files" or "directory" are never synced
+	Blind  string // the syncs that the replay ignores: of "files" or of the "directory"
 }
 
 const base = "tasks.db"
 
-// open opens a database in dir in the way that is tested.
+// open opens a database in dir with the settings under test.
 func (c config) open(dir string) (store *task.SQLiteStore, closeStore func() error, err error) {
 	path := filepath.Join(dir, base)
 	if c.Settings == "" {
@@ -59,13 +59,14 @@ func (c config) open(dir string) (store *task.SQLiteStore, closeStore func() err
 	return store, func() error { return errors.Join(store.Close(), db.Close()) }, nil
 }
 
-// An acknowledgement is what the program was told, as an entry of the record.
+// An acknowledgement is what the manager has confirmed, as an entry of the
+// record.
 type acknowledgement struct {
 	ID, Name string
-	State    task.State // if it is shown as finished; else it is submitted
+	State    task.State // if it was shown as finished; "" if submitted
 	Result   json.RawMessage
 	Error    string
-	Owner    string // none of the above: the name of the owner's file
+	Owner    string // the name of the owner's file; the other fields are then empty
 }
 
 const submitters = 4
@@ -119,8 +120,8 @@ func (r *recorder) live(life int) error {
 	return errors.Join(errors.Join(errs...), m.Close(), closeStore())
 }
 
-// look acknowledges what is there: what one process was shown is no less
-// shown because another one has stored it.
+// look records what the manager shows at the start. That is acknowledged, too,
+// although another process has stored it.
 func (r *recorder) look(m *task.Manager) error {
 	owners, err := filepath.Glob(filepath.Join(r.Dir, base+"-owner-*"))
 	if err != nil {
@@ -143,7 +144,7 @@ func (r *recorder) look(m *task.Manager) error {
 	return nil
 }
 
-// shown acknowledges what an operation is shown as.
+// shown records the state in which an operation is shown.
 func (r *recorder) shown(op *task.Operation) error {
 	a := acknowledgement{ID: op.ID, Name: op.Name}
 	if op.State.Finished() {
@@ -163,7 +164,7 @@ func (r *recorder) acknowledge(a acknowledgement) error {
 	return appendEntry(r.record, line)
 }
 
-// submit has an operation done and acknowledges what it is told of it.
+// submit runs an operation and records what is acknowledged.
 func (r *recorder) submit(m *task.Manager, name string, n int) error {
 	op, err := m.Submit(name, func(ctx context.Context, update func(int)) (any, error) {
 		update(50)

@@ -19,20 +19,20 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A report is what came of a replay.
+// A report is the outcome of a replay.
 type report struct {
 	Entries  int      // of the record
-	Syncs    int      // those of them that are the end of one
-	DBSyncs  int      // those of the database's own file: twice or so in a checkpoint
-	Acks     int      // the entries that are acknowledgements
+	Syncs    int      // syncs that have ended
+	DBSyncs  int      // those of the database file itself: about two per checkpoint
+	Acks     int      // acknowledgements
 	Points   int      // moments at which power was lost
-	Images   int      // directories that it may have left
-	Lossy    int      // those of them in which something acknowledged is missing
-	Loss     string   // what, in the first of them
-	Problems []string // what must not be whatever is lost
+	Images   int      // directories reconstructed
+	Lossy    int      // images in which something acknowledged is missing
+	Loss     string   // the first such loss
+	Problems []string // other faults, such as corruption
 }
 
-// A replay makes what losses of power leave, and looks at it.
+// A replay reconstructs and checks what losses of power may leave.
 type replay struct {
 	config
 	images chan image
@@ -41,11 +41,11 @@ type replay struct {
 	report report
 }
 
-// An image is a directory as a loss of power may leave it.
+// An image is a directory as a loss of power may have left it.
 type image struct {
 	dir  string
-	what string            // it is
-	acks []acknowledgement // what was acknowledged by then
+	what string            // which image this is
+	acks []acknowledgement // all acknowledgements by then
 }
 
 func (c config) replay() (*report, error) {
@@ -112,7 +112,7 @@ func (r *replay) make(entries []entry) error {
 	return nil
 }
 
-// take takes in the next entry.
+// take applies the next entry.
 func (r *replay) take(e entry, d *disk, told *acknowledged) error {
 	switch e.kind {
 	case ack:
@@ -131,11 +131,11 @@ func (r *replay) take(e entry, d *disk, told *acknowledged) error {
 	return d.apply(e)
 }
 
-// acknowledged is what has been until some moment.
+// acknowledged collects the acknowledgements up to some moment.
 type acknowledged struct {
 	all    []acknowledgement // of operations
-	owners []string          // the names of their files
-	seen   map[string]bool   // by ID and state, of which the first one is the strongest
+	owners []string          // the names of owner files
+	seen   map[string]bool   // by ID and state: later ones add nothing
 }
 
 func (k *acknowledged) add(data []byte) error {
@@ -157,14 +157,14 @@ func (k *acknowledged) add(data []byte) error {
 	return nil
 }
 
-// points chooses the moments at which power is lost: most of them just before
-// the end of a sync, when the most has been acknowledged that needs the one
-// before it; the others anywhere, and all moments in the beginning. Of each
-// process there is the one when it has synced nothing since it was shown what
-// another one had left.
+// points chooses the moments at which power is lost: all moments at the
+// beginning, then mostly moments just before the end of a sync, when as much as
+// possible depends on the sync before, and some others. For each process it
+// includes the moment before its first sync after it was shown what another
+// process had left.
 func (r *replay) points(entries []entry, rng *rand.Rand) []int {
 	var ends, points []int
-	shown := 0 // acknowledgements of the process before a sync; -1 after that
+	shown := 0 // acknowledgements of the process before its first sync; -1 after that
 	for n, e := range entries {
 		switch {
 		case e.kind == 'P':
@@ -192,8 +192,7 @@ func (r *replay) points(entries []entry, rng *rand.Rand) []int {
 	return slices.Compact(points)
 }
 
-// write makes the directory. The files of owners, which need no sync, are there
-// or not.
+// write creates the directory. Owner files need no sync: each is there or not.
 func (i image) write(files map[string][]byte, owners []string, rng *rand.Rand) error {
 	if err := os.Mkdir(i.dir, 0o700); err != nil {
 		return err
@@ -211,8 +210,8 @@ func (i image) write(files map[string][]byte, owners []string, rng *rand.Rand) e
 	return nil
 }
 
-// check starts a manager where power was lost, and returns what has been lost,
-// and an error if anything else is wrong.
+// check starts a manager on an image. It returns the losses, and an error for any
+// other fault.
 func (r *replay) check(i image) (lost []string, err error) {
 	store, closeStore, err := r.open(i.dir)
 	if err != nil {
@@ -230,7 +229,7 @@ func (r *replay) check(i image) (lost []string, err error) {
 	return lost, err
 }
 
-// compare compares what was acknowledged with what is in the database.
+// compare compares the acknowledgements with the database.
 func (i image) compare() (lost []string, err error) {
 	db, err := sql.Open("sqlite3", "file:"+filepath.Join(i.dir, base)+"?mode=ro")
 	if err != nil {
@@ -265,7 +264,7 @@ func (i image) compare() (lost []string, err error) {
 	return lost, nil
 }
 
-// A row is what is compared of a row of the database.
+// A row holds the compared columns of a row of the database.
 type row struct {
 	Name   string
 	State  task.State
@@ -281,8 +280,8 @@ func (a acknowledgement) row() row {
 	return r
 }
 
-// read returns all rows by ID, or an error if one is not finished. It has
-// SQLite make one text of them, which takes much less time.
+// read returns all rows by ID, or an error if one is not finished. SQLite joins
+// them into one text, which is much faster than reading row by row.
 func read(db *sql.DB) (map[string]row, error) {
 	var text string
 	err := db.QueryRow(`SELECT coalesce(group_concat(concat_ws(char(31), id, name, state, coalesce(result, ''), coalesce(error, '')), char(30)), '')
@@ -297,7 +296,7 @@ func read(db *sql.DB) (map[string]row, error) {
 			if text == "" {
 				break
 			}
-			return nil, fmt.Errorf("a row that nobody has written: %q", line)
+			return nil, fmt.Errorf("a row that no program has written: %q", line)
 		}
 		r := row{cells[1], task.State(cells[2]), cells[3], cells[4]}
 		if !r.State.Finished() {

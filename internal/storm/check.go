@@ -15,16 +15,16 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A process is one that was a worker, as its operations' names tell.
+// A process identifies a worker's process, as the names of its operations do.
 type process struct{ slot, gen int }
 
-// A fate is what the driver knows of a process.
+// A fate is what the driver knows about a process.
 type fate struct {
 	killed bool // it may be dead
-	buried bool // it was dead before a New began that has returned
+	buried bool // it was dead before a New began that has since returned
 }
 
-// A row of the database, as text.
+// A row is a row of the database, as text.
 type row struct {
 	id, name, state, progress, metadata, result, err string
 	created, updated, started                        string
@@ -34,24 +34,23 @@ type row struct {
 func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNNING" }
 
 // A checker compares one database with the workers' journals, through
-// connections of its own. Between two looks at a database it
-// keeps no connection: with it, SQLite would never have to rebuild what the
-// dead have left.
+// connections of its own. It keeps no connection between two checks: if it did,
+// SQLite would never have to recover what dead processes have left.
 type checker struct {
 	dir     string
 	readers map[process]*reader
 	fates   map[process]*fate
 
-	rows       map[string]row    // as they were seen last
-	unfinished map[string]bool   // the IDs of the rows that were
+	rows       map[string]row    // as of the last check
+	unfinished map[string]bool   // the IDs of those that were unfinished
 	owners     map[string]string // the life of each owner, as a prefix of names
-	closed     map[string]bool   // the prefixes of the lives that were closed
+	closed     map[string]bool   // the prefixes of the closed lives
 
 	acks tally // acknowledgements
 	bad  []string
 }
 
-// A tally is what the summary counts.
+// A tally holds the counts of the summary.
 type tally struct {
 	kills, restarts, submitted, finished, recovered, checks, databases, violations int
 }
@@ -96,12 +95,11 @@ func (c *checker) violation(format string, args ...any) {
 	}
 }
 
-// check compares what has been acknowledged since the last check with what is
-// stored, and what is stored with what was, and checks the structure of the
-// database.
+// check compares the acknowledgements since the last check with the database,
+// the database with its state at the last check, and checks its structure.
 //
-// The journals are read before the database, which so must have all that is in
-// them.
+// It reads the journals before the database, so that the database must contain
+// everything that they record.
 func (c *checker) check() error {
 	c.acks.checks++
 	var news []record
@@ -111,7 +109,7 @@ func (c *checker) check() error {
 			return err
 		}
 		news = append(news, records...)
-		if c.fates[p].buried { // and will say no more
+		if c.fates[p].buried { // its journal is complete
 			delete(c.readers, p)
 		}
 	}
@@ -132,7 +130,7 @@ func (c *checker) check() error {
 	return nil
 }
 
-// look brings c.rows up to date, in one transaction.
+// look updates c.rows, in one transaction.
 func (c *checker) look() error {
 	path := (&url.URL{Path: filepath.ToSlash(databasePath(c.dir))}).EscapedPath()
 	db, err := sql.Open("sqlite3", "file:"+path+"?mode=ro&_busy_timeout=8000")
@@ -157,12 +155,12 @@ func (c *checker) look() error {
 		return err
 	}
 	if n != len(c.rows) {
-		c.violation("%d rows were there, and %d are left", len(c.rows), n)
+		c.violation("of %d rows, %d are left", len(c.rows), n)
 	}
 	return nil
 }
 
-// query has c.saw look at all rows, and counts them.
+// query passes all rows to c.saw, and counts them.
 func (c *checker) query(tx *sql.Tx) (n int, err error) {
 	rows, err := tx.Query(`SELECT id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
 		coalesce(error, ''), CAST(created_at AS TEXT), CAST(updated_at AS TEXT), coalesce(CAST(started_at AS TEXT), ''),
@@ -183,7 +181,7 @@ func (c *checker) query(tx *sql.Tx) (n int, err error) {
 	return n, rows.Err()
 }
 
-// saw compares a row with what it was before.
+// saw compares a row with its state at the last check.
 func (c *checker) saw(r row) {
 	before, known := c.rows[r.id]
 	c.rows[r.id] = r
@@ -192,7 +190,7 @@ func (c *checker) saw(r row) {
 			c.violation("a finished row has changed:\n\t%+v\n\t%+v", before, r)
 		}
 		if before.name != r.name || before.created != r.created || before.owner != r.owner || before.state == "RUNNING" && r.state == "PENDING" {
-			c.violation("a row has changed as it must not:\n\t%+v\n\t%+v", before, r)
+			c.violation("a row has changed in a forbidden way:\n\t%+v\n\t%+v", before, r)
 		}
 	}
 	if r.unfinished() {
@@ -228,14 +226,14 @@ func (c *checker) checkRecovered(r row) {
 	}
 }
 
-// checkLiving checks a row that is unfinished.
+// checkLiving checks an unfinished row.
 func (c *checker) checkLiving(r row) {
 	p, life := whose(r.name)
 	switch fate := c.fates[p]; {
 	case fate == nil:
 		c.violation("nobody has submitted %+v", r)
 	case fate.buried:
-		c.violation("an unfinished operation belongs to the dead: %+v", r)
+		c.violation("an unfinished operation belongs to a dead process: %+v", r)
 	case c.closed[life]:
 		c.violation("an unfinished operation belongs to a closed manager: %+v", r)
 	}
@@ -247,7 +245,8 @@ func (c *checker) checkLiving(r row) {
 	}
 }
 
-// whose returns who has submitted the operation with that name.
+// whose returns the process that has submitted the operation with that name, and
+// its life.
 func whose(name string) (p process, life string) {
 	var n int
 	if _, err := fmt.Sscanf(name, "%d.%d.%d.", &p.slot, &p.gen, &n); err != nil {
@@ -256,7 +255,7 @@ func whose(name string) (p process, life string) {
 	return p, strings.Join(strings.Split(name, ".")[:3], ".") + "."
 }
 
-// compare checks that what was acknowledged is stored.
+// compare checks that an acknowledgement is stored.
 func (c *checker) compare(r record) {
 	switch r.Kind {
 	case wrong:
@@ -279,7 +278,7 @@ func (c *checker) compare(r record) {
 	}
 }
 
-// rowOf returns the row that an operation should have, but for the owner.
+// rowOf returns the row that an operation should have, without the owner.
 func rowOf(op *task.Operation) (row, error) {
 	metadata, err := json.Marshal(op.Metadata)
 	if err != nil {
@@ -310,9 +309,9 @@ func timeCell(t time.Time) string {
 	return t.UTC().Format("2006-01-02 15:04:05.000000")
 }
 
-// ownerFiles returns the lock files beside the database.
+// ownerFiles returns the owner files beside the database.
 func (c *checker) ownerFiles() []string {
-	files, _ := filepath.Glob(filepath.Join(c.dir, "*-owner-*")) // which fails for a bad pattern only
+	files, _ := filepath.Glob(filepath.Join(c.dir, "*-owner-*")) // Glob fails only for a bad pattern
 	slices.Sort(files)
 	return files
 }

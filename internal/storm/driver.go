@@ -19,18 +19,18 @@ import (
 
 const (
 	slots       = 3  // workers at a time
-	roundsPerDB = 25 // after which a fresh database is taken, so that checks stay quick
+	roundsPerDB = 25 // rounds on one database: checks of a small one are quick
 	patience    = 2 * time.Minute
 	maxPause    = 400 * time.Millisecond // between two rounds
 )
 
-// A storm is a run of the driver: it starts the workers, kills them, starts
-// them again, and has a checker look at what they leave.
+// A storm is a run of the driver: it starts the workers, kills them, restarts
+// them, and lets a checker examine what they have left.
 type storm struct {
 	dir   string
 	seed  uint64
-	kills int       // after so many it ends
-	until time.Time // and not later than this
+	kills int       // ends the storm, once reached
+	until time.Time // ends the storm
 
 	wrong  string               // for the workers' config
 	tamper func(*checker) error // called between a kill and the check; may be nil
@@ -40,25 +40,25 @@ type storm struct {
 	workers  [slots]*child
 	gen      int // counts the processes
 	dead     []process
-	starting time.Duration // from the start of a process to its first New's return, at last
+	starting time.Duration // from the start of a process to the return of its first New, as last measured
 	total    tally
 	bad      []string
 }
 
-// A child is a worker's process, as the driver sees it.
+// A child is the driver's view of a worker's process.
 type child struct {
 	process
 	cmd    *exec.Cmd
 	in     io.WriteCloser
 	stderr string
 	born   time.Time
-	after  int           // how many had died when it was started
+	after  int           // how many processes had died when it was started
 	ready  chan struct{} // closed when its first New has returned
 	gone   chan struct{} // closed when it has ended
-	err    error         // why, set before gone is closed
+	err    error         // why it has ended; set before gone is closed
 }
 
-// run runs the storm. It ends early when a violation is found. The error tells
+// run runs the storm. It ends early when it finds a violation. An error means
 // that the storm itself has failed.
 func (s *storm) run() error {
 	s.rng = rand.New(rand.NewPCG(s.seed, 0))
@@ -99,7 +99,7 @@ func (c *checker) violations() int {
 	return c.acks.violations
 }
 
-// history is the life of one database.
+// history runs the storm on one database.
 func (s *storm) history() error {
 	s.dead = nil
 	for i := range s.workers {
@@ -129,7 +129,7 @@ func (s *storm) pause(atMost time.Duration) {
 	}
 }
 
-// round kills some workers, starts them again, and checks.
+// round kills some workers, restarts them, and checks.
 func (s *storm) round() error {
 	victims := s.rng.Perm(slots)
 	switch s.rng.IntN(6) {
@@ -142,7 +142,7 @@ func (s *storm) round() error {
 	if err := s.strike(victims); err != nil {
 		return err
 	}
-	for s.rng.IntN(4) == 0 { // again, while they start and recover
+	for s.rng.IntN(4) == 0 { // kill again, while they start and recover
 		s.pause(s.starting + s.starting/4)
 		if err := s.strike(victims[:1+s.rng.IntN(len(victims))]); err != nil {
 			return err
@@ -165,7 +165,7 @@ func (s *storm) round() error {
 	return err
 }
 
-// strike kills the workers in those slots, all before the first is replaced.
+// strike kills the workers in those slots, then replaces them.
 func (s *storm) strike(victims []int) error {
 	for _, i := range victims {
 		s.kill(s.workers[i])
@@ -204,7 +204,7 @@ func (s *storm) start(slot int) error {
 	if err != nil {
 		return err
 	}
-	defer stderr.Close() // the child has its own
+	defer stderr.Close() // the child has its own descriptor
 	c.cmd.Env = append(os.Environ(), workerVar+"="+string(text), "GORACE=atexit_sleep_ms=0")
 	c.cmd.Stderr = stderr
 	if c.in, err = c.cmd.StdinPipe(); err != nil {
@@ -224,7 +224,7 @@ func (s *storm) start(slot int) error {
 	return nil
 }
 
-// follow follows the life of a child.
+// follow waits until a child is ready, and until it has ended.
 func (c *child) follow(out io.Reader) {
 	lines := bufio.NewScanner(out)
 	if lines.Scan() {
@@ -235,7 +235,7 @@ func (c *child) follow(out io.Reader) {
 	close(c.gone)
 }
 
-// kill returns once the process is dead.
+// kill kills the process and waits until it is dead.
 func (s *storm) kill(c *child) {
 	if c == nil || s.checker.fates[c.process] == nil || s.checker.fates[c.process].killed {
 		return
@@ -253,22 +253,22 @@ func (s *storm) kill(c *child) {
 	s.checkStderr(c)
 }
 
-// reportEnd reports that a worker has ended of itself.
+// reportEnd reports that a worker has ended without being killed.
 func (s *storm) reportEnd(c *child) {
-	s.checker.violation("worker %d.%d has ended of itself: %v", c.slot, c.gen, c.err)
+	s.checker.violation("worker %d.%d has ended without being killed: %v", c.slot, c.gen, c.err)
 }
 
-// checkStderr reports what a worker has said that has ended: it crashed, or
-// the race detector has found something.
+// checkStderr reports what a worker has written to standard error: a crash, or a
+// data race.
 func (s *storm) checkStderr(c *child) {
 	text, err := os.ReadFile(c.stderr)
 	if err != nil || len(text) > 0 {
-		s.checker.violation("worker %d.%d has said (%v): %.10000s", c.slot, c.gen, err, text)
+		s.checker.violation("worker %d.%d has written to standard error (%v): %.10000s", c.slot, c.gen, err, text)
 	}
 }
 
-// awaitReady waits until the managers of these are there. What was dead before
-// any of them was started owns nothing unfinished from now on.
+// awaitReady waits until the managers of these children are ready. From then on,
+// processes that were dead before one of them started own nothing unfinished.
 func (s *storm) awaitReady(children []*child) error {
 	for _, c := range children {
 		select {
@@ -279,21 +279,21 @@ func (s *storm) awaitReady(children []*child) error {
 			s.checkStderr(c)
 			return nil
 		case <-time.After(patience):
-			return fmt.Errorf("worker %d.%d has not begun after %v", c.slot, c.gen, patience)
+			return fmt.Errorf("worker %d.%d is not ready after %v", c.slot, c.gen, patience)
 		}
 		s.bury(c.after)
 	}
 	return nil
 }
 
-// bury notes that the first n dead must not own anything unfinished.
+// bury records that the first n dead processes must not own anything unfinished.
 func (s *storm) bury(n int) {
 	for _, p := range s.dead[:n] {
 		s.checker.fates[p].buried = true
 	}
 }
 
-// check reports all that is wrong at this moment.
+// check reports all violations at this moment.
 func (s *storm) check() error {
 	for _, c := range s.workers {
 		select {
@@ -308,8 +308,8 @@ func (s *storm) check() error {
 	return s.checker.check()
 }
 
-// checkOwnerFiles checks that files of the dead don't pile up: one that lives
-// has at most one, and so has one that died after the last New began.
+// checkOwnerFiles checks that owner files don't pile up: at most one for each
+// live process, and for each that died after the last New began.
 func (s *storm) checkOwnerFiles() {
 	files := s.checker.ownerFiles()
 	may := slots
@@ -323,12 +323,12 @@ func (s *storm) checkOwnerFiles() {
 	}
 }
 
-// end ends the history of a database, by killing all workers or by asking them
-// to end, and checks what is left once one more manager has been there.
+// end ends the storm on one database: it kills all workers, or asks them to end,
+// opens the database with one more manager, and checks what is left.
 func (s *storm) end() error {
 	if s.rng.IntN(2) == 0 {
 		for _, c := range s.workers {
-			io.WriteString(c.in, "stop\n") // it may have died, which check reports
+			io.WriteString(c.in, "stop\n") // fails if it has died, which check reports
 		}
 		for _, c := range s.workers {
 			select {
@@ -339,7 +339,7 @@ func (s *storm) end() error {
 			if c.err != nil {
 				s.reportEnd(c)
 			}
-			s.checker.fates[c.process].killed = true // so nobody else does it
+			s.checker.fates[c.process].killed = true // so that nobody else kills it
 			s.dead = append(s.dead, c.process)
 			s.checkStderr(c)
 		}
@@ -359,7 +359,7 @@ func (s *storm) end() error {
 	return s.checker.check()
 }
 
-// visit has a manager come and go.
+// visit opens and closes a manager.
 func (s *storm) visit() error {
 	store, err := task.OpenSQLite(databasePath(s.checker.dir))
 	if err != nil {

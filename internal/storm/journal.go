@@ -14,11 +14,11 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A record is what a worker was told, as one line of its journal.
+// A record is one acknowledgement that a worker has got, a line of its journal.
 type record struct {
 	Kind string          // one of the kinds below
-	Name string          `json:",omitempty"` // of the operation submitted, the prefix of those of a life closed
-	ID   string          `json:",omitempty"` // of the operation submitted
+	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a closed life
+	ID   string          `json:",omitempty"` // of the submitted operation
 	Op   *task.Operation `json:",omitempty"` // as it was shown
 	Text string          `json:",omitempty"` // what is wrong
 }
@@ -28,11 +28,11 @@ const (
 	submitted = "submitted" // Submit has returned an operation
 	finished  = "finished"  // an operation was shown in a final state
 	closed    = "closed"    // Close has returned: nothing of this life is unfinished
-	wrong     = "wrong"     // the worker itself has seen what must not be
+	wrong     = "wrong"     // the worker itself has found a violation
 )
 
-// A journal is the file of a worker's records. What is in there was synced
-// before the worker went on.
+// A journal is the file of a worker's records. Each record is synced before the
+// worker continues.
 type journal struct {
 	file *os.File
 	wake chan struct{} // holds a token when there are lines to write
@@ -56,8 +56,8 @@ func openJournal(path string) (*journal, error) {
 	return j, nil
 }
 
-// add returns once r is synced. Those that come while a sync is under way
-// share the next one.
+// add returns once r is synced. Records that arrive during a sync share the next
+// one.
 func (j *journal) add(r record) {
 	line, err := json.Marshal(r)
 	if err != nil {
@@ -88,17 +88,17 @@ func (j *journal) run() {
 	}
 }
 
-// A reader follows a journal while it is written.
+// A reader reads a journal while it is being written.
 type reader struct {
 	path   string
-	offset int64 // of what has not been read
+	offset int64 // where the unread part begins
 }
 
-// read returns the records that have come since the last call. A line without
-// an end was not acknowledged.
+// read returns the records since the last call. An incomplete line was not
+// acknowledged.
 func (r *reader) read() ([]record, error) {
 	f, err := os.Open(r.path)
-	if errors.Is(err, fs.ErrNotExist) { // killed before it began
+	if errors.Is(err, fs.ErrNotExist) { // the worker was killed before it began
 		return nil, nil
 	}
 	if err != nil {

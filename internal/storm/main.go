@@ -1,19 +1,19 @@
-// Command storm shows that crashes lose nothing that was acknowledged.
+// Command storm tests that crashes lose nothing that was acknowledged.
 //
-// Three processes use one database as hard as they can, each writing down in a
-// journal of its own what it was told: that an operation was submitted, how
-// one ended. They are killed with SIGKILL at random moments, together, twice
-// in quick succession or while they start, and are started again. After each
-// strike it is checked that all that is in the journals is in the database and
-// never changes again, that nothing unfinished belongs to the dead, and that
-// nothing of the living was touched.
+// Three processes use one database as hard as they can. Each records in a
+// journal of its own what was acknowledged: that an operation was submitted, and
+// how it ended. The processes are killed with SIGKILL at random moments, together,
+// twice in quick succession or while they start, and are restarted. After each
+// kill, storm checks that everything in the journals is in the database and never
+// changes again, that nothing unfinished belongs to a dead process, and that
+// nothing of a live process was modified.
 //
 //	go run ./internal/storm -for 30s
 //	go run ./internal/storm -for 15m -kills 1000
 //
-// It ends with a line of figures. If anything was wrong it says what, exits
-// with status 1 and keeps what there is to look at. It needs cgo, and a system
-// that locks files.
+// It ends with a line of figures. If it has found violations, it prints them,
+// exits with status 1 and keeps the database and the journals. It needs cgo, and
+// a system with file locks.
 package main
 
 import (
@@ -30,10 +30,10 @@ func main() {
 		os.Exit(work(text))
 	}
 	var s storm
-	length := flag.Duration("for", 30*time.Second, "how long at most")
-	flag.IntVar(&s.kills, "kills", math.MaxInt, "how many kills at most")
-	flag.Uint64Var(&s.seed, "seed", rand.Uint64(), "what decides who is killed when, as far as that can be decided")
-	flag.StringVar(&s.dir, "dir", "", "where to put the databases (default a temporary directory)")
+	length := flag.Duration("for", 30*time.Second, "run for this time at most")
+	flag.IntVar(&s.kills, "kills", math.MaxInt, "kill this many processes at most")
+	flag.Uint64Var(&s.seed, "seed", rand.Uint64(), "seed of the random choice of victims and moments")
+	flag.StringVar(&s.dir, "dir", "", "put the databases into this `directory` (default a temporary one)")
 	flag.Parse()
 	s.until = time.Now().Add(*length)
 	if err := report(&s); err != nil {
@@ -42,7 +42,7 @@ func main() {
 	}
 }
 
-// report runs a storm and prints what comes of it.
+// report runs a storm and prints the outcome.
 func report(s *storm) error {
 	var err error
 	if s.dir == "" {
@@ -65,5 +65,5 @@ func report(s *storm) error {
 	if s.total.violations > 0 {
 		return fmt.Errorf("%d violations; the database and the journals are kept in %s", s.total.violations, s.dir)
 	}
-	return os.Remove(s.dir) // which is empty
+	return os.Remove(s.dir) // it is empty
 }

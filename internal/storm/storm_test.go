@@ -58,23 +58,24 @@ func TestStorm(t *testing.T) {
 		t.Error(text)
 	}
 	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 {
-		t.Error("nothing was tried")
+		t.Error("the storm has done nothing")
 	}
 }
 
-// Whatever a worker, its store or anybody else does wrong, the checker finds.
+// TestWrong checks that the checker finds whatever a worker, its store or other
+// code does wrong.
 func TestWrong(t *testing.T) {
 	for _, test := range []struct {
 		name   string
-		store  string                     // that the workers use
-		change string                     // what is done to the database, as often as it changes nothing
-		tamper func(*testing.T, *checker) // what else is done
-		want   string                     // regexp: who sees it first says it in its way
+		store  string                     // the store that the workers use
+		change string                     // a statement, repeated until it changes something
+		tamper func(*testing.T, *checker) // other tampering
+		want   string                     // regexp of the violations: several checks may notice it first
 	}{
-		{name: "confirmed before it is stored", store: "early", want: "was acknowledged, but there is no row"},
+		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row"},
 		{name: "final state forgotten", store: "forgetful", want: "shown as finished"},
-		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to the dead"},
-		{name: "recovery of the living", store: "ruthless", want: "Task failed due to system restart"},
+		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to a dead process"},
+		{name: "recovery of live operations", store: "ruthless", want: "Task failed due to system restart"},
 		{
 			name:   "row deleted",
 			change: `DELETE FROM tasks WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE')`,
@@ -91,13 +92,13 @@ func TestWrong(t *testing.T) {
 			want:   "a finished row has changed|shown as finished|Task failed due to system restart",
 		},
 		{
-			name: "operations of the living failed",
+			name: "live operations failed",
 			change: `UPDATE tasks SET state = 'FAILED', error = 'Task failed due to system restart', updated_at = created_at
 				WHERE state IN ('PENDING', 'RUNNING')`,
 			want: "Task failed due to system restart",
 		},
 		{
-			name:   "row of nobody",
+			name:   "row that nobody submitted",
 			change: `INSERT OR IGNORE INTO tasks (id, name, state, owner) VALUES ('x', 'x', 'PENDING', NULL)`,
 			want:   "nobody has submitted",
 		},
@@ -125,14 +126,14 @@ func TestWrong(t *testing.T) {
 				t.Error(err)
 			}
 			if all := strings.Join(s.bad, "\n"); !regexp.MustCompile(test.want).MatchString(all) {
-				t.Errorf("found %d violations, but not %q: %s", s.total.violations, test.want, all)
+				t.Errorf("found %d violations, none of them %q: %s", s.total.violations, test.want, all)
 			}
 		})
 	}
 }
 
-// change runs a statement once the checker has seen enough for it to change
-// anything, and reports whether it did.
+// change runs a statement and reports whether it has changed anything that the
+// checker has seen.
 func change(t *testing.T, c *checker, stmt string) bool {
 	if err := c.check(); err != nil {
 		t.Error(err)
@@ -152,7 +153,7 @@ func change(t *testing.T, c *checker, stmt string) bool {
 	return err != nil || n > 0
 }
 
-// leaveOwners makes the files of owners that live and own nothing.
+// leaveOwners creates files of live owners that own nothing.
 func leaveOwners(t *testing.T, c *checker) {
 	for range 2 * slots {
 		o, err := owner.New(databasePath(c.dir))
@@ -164,7 +165,7 @@ func leaveOwners(t *testing.T, c *checker) {
 	}
 }
 
-// An earlyStore confirms what it stores a second later.
+// An earlyStore confirms a second before it stores.
 type earlyStore struct {
 	*task.SQLiteStore
 	mu    sync.Mutex // guards what follows
@@ -197,7 +198,7 @@ func (s *earlyStore) WriteBatch(saves, updates []*task.Operation) []error {
 // A forgetfulStore confirms some final states that it does not store.
 type forgetfulStore struct {
 	*task.SQLiteStore
-	n int // final states so far; the manager has one goroutine that writes
+	n int // final states so far; only one goroutine of the manager writes
 }
 
 func (s *forgetfulStore) WriteBatch(saves, updates []*task.Operation) []error {
@@ -221,7 +222,7 @@ func (idleStore) Recover(string) iter.Seq2[*task.Operation, error] {
 	return func(func(*task.Operation, error) bool) {}
 }
 
-// A ruthlessStore recovers what is the living's.
+// A ruthlessStore recovers operations of live processes.
 type ruthlessStore struct {
 	*task.SQLiteStore
 	path string

@@ -26,21 +26,21 @@ const workerVar = "TASK_STORM_WORKER"
 // A config tells a worker who it is.
 type config struct {
 	Dir   string // of the database and the journals
-	Slot  int    // which of the workers it is
-	Gen   int    // counts the processes that were that worker
+	Slot  int    // its number among the workers
+	Gen   int    // counts the processes in that slot
 	Seed  uint64
-	Wrong string // the store of wrongStores to use, if not ""
+	Wrong string // the store of wrongStores to use; "" for none
 }
 
 func databasePath(dir string) string { return filepath.Join(dir, "tasks.db") }
 
-// wrongStores make stores with a fault, by which tests show that it is noticed.
+// wrongStores make stores with a fault, for tests that the fault is noticed.
 var wrongStores = map[string]func(path string, store *task.SQLiteStore) task.Persistence{}
 
 const (
 	submitters   = 6 // goroutines of a worker that submit
-	maxWaiting   = 8 // operations of one of them that it has not waited for
-	maxEndless   = 2 // operations of one of them that only Close ends
+	maxWaiting   = 8 // operations of one goroutine that it has not waited for
+	maxEndless   = 2 // operations of one goroutine that only Close ends
 	maxLifetime  = 3 * time.Second
 	restartError = "Task failed due to system restart"
 	closeError   = "Task failed due to system shutdown"
@@ -51,7 +51,7 @@ type worker struct {
 	config
 	journal *journal
 	rng     *rand.Rand
-	stop    chan struct{} // closed when the driver wants it to end
+	stop    chan struct{} // closed when the driver asks it to end
 }
 
 // work is a worker's main function. It returns the exit status.
@@ -80,7 +80,7 @@ func work(text string) int {
 	}
 }
 
-// listen waits for the driver's word to end, or for its death.
+// listen waits until the driver asks the worker to end, or has ended itself.
 func (w *worker) listen() {
 	in := bufio.NewScanner(os.Stdin)
 	if in.Scan() {
@@ -90,13 +90,13 @@ func (w *worker) listen() {
 	os.Exit(0)
 }
 
-// A life is the time from one New of a worker to Close.
+// A life is the time from New to Close of one of a worker's managers.
 type life struct {
 	*worker
 	prefix  string // of the names of its operations
 	manager *task.Manager
 	closing atomic.Bool // Close may have been called
-	quit    atomic.Bool // nothing more is to be submitted
+	quit    atomic.Bool // no more operations shall be submitted
 }
 
 func (w *worker) live(n int) error {
@@ -123,7 +123,7 @@ func (w *worker) live(n int) error {
 	case <-w.stop:
 	case <-time.After(time.Duration(w.rng.Int64N(int64(maxLifetime)))):
 	}
-	if w.rng.IntN(2) == 0 { // else Close comes upon those who submit
+	if w.rng.IntN(2) == 0 { // else Close meets concurrent Submits
 		l.quit.Store(true)
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -141,7 +141,7 @@ func (l *life) wrong(format string, args ...any) {
 	l.journal.add(record{Kind: wrong, Text: "worker " + l.prefix + " " + fmt.Sprintf(format, args...)})
 }
 
-// submitAll is one of the goroutines that submit.
+// submitAll is one of the goroutines that submit operations.
 func (l *life) submitAll(i int, rng *rand.Rand) {
 	var waiting, endless []*job
 	for n := 0; !l.quit.Load(); n++ {
@@ -165,7 +165,7 @@ func (l *life) submitAll(i int, rng *rand.Rand) {
 			l.lookAround(rng)
 		}
 	}
-	for !l.closing.Load() { // or the endless ones won't end
+	for !l.closing.Load() { // only Close ends the endless operations
 		time.Sleep(time.Millisecond)
 	}
 	l.waitAll(append(waiting, endless...))
@@ -212,8 +212,8 @@ func (l *life) waitAll(jobs []*job) {
 	}
 }
 
-// lookAround uses the operations of others. What it is shown of them is an
-// acknowledgement too.
+// lookAround uses the operations of other workers. What it is shown of them is an
+// acknowledgement, too.
 func (l *life) lookAround(rng *rand.Rand) {
 	ops, err := l.manager.List(30, rng.IntN(30))
 	if err != nil {
@@ -244,7 +244,7 @@ func (l *life) lookAround(rng *rand.Rand) {
 	}
 }
 
-// A job is one operation and how it has to end.
+// A job is an operation with a known outcome.
 type job struct {
 	life  *life
 	name  string
@@ -255,7 +255,7 @@ type job struct {
 	began, cancelled, refused atomic.Bool
 }
 
-// The kinds of jobs, the frequent ones more than once.
+// The kinds of jobs. Frequent ones are listed more than once.
 var kinds = []string{"value", "value", "value", "value", "number", "error", "both", "panic", "goexit", "cancelled", "stubborn", "endless"}
 
 func (l *life) newJob(name string, rng *rand.Rand) *job {
@@ -299,7 +299,7 @@ func (j *job) run(ctx context.Context, update func(int)) (any, error) {
 		if ctx.Err() == nil {
 			return j.result(), nil
 		}
-	case "stubborn": // a cancel does not impress it
+	case "stubborn": // it ignores a cancel
 		return j.result(), nil
 	case "goexit":
 		runtime.Goexit()
@@ -323,7 +323,7 @@ func (j *job) result() any {
 	return map[string]any{"for": j.name, "list": []string{"ä", "<&>", "\x00"}, "none": nil}
 }
 
-// check returns an error if a job can't have ended like that.
+// check returns an error unless op is a possible outcome of the job.
 func (j *job) check(op *task.Operation) error {
 	for _, end := range j.ends() {
 		if op.State == end.state && op.Error == end.err && sameJSON(op.Result, end.result) {
@@ -340,7 +340,7 @@ type end struct {
 	result any
 }
 
-// ends returns the ways in which a job may have ended.
+// ends returns the possible outcomes of the job.
 func (j *job) ends() (ends []end) {
 	cancelled, closing := j.cancelled.Load(), j.life.closing.Load()
 	if !j.began.Load() {

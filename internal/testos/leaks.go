@@ -13,14 +13,14 @@ import (
 
 var checked sync.Map // the names of the tests that CheckLeaks was called for
 
-// CheckLeaks fails the test if it leaves goroutines of this module, or of a
-// database, or open files. Call it before whatever has to be closed in the end
-// registers its own cleanup; to call it again, also in a subtest, changes
-// nothing. Tests that run in parallel take each other's for their own.
+// CheckLeaks fails the test if it leaves open files, or goroutines of this module
+// or of database/sql. Call it before registering cleanups that close things.
+// Further calls, also in subtests, do nothing. It does not work in parallel
+// tests, which see each other's goroutines and files.
 func CheckLeaks(t testing.TB) {
 	t.Helper()
 	for name := t.Name(); name != "."; name = path.Dir(name) {
-		if _, again := checked.Load(name); again { // or a test around this one will see to it
+		if _, again := checked.Load(name); again { // by this test, or by one around it
 			return
 		}
 	}
@@ -40,13 +40,13 @@ func CheckLeaks(t testing.TB) {
 			}
 			time.Sleep(wait)
 		}
-		t.Errorf("%d files are open, %d were; goroutines, of which there were %d:\n\n%s",
-			open, files, len(goroutines), strings.Join(left, "\n\n"))
+		t.Errorf("%d files are open, %d were before; %d goroutines run, %d did before:\n\n%s",
+			open, files, len(left), len(goroutines), strings.Join(left, "\n\n"))
 	})
 }
 
-// Goroutines returns the stacks of the goroutines that are this module's own
-// or belong to a database.
+// Goroutines returns the stacks of the goroutines of this module and of
+// database/sql.
 func Goroutines() (own []string) {
 	for _, stack := range others() {
 		if !strings.Contains(stack, "testing.(*T)") &&
@@ -57,8 +57,8 @@ func Goroutines() (own []string) {
 	return own
 }
 
-// Left returns the stacks of the goroutines that tests have left, "" as soon
-// as there are none. It is for TestMain.
+// Left returns the stacks of the goroutines that tests have left. It waits for
+// them to end, and returns "" as soon as there are none. It is for TestMain.
 func Left(wait time.Duration) string {
 	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
 		left := others()
@@ -68,8 +68,8 @@ func Left(wait time.Duration) string {
 	}
 }
 
-// others returns the stacks of all goroutines but the caller's and those that
-// every test program has.
+// others returns the stacks of all goroutines, except the caller's and those of
+// every test program.
 func others() (stacks []string) {
 	buf := make([]byte, 1<<16)
 	n := runtime.Stack(buf, true)
@@ -78,7 +78,7 @@ func others() (stacks []string) {
 		n = runtime.Stack(buf, true)
 	}
 	for i, stack := range strings.Split(string(buf[:n]), "\n\n") {
-		// The first is this one.
+		// The first one is the caller's.
 		if i > 0 && !strings.Contains(stack, "testing.(*M)") && !strings.Contains(stack, "os/signal.") {
 			stacks = append(stacks, stack)
 		}
@@ -86,7 +86,7 @@ func others() (stacks []string) {
 	return stacks
 }
 
-// openFiles returns how many temporary files are open, 0 where nobody tells.
+// openFiles returns how many temporary files are open, or 0 without /proc.
 func openFiles() (n int) {
 	links, _ := filepath.Glob("/proc/self/fd/*")
 	for _, link := range links {

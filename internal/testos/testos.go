@@ -1,4 +1,4 @@
-// Package testos lets tests do what only some operating systems can.
+// Package testos gives tests access to features of some operating systems.
 package testos
 
 import (
@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Dir returns a temporary directory that every user may enter. The one above
-// t.TempDir's lets nobody in but its owner.
+// Dir returns a temporary directory that every user may enter. The parent of
+// t.TempDir admits only its owner.
 func Dir(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -12,15 +12,15 @@ import (
 
 const nobody = 65534
 
-// Unprivileged calls f, in a goroutine of its own, with the rights to files
-// that an ordinary user has, also if the tests run as root. It reports whether
-// it could. What f opens it must open in that same goroutine.
+// Unprivileged calls f in a goroutine of its own, with the file permissions of an
+// ordinary user, even if the tests run as root. It reports whether that was
+// possible. The permissions hold in that goroutine only.
 func Unprivileged(f func()) bool {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		if os.Geteuid() == 0 {
-			runtime.LockOSThread() // and never unlocked: the thread ends here
+			runtime.LockOSThread() // never unlocked, so that the thread ends with the goroutine
 			syscall.Setfsgid(nobody)
 			syscall.Setfsuid(nobody)
 		}
@@ -30,8 +30,8 @@ func Unprivileged(f func()) bool {
 	return true
 }
 
-// RunMounting runs cmd, which runs a test of this program once more, in a
-// process that may mount file systems. It skips t where nobody may.
+// RunMounting runs cmd, which runs a test of this program again, in a process that
+// may mount file systems. It skips t where the system does not allow that.
 func RunMounting(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -41,7 +41,7 @@ func RunMounting(t testing.TB, cmd *exec.Cmd) {
 	}
 	out, err := cmd.Output()
 	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC) || strings.Contains(string(out), "--- SKIP") {
-		t.Skipf("this system lets nobody mount a small disk: %v", err)
+		t.Skipf("this system does not allow mounting a small disk: %v", err)
 	}
 	if err != nil || !strings.Contains(string(out), "--- PASS") {
 		t.Errorf("%v: %s", err, out)
@@ -54,5 +54,5 @@ func Umask(mask int) (restore func()) {
 	return func() { syscall.Umask(old) }
 }
 
-// Mkfifo makes a named pipe.
+// Mkfifo creates a named pipe.
 func Mkfifo(path string) error { return syscall.Mkfifo(path, 0o600) }

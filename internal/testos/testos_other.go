@@ -7,8 +7,8 @@ import (
 	"os"
 )
 
-// Unprivileged calls f with the rights to files that an ordinary user has. It
-// reports whether it could: here only if the tests don't run as root.
+// Unprivileged calls f with the file permissions of an ordinary user. It reports
+// whether that was possible: here, only if the tests don't run as root.
 func Unprivileged(f func()) bool {
 	if os.Geteuid() <= 0 {
 		return false
@@ -17,7 +17,7 @@ func Unprivileged(f func()) bool {
 	return true
 }
 
-// Umask does nothing: most developers' mask is the one that tests want.
+// Umask does nothing: the tests expect the usual mask.
 func Umask(int) (restore func()) { return func() {} }
 
 // Mkfifo returns an error.

@@ -1,14 +1,14 @@
 // A library to preload into a program that uses SQLite. It records what the
 // program does to the files of one directory: opening, writing, truncating,
-// syncing, unlinking, renaming, in the order in which it happens.
+// syncing, unlinking and renaming, in order.
 //
 //	SHIM_DIR     the directory, as an absolute path without symbolic links
 //	SHIM_LOG     the file to append the record to; unset: record nothing
-//	SHIM_KILL    at which sync to kill the program, before it is done; 0: never
+//	SHIM_KILL    the number of the sync before which to kill the program; 0: never
 //	SHIM_NOSYNC  if set, syncs do nothing and succeed
 //
-// A record is a header and then data, appended by a single write, so that the
-// program can append records of its own to the same file.
+// An entry is a header and data, appended in a single write, so that the program
+// can append entries of its own to the same file.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -34,8 +34,8 @@ struct header {
 
 enum { MAXFD = 1 << 16 };
 
-// The lock makes the record's order that of the calls. Syncs happen outside
-// of it: what is written while one is under way may not be part of it.
+// The lock keeps the record in the order of the calls. Syncs happen outside of
+// it: a write during a sync may not be part of it.
 static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 static char ours[MAXFD]; // descriptors of files in the directory
 static const char *dir;
@@ -85,7 +85,7 @@ __attribute__((constructor)) static void start(void) {
 	record('P', -1, 0, NULL, 0);
 }
 
-// within reports whether a path is the directory or in it.
+// within reports whether a path is the directory or below it.
 static int within(const char *path) {
 	size_t n = dir && path ? strlen(dir) : 0;
 	return n && strncmp(path, dir, n) == 0 && (path[n] == 0 || path[n] == '/');
@@ -93,7 +93,7 @@ static int within(const char *path) {
 
 static int known(int fd) { return fd >= 0 && fd < MAXFD && ours[fd]; }
 
-// A call of a kind that the replay knows nothing of makes the record useless.
+// A call that the replay does not support would make the record useless.
 static void unknown(int fd, const char *what) {
 	if (known(fd)) {
 		pthread_mutex_lock(&mu);

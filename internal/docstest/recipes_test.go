@@ -1,0 +1,259 @@
+package docstest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/tasktest"
+)
+
+// The recipes here are those of the documents, word for word.
+
+func newManager(t *testing.T, db task.Persistence) *task.Manager {
+	t.Helper()
+	m, err := task.New(db, task.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+func submit(t *testing.T, m *task.Manager, name string, fn task.Func) *task.Operation {
+	t.Helper()
+	op, err := m.Submit(name, fn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return op
+}
+
+func wait(t *testing.T, m *task.Manager, id string) *task.Operation {
+	t.Helper()
+	op, err := m.Wait(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return op
+}
+
+func nothing(context.Context, func(int)) (any, error) { return nil, nil }
+
+func untilCancelled(ctx context.Context, _ func(int)) (any, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func forward(ctx context.Context, m *task.Manager, publish func(topic string, message any)) error {
+	for {
+		changes := m.Watch(ctx)      // nothing is missed from here on
+		publish("tasks.reload", nil) // what came before is in List
+		var end error
+		for op, err := range changes {
+			if end = err; err == nil {
+				publish("task."+op.ID, op)
+			}
+		}
+		if !errors.Is(end, task.ErrLagged) {
+			return end // ErrClosed, or nil if ctx is done
+		}
+	}
+}
+
+func TestForward(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		var topics []string
+		stuck := make(chan struct{})
+		end := make(chan error)
+		go func() {
+			end <- forward(t.Context(), m, func(topic string, message any) {
+				topics = append(topics, topic)
+				if len(topics) == 2 {
+					<-stuck
+				}
+			})
+		}()
+		synctest.Wait()
+		for range 10_100 {
+			submit(t, m, "nothing", nothing)
+		}
+		synctest.Wait()
+		close(stuck)
+		synctest.Wait()
+		last := submit(t, m, "nothing", nothing)
+		wait(t, m, last.ID)
+		m.Close()
+		if err := <-end; !errors.Is(err, task.ErrClosed) {
+			t.Errorf("forward returned %v, want ErrClosed", err)
+		}
+		reload := "tasks.reload"
+		want := []string{reload, "task." + last.ID, "task." + last.ID, "task." + last.ID}
+		if again := slices.Index(topics[1:], reload); again < 0 || !slices.Equal(topics[1+again:], want) {
+			t.Errorf("published %q after it had lagged, want %q", topics[max(0, 1+again):], want)
+		}
+	})
+}
+
+func retry(n int, pause time.Duration, fn task.Func) task.Func {
+	return func(ctx context.Context, update func(int)) (any, error) {
+		for try := 1; ; try++ {
+			result, err := fn(ctx, update)
+			if err == nil || ctx.Err() != nil || try >= n {
+				return result, err
+			}
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+				return result, err
+			}
+		}
+	}
+}
+
+func within(d time.Duration, fn task.Func) task.Func {
+	return func(ctx context.Context, update func(int)) (any, error) {
+		ctx, cancel := context.WithTimeout(ctx, d)
+		defer cancel()
+		return fn(ctx, update)
+	}
+}
+
+func TestRetry(t *testing.T) {
+	broken := errors.New("broken")
+	tests := []struct {
+		n, works int // the try that succeeds; 0 for none
+		calls    int
+		took     time.Duration
+		err      error
+	}{
+		{n: 0, calls: 1, err: broken},
+		{n: 1, calls: 1, err: broken},
+		{n: 3, calls: 3, took: 2 * time.Second, err: broken},
+		{n: 3, works: 2, calls: 2, took: time.Second},
+		{n: 3, works: 1, calls: 1},
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprintf("%d tries, number %d succeeds", tt.n, tt.works), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				began, calls := time.Now(), 0
+				fn := retry(tt.n, time.Second, func(context.Context, func(int)) (any, error) {
+					if calls++; calls == tt.works {
+						return nil, nil
+					}
+					return nil, broken
+				})
+				_, err := fn(t.Context(), nil)
+				if calls != tt.calls || time.Since(began) != tt.took || err != tt.err {
+					t.Errorf("%d calls, %v, %v; want %d, %v, %v", calls, time.Since(began), err, tt.calls, tt.took, tt.err)
+				}
+			})
+		})
+	}
+}
+
+func TestWithin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		op := submit(t, m, "retry", retry(3, time.Second, within(time.Minute, untilCancelled)))
+		began := time.Now()
+		op = wait(t, m, op.ID)
+		if took := time.Since(began); op.State != task.StateFailed || op.Error != context.DeadlineExceeded.Error() || took != 3*time.Minute+2*time.Second {
+			t.Errorf("%s %q after %v", op.State, op.Error, took)
+		}
+		op = submit(t, m, "retry", retry(3, time.Second, within(time.Minute, untilCancelled)))
+		synctest.Wait()
+		op.Cancel()
+		if op = wait(t, m, op.ID); op.State != task.StateCancelled {
+			t.Errorf("after a cancel the state is %s", op.State)
+		}
+	})
+}
+
+func each(m *task.Manager, visit func(*task.Operation) error, opts ...task.ListOption) error {
+	for last := ""; ; {
+		ops, err := m.List(50, 0, append(slices.Clone(opts), task.Before(last))...)
+		if err != nil || len(ops) == 0 {
+			return err
+		}
+		for _, op := range ops {
+			if err := visit(op); err != nil {
+				return err
+			}
+		}
+		last = ops[len(ops)-1].ID
+	}
+}
+
+func TestEach(t *testing.T) {
+	m := newManager(t, nil)
+	var want []string
+	for i := range 240 {
+		op := submit(t, m, []string{"even", "odd"}[i%2], nothing)
+		if i%2 == 0 {
+			want = append(want, op.ID)
+		}
+	}
+	slices.Reverse(want)
+	var got []string
+	submitting := func(op *task.Operation) error {
+		got = append(got, op.ID)
+		submit(t, m, "even", nothing) // must not shift the pages
+		return nil
+	}
+	if err := each(m, submitting, task.ByName("even")); err != nil || !slices.Equal(got, want) {
+		t.Errorf("visited %d operations, %v; want %d, newest first", len(got), err, len(want))
+	}
+	stop := errors.New("stop")
+	if err := each(m, func(*task.Operation) error { return stop }); err != stop {
+		t.Errorf("got %v, want the error of visit", err)
+	}
+	if err := each(m, func(*task.Operation) error { return stop }, task.ByName("none")); err != nil {
+		t.Errorf("got %v for no operations", err)
+	}
+}
+
+func protect(f func() error) func() error {
+	return func() (err error) {
+		defer func() {
+			if r := recover(); r != nil {
+				err = fmt.Errorf("panic: %v", r)
+			}
+		}()
+		return f()
+	}
+}
+
+func TestProtect(t *testing.T) {
+	m := newManager(t, nil)
+	for _, f := range []func() error{
+		func() error { panic("disk gone") },
+		func() error { return errors.New("panic: disk gone") },
+	} {
+		op := submit(t, m, "goroutine", func(context.Context, func(int)) (any, error) {
+			done := make(chan error)
+			go func() { done <- protect(f)() }()
+			return nil, <-done
+		})
+		if op = wait(t, m, op.ID); op.State != task.StateFailed || op.Error != "panic: disk gone" {
+			t.Errorf("%s %q", op.State, op.Error)
+		}
+	}
+	if err := protect(func() error { return nil })(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestStore(t *testing.T) {
+	tasktest.TestPersistence(t, func(dir string) (task.Persistence, error) {
+		return task.OpenSQLite(filepath.Join(dir, "tasks.db")) // your store instead
+	})
+}

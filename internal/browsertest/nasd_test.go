@@ -210,23 +210,9 @@ func TestNasdPhone(t *testing.T) {
 
 // TestNasdScreenshots stores pictures of the page for people to look at.
 func TestNasdScreenshots(t *testing.T) {
-	dir := os.Getenv("TASK_SCREENSHOTS")
-	if dir == "" {
-		t.Skip("TASK_SCREENSHOTS is not set")
-	}
-	must(t, os.MkdirAll(dir, 0o777))
-	b := newTab(t)
+	b, shoot := newStudio(t, "nasd-")
 	d := newNasd(t)
-	shoot := func(name string) {
-		t.Helper()
-		var png []byte
-		b.do(chromedp.Sleep(400*time.Millisecond), chromedp.CaptureScreenshot(&png))
-		must(t, os.WriteFile(filepath.Join(dir, "nasd-"+name+".png"), png, 0o666))
-	}
-	scheme := func(value string) chromedp.Action {
-		return emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: value}})
-	}
-	b.do(scheme("light"))
+	b.scheme("light")
 	b.openNasd(d)
 	b.until(`!$("empty").hidden`)
 	shoot("empty")
@@ -256,11 +242,12 @@ func TestNasdScreenshots(t *testing.T) {
 	b.press("scratch", "Snapshot")
 	b.do(emulation.SetDeviceMetricsOverride(1000, 1000, 1, false))
 	shoot("desktop-light")
-	b.do(scheme("dark"))
+	b.scheme("dark")
 	shoot("desktop-dark")
 	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
 	shoot("phone-dark")
-	b.do(scheme("light"), chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery), chromedp.Click("summary", chromedp.ByQuery))
+	b.scheme("light")
+	b.do(chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery), chromedp.Click("summary", chromedp.ByQuery))
 	b.until(`!$("trouble").hidden`)
 	shoot("phone-light")
 	b.do(chromedp.Evaluate("scrollTo(0, 1e6)", nil))

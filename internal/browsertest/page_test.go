@@ -417,25 +417,35 @@ func furnish(d *daemon) {
 	d.start("Scrub backup")
 }
 
-// TestScreenshots stores pictures of the page for people to look at.
-func TestScreenshots(t *testing.T) {
+// newStudio returns a tab, and a function that leaves a picture of it where
+// TASK_SCREENSHOTS says.
+func newStudio(t *testing.T, prefix string) (b *tab, shoot func(name string)) {
+	t.Helper()
 	dir := os.Getenv("TASK_SCREENSHOTS")
 	if dir == "" {
 		t.Skip("TASK_SCREENSHOTS is not set")
 	}
 	must(t, os.MkdirAll(dir, 0o777))
-	d := newDaemon(t)
-	b := newTab(t)
-	shoot := func(name string) {
+	b = newTab(t)
+	return b, func(name string) {
 		t.Helper()
 		var png []byte
 		b.do(chromedp.Sleep(400*time.Millisecond), chromedp.CaptureScreenshot(&png))
-		must(t, os.WriteFile(filepath.Join(dir, name+".png"), png, 0o666))
+		must(t, os.WriteFile(filepath.Join(dir, prefix+name+".png"), png, 0o666))
 	}
-	scheme := func(value string) chromedp.Action {
-		return emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: value}})
-	}
-	b.do(scheme("light"))
+}
+
+// scheme makes the page light or dark.
+func (b *tab) scheme(value string) {
+	b.t.Helper()
+	b.do(emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: value}}))
+}
+
+// TestScreenshots leaves pictures for somebody to look at.
+func TestScreenshots(t *testing.T) {
+	b, shoot := newStudio(t, "")
+	d := newDaemon(t)
+	b.scheme("light")
 	b.open(d.page())
 	shoot("empty")
 	furnish(d)
@@ -443,7 +453,7 @@ func TestScreenshots(t *testing.T) {
 	b.until(`document.querySelectorAll("li").length === 11`)
 	b.do(emulation.SetDeviceMetricsOverride(1000, 900, 1, false), chromedp.Sleep(3*time.Second))
 	shoot("desktop-light")
-	b.do(scheme("dark"))
+	b.scheme("dark")
 	shoot("desktop-dark")
 	details := func(scheme string) {
 		b.do(chromedp.Evaluate(`[...document.querySelectorAll(".open")].find(e => e.textContent === "Scrub tank").click()`, nil))
@@ -457,7 +467,7 @@ func TestScreenshots(t *testing.T) {
 		b.click("#detail-close")
 	}
 	details("dark")
-	b.do(scheme("light"))
+	b.scheme("light")
 	details("light")
 	b.filter("nothing")
 	shoot("no-match")
@@ -465,7 +475,7 @@ func TestScreenshots(t *testing.T) {
 	b.do(emulation.SetDeviceMetricsOverride(390, 844, 2, true))
 	shoot("phone-light")
 	details("phone")
-	b.do(scheme("dark"))
+	b.scheme("dark")
 	shoot("phone-dark")
 	b.nothingWrong("net::ERR_", "Failed to load resource") // while the history was created
 }

@@ -5,21 +5,11 @@ func UpdateProgress(m *Manager, id string, progress int) error {
 	return m.updateProgress(id, progress)
 }
 
-// OnlyLive returns the ID of the only live operation.
-func OnlyLive(m *Manager) string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for id := range m.tasks {
-		return id
-	}
-	return ""
-}
+// Subscribers returns how many calls of Watch are under way.
+func Subscribers(m *Manager) int { return int(m.hub.watched.Load()) }
 
-// Watchers returns how many calls of Watch are under way.
-func Watchers(m *Manager) int { return int(m.hub.watched.Load()) }
-
-// News returns how many news are kept for watchers.
-func News(m *Manager) int {
+// Backlog returns how many events are kept for subscribers.
+func Backlog(m *Manager) int {
 	h := m.hub
 	h.listeners.Lock()
 	defer h.listeners.Unlock()

@@ -457,9 +457,6 @@ func TestWatchNeverReads(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if n := task.Backlog(m); n > 3*10_001 {
-		t.Errorf("%d events are kept", n)
-	}
 	running.Cancel()
 	close(stuck)
 	results := []error{<-got, <-got}

@@ -46,13 +46,16 @@ func TestSubmitFails(t *testing.T) {
 				if op != nil || !errors.Is(err, errDisk) {
 					t.Errorf("Submit: %v, %v", op, err)
 				}
-				synctest.Wait()
+				db.Before(nil)
+				db.After(nil)
+				wait(t, m, submit(t, m, nothing).ID) // the next write that works
+				time.Sleep(time.Second)
 				ops, err := m.List(10, 0)
-				if err != nil || !test.stored && len(ops) > 0 {
+				if err != nil || len(ops) == 2 != test.stored {
 					t.Errorf("List: %v, %v", ops, err)
 				}
-				if test.stored && (len(ops) != 1 || ops[0].State != task.StateFailed || !strings.Contains(ops[0].Error, errDisk.Error())) {
-					t.Errorf("List: %v", ops)
+				if test.stored && (ops[1].State != task.StateFailed || !strings.Contains(ops[1].Error, "Submit failed")) {
+					t.Errorf("List: %+v", ops[1])
 				}
 				if err := m.Shutdown(t.Context()); err != nil {
 					t.Error(err)
@@ -454,6 +457,32 @@ func TestChangesAreStored(t *testing.T) {
 		if got, err := db.Get(op.ID); err != nil || got.Progress != 60 {
 			t.Errorf("stored: %+v, %v", got, err)
 		}
+		m.Close()
+	})
+}
+
+// TestUnchangedProgress: a report of the value that is shown makes no event and
+// no write, and leaves UpdatedAt alone.
+func TestUnchangedProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		m := newManager(t, db)
+		op := newPuppet(t, m, "op")
+		op.update(10)
+		v := view(t, m)
+		v.want(t, "op RUNNING 10")
+		before, _ := m.Get(op.ID)
+		writes := db.Count("WriteBatch")
+		op.update(10)
+		v.want(t)
+		if after, _ := m.Get(op.ID); !after.UpdatedAt.Equal(before.UpdatedAt) {
+			t.Errorf("UpdatedAt was %v and is %v", before.UpdatedAt, after.UpdatedAt)
+		}
+		if n := db.Count("WriteBatch") - writes; n != 0 {
+			t.Errorf("%d writes", n)
+		}
+		op.update(11)
+		v.want(t, "op RUNNING 11")
 		m.Close()
 	})
 }

@@ -77,7 +77,7 @@ func (rows Rows) WantFailed(t testing.TB, now Rows, failed ...string) {
 // of now by what a modifier of SQLite's date functions says.
 func Fill(t testing.TB, path string, n int, owner any, ahead string) {
 	t.Helper()
-	Exec(t, path, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)
+	Exec(t, path, `WITH RECURSIVE n(i) AS (SELECT 1 WHERE ?1 > 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)
 		INSERT INTO tasks (id, name, state, progress, created_at, started_at, updated_at, owner)
 		SELECT printf('%s-%05d', ?2, i), 'left', iif(i % 2, 'PENDING', 'RUNNING'), i % 100,
 			strftime('%F %T.000000', 'now', ?3), strftime('%F %T.000001', 'now', ?3), strftime('%F %T.000002', 'now', ?3), ?2

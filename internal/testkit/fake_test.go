@@ -2,7 +2,6 @@ package testkit_test
 
 import (
 	"errors"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -15,20 +14,15 @@ import (
 
 func TestMain(m *testing.M) { testkit.Main(m, nil) }
 
-// A closer is a fake of a store that has to be closed.
-type closer struct {
-	*testkit.Fake
-	store *task.SQLiteStore
-}
-
-func (c closer) Close() error { return c.store.Close() }
-
 // TestFakeKeepsContract: without hooks a fake does what the store behind it
 // does.
 func TestFakeKeepsContract(t *testing.T) {
+	stores := make(map[string]*task.MemoryStore) // by directory
 	tasktest.TestPersistence(t, func(dir string) (task.Persistence, error) {
-		store, err := task.OpenSQLite(filepath.Join(dir, "tasks.db"))
-		return closer{testkit.NewFake(store), store}, err
+		if stores[dir] == nil {
+			stores[dir] = task.NewMemoryStore()
+		}
+		return testkit.NewFake(stores[dir]), nil
 	})
 }
 

@@ -48,98 +48,89 @@ func deep(n int) any {
 	return v
 }
 
+var errBoom = errors.New("boom")
+
+// cyclic contains itself.
+var cyclic = func() J {
+	v := J{}
+	v["self"] = v
+	return v
+}()
+
+type J = map[string]any
+
+// outcomes are the ways in which a function can end.
+var outcomes = map[string]struct {
+	fn       task.Func
+	state    task.State
+	progress int
+	result   any
+	err      string // a prefix of it if it ends in "…"
+}{
+	"nothing": {nothing, task.StateDone, 100, nil, ""},
+	"value": {func(context.Context, func(int)) (any, error) {
+		return J{"big": int64(math.MaxInt64), "f": 0.5, "list": []int{1}, "html": "<&>", "nul": "\x00"}, nil
+	}, task.StateDone, 100, J{"big": json.Number("9223372036854775807"), "f": json.Number("0.5"),
+		"list": []any{json.Number("1")}, "html": "<&>", "nul": "\x00"}, ""},
+	"struct": {func(context.Context, func(int)) (any, error) {
+		return struct {
+			A int `json:"a"`
+		}{1}, nil
+	}, task.StateDone, 100, J{"a": json.Number("1")}, ""},
+	"nil pointer":     {func(context.Context, func(int)) (any, error) { return (*int)(nil), nil }, task.StateDone, 100, nil, ""},
+	"zero value":      {func(context.Context, func(int)) (any, error) { return 0, nil }, task.StateDone, 100, json.Number("0"), ""},
+	"empty string":    {func(context.Context, func(int)) (any, error) { return "", nil }, task.StateDone, 100, "", ""},
+	"raw JSON":        {func(context.Context, func(int)) (any, error) { return json.RawMessage(` {"a" : 1}`), nil }, task.StateDone, 100, J{"a": json.Number("1")}, ""},
+	"error":           {func(context.Context, func(int)) (any, error) { return nil, errBoom }, task.StateFailed, 0, nil, "boom"},
+	"empty error":     {func(context.Context, func(int)) (any, error) { return nil, errors.New("") }, task.StateFailed, 0, nil, "…"},
+	"value and error": {func(context.Context, func(int)) (any, error) { return "half", errBoom }, task.StateFailed, 0, "half", "boom"},
+	"error not UTF-8": {func(context.Context, func(int)) (any, error) { return nil, errors.New("a\xffb") }, task.StateFailed, 0, nil, "a\uFFFDb"},
+
+	"panic":           {func(context.Context, func(int)) (any, error) { panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
+	"panic nil":       {func(context.Context, func(int)) (any, error) { panic(nil) }, task.StateFailed, 0, nil, "panic: …"},
+	"panic error":     {func(context.Context, func(int)) (any, error) { panic(errBoom) }, task.StateFailed, 0, nil, "panic: boom"},
+	"panic in error":  {func(context.Context, func(int)) (any, error) { return 1, panicError{} }, task.StateFailed, 0, nil, "panic: no text today"},
+	"panic panicking": {func(context.Context, func(int)) (any, error) { panic(panicError{}) }, task.StateFailed, 0, nil, "panic: …"},
+	"Goexit":          {func(context.Context, func(int)) (any, error) { runtime.Goexit(); return nil, nil }, task.StateFailed, 0, nil, "the function called runtime.Goexit"},
+
+	"channel":         {func(context.Context, func(int)) (any, error) { return make(chan int), nil }, task.StateDone, 100, nil, "result not kept: json: unsupported type: chan int"},
+	"NaN":             {func(context.Context, func(int)) (any, error) { return math.NaN(), nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"too deep":        {func(context.Context, func(int)) (any, error) { return deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON panics":     {func(context.Context, func(int)) (any, error) { return panicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), errBoom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
+	"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},
+
+	"cancelled, nil":   {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return "made it", nil }, task.StateDone, 100, "made it", ""},
+	"cancelled, cause": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return nil, context.Cause(ctx) }, task.StateCancelled, 0, nil, "operation cancelled"},
+	"cancelled, error": {func(ctx context.Context, _ func(int)) (any, error) {
+		cancelSelf(ctx)
+		return "part", errors.New("signal: killed")
+	}, task.StateCancelled, 0, "part", "signal: killed"},
+	"cancelled, panic": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
+
+	"progress":        {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, errBoom }, task.StateFailed, 42, nil, "boom"},
+	"progress down":   {func(_ context.Context, u func(int)) (any, error) { u(42); u(7); return nil, errBoom }, task.StateFailed, 7, nil, "boom"},
+	"progress low":    {func(_ context.Context, u func(int)) (any, error) { u(42); u(-1); return nil, errBoom }, task.StateFailed, 0, nil, "boom"},
+	"progress high":   {func(_ context.Context, u func(int)) (any, error) { u(math.MaxInt); return nil, errBoom }, task.StateFailed, 100, nil, "boom"},
+	"progress, done":  {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, nil }, task.StateDone, 100, nil, ""},
+	"progress, late":  {func(_ context.Context, u func(int)) (any, error) { u(42); defer u(43); return nil, errBoom }, task.StateFailed, 43, nil, "boom"},
+	"progress, panic": {func(_ context.Context, u func(int)) (any, error) { u(42); panic("oh") }, task.StateFailed, 42, nil, "panic: oh"},
+}
+
 // TestOutcome shows how each way in which a function can end is reported: by
 // Wait at once, by Get and List afterwards, and after a restart.
 func TestOutcome(t *testing.T) {
-	type J = map[string]any
-	boom := errors.New("boom")
-	cyclic := J{}
-	cyclic["self"] = cyclic
-
-	tests := map[string]struct {
-		fn       task.Func
-		state    task.State
-		progress int
-		result   any
-		err      string // a prefix of it if it ends in "…"
-	}{
-		"nothing": {nothing, task.StateDone, 100, nil, ""},
-		"value": {func(context.Context, func(int)) (any, error) {
-			return J{"big": int64(math.MaxInt64), "f": 0.5, "list": []int{1}, "html": "<&>", "nul": "\x00"}, nil
-		}, task.StateDone, 100, J{"big": json.Number("9223372036854775807"), "f": json.Number("0.5"),
-			"list": []any{json.Number("1")}, "html": "<&>", "nul": "\x00"}, ""},
-		"struct": {func(context.Context, func(int)) (any, error) {
-			return struct {
-				A int `json:"a"`
-			}{1}, nil
-		}, task.StateDone, 100, J{"a": json.Number("1")}, ""},
-		"nil pointer":     {func(context.Context, func(int)) (any, error) { return (*int)(nil), nil }, task.StateDone, 100, nil, ""},
-		"zero value":      {func(context.Context, func(int)) (any, error) { return 0, nil }, task.StateDone, 100, json.Number("0"), ""},
-		"empty string":    {func(context.Context, func(int)) (any, error) { return "", nil }, task.StateDone, 100, "", ""},
-		"raw JSON":        {func(context.Context, func(int)) (any, error) { return json.RawMessage(` {"a" : 1}`), nil }, task.StateDone, 100, J{"a": json.Number("1")}, ""},
-		"error":           {func(context.Context, func(int)) (any, error) { return nil, boom }, task.StateFailed, 0, nil, "boom"},
-		"empty error":     {func(context.Context, func(int)) (any, error) { return nil, errors.New("") }, task.StateFailed, 0, nil, "…"},
-		"value and error": {func(context.Context, func(int)) (any, error) { return "half", boom }, task.StateFailed, 0, "half", "boom"},
-		"error not UTF-8": {func(context.Context, func(int)) (any, error) { return nil, errors.New("a\xffb") }, task.StateFailed, 0, nil, "a\uFFFDb"},
-
-		"panic":           {func(context.Context, func(int)) (any, error) { panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
-		"panic nil":       {func(context.Context, func(int)) (any, error) { panic(nil) }, task.StateFailed, 0, nil, "panic: …"},
-		"panic error":     {func(context.Context, func(int)) (any, error) { panic(boom) }, task.StateFailed, 0, nil, "panic: boom"},
-		"panic in error":  {func(context.Context, func(int)) (any, error) { return 1, panicError{} }, task.StateFailed, 0, nil, "panic: no text today"},
-		"panic panicking": {func(context.Context, func(int)) (any, error) { panic(panicError{}) }, task.StateFailed, 0, nil, "panic: …"},
-		"Goexit":          {func(context.Context, func(int)) (any, error) { runtime.Goexit(); return nil, nil }, task.StateFailed, 0, nil, "the function called runtime.Goexit"},
-
-		"channel":         {func(context.Context, func(int)) (any, error) { return make(chan int), nil }, task.StateDone, 100, nil, "result not kept: json: unsupported type: chan int"},
-		"NaN":             {func(context.Context, func(int)) (any, error) { return math.NaN(), nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"too deep":        {func(context.Context, func(int)) (any, error) { return deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"JSON panics":     {func(context.Context, func(int)) (any, error) { return panicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), boom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
-		"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},
-
-		"cancelled, nil":   {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return "made it", nil }, task.StateDone, 100, "made it", ""},
-		"cancelled, cause": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return nil, context.Cause(ctx) }, task.StateCancelled, 0, nil, "operation cancelled"},
-		"cancelled, error": {func(ctx context.Context, _ func(int)) (any, error) {
-			cancelSelf(ctx)
-			return "part", errors.New("signal: killed")
-		}, task.StateCancelled, 0, "part", "signal: killed"},
-		"cancelled, panic": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
-
-		"progress":        {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, boom }, task.StateFailed, 42, nil, "boom"},
-		"progress down":   {func(_ context.Context, u func(int)) (any, error) { u(42); u(7); return nil, boom }, task.StateFailed, 7, nil, "boom"},
-		"progress low":    {func(_ context.Context, u func(int)) (any, error) { u(42); u(-1); return nil, boom }, task.StateFailed, 0, nil, "boom"},
-		"progress high":   {func(_ context.Context, u func(int)) (any, error) { u(math.MaxInt); return nil, boom }, task.StateFailed, 100, nil, "boom"},
-		"progress, done":  {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, nil }, task.StateDone, 100, nil, ""},
-		"progress, late":  {func(_ context.Context, u func(int)) (any, error) { u(42); defer u(43); return nil, boom }, task.StateFailed, 43, nil, "boom"},
-		"progress, panic": {func(_ context.Context, u func(int)) (any, error) { u(42); panic("oh") }, task.StateFailed, 42, nil, "panic: oh"},
-	}
-	check := func(t *testing.T, how, name string, op *task.Operation) {
-		t.Helper()
-		want := tests[name]
-		if op.Name != name || op.State != want.state || op.Progress != want.progress || !reflect.DeepEqual(op.Result, want.result) {
-			t.Errorf("%s: got %s %s %d%% %#v, want %s %s %d%% %#v", how,
-				op.Name, op.State, op.Progress, op.Result, name, want.state, want.progress, want.result)
-		}
-		if prefix, ok := strings.CutSuffix(want.err, "…"); ok && !strings.HasPrefix(op.Error, prefix) || !ok && op.Error != want.err {
-			t.Errorf("%s: %s: got error %q, want %q", how, name, op.Error, want.err)
-		}
-		if op.UpdatedAt.Before(op.StartedAt) || op.StartedAt.Before(op.CreatedAt) {
-			t.Errorf("%s: %s: created %v, started %v, finished %v", how, name, op.CreatedAt, op.StartedAt, op.UpdatedAt)
-		}
-		if _, err := json.Marshal(op); err != nil {
-			t.Errorf("%s: %s: %v", how, name, err)
-		}
-	}
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		finished := make(map[string]*task.Operation)
-		for name, test := range tests {
+		for name, test := range outcomes {
 			op, err := m.Submit(name, test.fn)
 			if err != nil {
 				t.Fatal(err)
 			}
 			finished[name] = wait(t, m, op.ID)
-			check(t, "Wait", name, finished[name])
+			checkOutcome(t, "Wait", name, finished[name])
 		}
 		history := func(how string, m *task.Manager) {
 			for name, op := range finished {
@@ -147,17 +138,17 @@ func TestOutcome(t *testing.T) {
 				if !ok {
 					t.Fatalf("%s: %s is gone", how, name)
 				}
-				check(t, how, name, got)
+				checkOutcome(t, how, name, got)
 				if !got.UpdatedAt.Equal(op.UpdatedAt) || !got.StartedAt.Equal(op.StartedAt) || !got.CreatedAt.Equal(op.CreatedAt) {
 					t.Errorf("%s: %s: times differ: %v, want %v", how, name, got, op)
 				}
 			}
-			ops, err := m.List(len(tests)+1, 0)
-			if err != nil || len(ops) != len(tests) {
+			ops, err := m.List(len(outcomes)+1, 0)
+			if err != nil || len(ops) != len(outcomes) {
 				t.Fatalf("%s: List: %d operations, %v", how, len(ops), err)
 			}
 			for _, op := range ops {
-				check(t, how+", List", op.Name, op)
+				checkOutcome(t, how+", List", op.Name, op)
 			}
 		}
 		history("after eviction", m)
@@ -167,6 +158,25 @@ func TestOutcome(t *testing.T) {
 		history("after Close", m)
 		history("after a restart", newManager(t, db))
 	})
+}
+
+// checkOutcome checks a finished operation that is named after its outcome.
+func checkOutcome(t *testing.T, how, name string, op *task.Operation) {
+	t.Helper()
+	want := outcomes[name]
+	if op.Name != name || op.State != want.state || op.Progress != want.progress || !reflect.DeepEqual(op.Result, want.result) {
+		t.Errorf("%s: got %s %s %d%% %#v, want %s %s %d%% %#v", how,
+			op.Name, op.State, op.Progress, op.Result, name, want.state, want.progress, want.result)
+	}
+	if prefix, ok := strings.CutSuffix(want.err, "…"); ok && !strings.HasPrefix(op.Error, prefix) || !ok && op.Error != want.err {
+		t.Errorf("%s: %s: got error %q, want %q", how, name, op.Error, want.err)
+	}
+	if op.UpdatedAt.Before(op.StartedAt) || op.StartedAt.Before(op.CreatedAt) {
+		t.Errorf("%s: %s: created %v, started %v, finished %v", how, name, op.CreatedAt, op.StartedAt, op.UpdatedAt)
+	}
+	if _, err := json.Marshal(op); err != nil {
+		t.Errorf("%s: %s: %v", how, name, err)
+	}
 }
 
 func TestSubmitRefuses(t *testing.T) {
@@ -255,9 +265,7 @@ func TestMetadata(t *testing.T) {
 					t.Errorf("SetMetadata(%T) returned no error", bad)
 				}
 			}
-			if err := task.SetMetadata(ctx, []string{"new"}); err != nil {
-				t.Error(err)
-			}
+			must(t, task.SetMetadata(ctx, []string{"new"}))
 		})
 		if got, _ := m.Get(op.ID); !reflect.DeepEqual(got.Metadata, []any{"new"}) {
 			t.Errorf("live metadata: %v", got.Metadata)
@@ -274,11 +282,14 @@ func TestMetadata(t *testing.T) {
 			t.Errorf("FromContext after the finish: %v, %v", op, ok)
 		}
 	})
+}
+
+func TestContextOfNoOperation(t *testing.T) {
 	if err := task.SetMetadata(t.Context(), 1); err == nil {
 		t.Error("SetMetadata outside a function: no error")
 	}
 	if op, ok := task.FromContext(t.Context()); ok || op != nil {
-		t.Error("FromContext outside a function found something")
+		t.Error("FromContext outside a function returned an operation")
 	}
 }
 
@@ -430,24 +441,30 @@ func TestClose(t *testing.T) {
 			})
 		}
 		closers.Wait()
-		if _, err := m.Submit("late", untilCancelled); !errors.Is(err, task.ErrClosed) {
-			t.Errorf("Submit after Close: %v", err)
-		}
-		if err := m.Shutdown(t.Context()); err != nil {
-			t.Errorf("Shutdown after Close: %v", err)
-		}
-		if page, err := m.List(10, 0); err != nil || len(page) != len(ops) {
-			t.Errorf("List after Close: %v, %v", page, err)
-		}
-		for _, op := range ops {
-			if got := wait(t, m, op.ID); !got.State.Finished() {
-				t.Errorf("Wait after Close: %+v", got)
-			}
-			if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
-				t.Errorf("Cancel after Close: %v", err)
-			}
-		}
+		afterClose(t, m, ops)
 	})
+}
+
+// afterClose checks what a closed manager still does.
+func afterClose(t *testing.T, m *task.Manager, ops map[string]*task.Operation) {
+	t.Helper()
+	if _, err := m.Submit("late", untilCancelled); !errors.Is(err, task.ErrClosed) {
+		t.Errorf("Submit after Close: %v", err)
+	}
+	if err := m.Shutdown(t.Context()); err != nil {
+		t.Errorf("Shutdown after Close: %v", err)
+	}
+	if page, err := m.List(10, 0); err != nil || len(page) != len(ops) {
+		t.Errorf("List after Close: %v, %v", page, err)
+	}
+	for _, op := range ops {
+		if got := wait(t, m, op.ID); !got.State.Finished() {
+			t.Errorf("Wait after Close: %+v", got)
+		}
+		if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("Cancel after Close: %v", err)
+		}
+	}
 }
 
 // TestCloseBesideSubmit has Submit and Close race: every accepted operation
@@ -719,55 +736,57 @@ func (c *crew) wantStarted(when, want string) {
 	}
 }
 
-// TestQueue shows which operations start when: see WithLimit and WithLock.
+// queueScripts show which operations start when: see WithLimit and WithLock.
+var queueScripts = []struct {
+	name  string
+	limit int
+	steps [][2]string // a step for crew.do, and what has started by then
+}{
+	{"limit 1", 1, [][2]string{
+		{"+a", "a"}, {"+b", "a"}, {"+c", "a"}, {"-a", "a b"}, {"-b", "a b c"}, {"-c", "a b c"},
+	}},
+	{"limit 3", 3, [][2]string{
+		{"+a", "a"}, {"+b", "a b"}, {"+c", "a b c"}, {"+d", "a b c"}, {"-b", "a b c d"}, {"-a", "a b c d"},
+	}},
+	{"lock", 0, [][2]string{
+		{"+a1 a", "a1"}, {"+a2 a", "a1"}, {"+b1 b", "a1 b1"}, {"+free", "a1 b1 free"}, {"+b2 b", "a1 b1 free"}, {"+a3 a", "a1 b1 free"},
+		{"?a2 PENDING", "a1 b1 free"},
+		{"-b1", "a1 b1 free b2"}, {"-free", "a1 b1 free b2"}, {"-a1", "a1 b1 free b2 a2"}, {"-a2", "a1 b1 free b2 a2 a3"},
+	}},
+	{"a free slot goes to the oldest operation whose key is free", 2, [][2]string{
+		{"+a1 a", "a1"}, {"+a2 a", "a1"}, {"+a3 a", "a1"}, {"+b1 b", "a1 b1"}, {"+x", "a1 b1"}, {"+b2 b", "a1 b1"}, {"+c1 c", "a1 b1"},
+		{"-b1", "a1 b1 x"},             // a2 is older, but a is taken; x is older than b2
+		{"-a1", "a1 b1 x a2"},          // older than b2
+		{"-x", "a1 b1 x a2 b2"},        // a3 waits for a2
+		{"-b2", "a1 b1 x a2 b2 c1"},    // and still does
+		{"-c1", "a1 b1 x a2 b2 c1"},    // a slot is free, but no key
+		{"-a2", "a1 b1 x a2 b2 c1 a3"}, // now it is
+	}},
+	{"cancel", 1, [][2]string{
+		{"+first a", "first"}, {"+second a", "first"}, {"+third a", "first"}, {"+fourth b", "first"}, {"+fifth b", "first"}, {"+sixth", "first"},
+		{"!second", "first"}, // waits for its key
+		{"!fourth", "first"}, // is ready, and hands its key on
+		{"?second CANCELLED", "first"}, {"?fourth CANCELLED", "first"},
+		{"!first", "first third"}, // runs
+		{"-third", "first third fifth"}, {"-fifth", "first third fifth sixth"},
+	}},
+	{"several keys", 3, [][2]string{
+		{"+a a", "a"}, {"+b b", "a b"},
+		{"+ab a b a", "a b"}, // the same key twice counts once
+		{"+ba b a", "a b"}, {"+bc c b", "a b"}, {"+c c", "a b"}, {"+d d", "a b d"}, {"+cd c d", "a b d"},
+		{"+free", "a b d"}, // for lack of a slot
+		{"-a", "a b d free"}, {"-free", "a b d free"}, {"-b", "a b d free ab"}, {"-ab", "a b d free ab ba"},
+		{"!bc", "a b d free ab ba c"}, // has one key and waits for the other
+		{"-c", "a b d free ab ba c"}, {"-d", "a b d free ab ba c cd"},
+		{"+ad a d", "a b d free ab ba c cd"}, {"+da d a", "a b d free ab ba c cd"},
+		{"close", "a b d free ab ba c cd"},
+		{"?ba FAILED", "a b d free ab ba c cd"}, {"?cd FAILED", "a b d free ab ba c cd"},
+		{"?ad FAILED", "a b d free ab ba c cd"}, {"?da FAILED", "a b d free ab ba c cd"},
+	}},
+}
+
 func TestQueue(t *testing.T) {
-	for _, tt := range []struct {
-		name  string
-		limit int
-		steps [][2]string // a step for crew.do, and what has started by then
-	}{
-		{"limit 1", 1, [][2]string{
-			{"+a", "a"}, {"+b", "a"}, {"+c", "a"}, {"-a", "a b"}, {"-b", "a b c"}, {"-c", "a b c"},
-		}},
-		{"limit 3", 3, [][2]string{
-			{"+a", "a"}, {"+b", "a b"}, {"+c", "a b c"}, {"+d", "a b c"}, {"-b", "a b c d"}, {"-a", "a b c d"},
-		}},
-		{"lock", 0, [][2]string{
-			{"+a1 a", "a1"}, {"+a2 a", "a1"}, {"+b1 b", "a1 b1"}, {"+free", "a1 b1 free"}, {"+b2 b", "a1 b1 free"}, {"+a3 a", "a1 b1 free"},
-			{"?a2 PENDING", "a1 b1 free"},
-			{"-b1", "a1 b1 free b2"}, {"-free", "a1 b1 free b2"}, {"-a1", "a1 b1 free b2 a2"}, {"-a2", "a1 b1 free b2 a2 a3"},
-		}},
-		{"a free slot goes to the oldest operation whose key is free", 2, [][2]string{
-			{"+a1 a", "a1"}, {"+a2 a", "a1"}, {"+a3 a", "a1"}, {"+b1 b", "a1 b1"}, {"+x", "a1 b1"}, {"+b2 b", "a1 b1"}, {"+c1 c", "a1 b1"},
-			{"-b1", "a1 b1 x"},             // a2 is older, but a is taken; x is older than b2
-			{"-a1", "a1 b1 x a2"},          // older than b2
-			{"-x", "a1 b1 x a2 b2"},        // a3 waits for a2
-			{"-b2", "a1 b1 x a2 b2 c1"},    // and still does
-			{"-c1", "a1 b1 x a2 b2 c1"},    // a slot is free, but no key
-			{"-a2", "a1 b1 x a2 b2 c1 a3"}, // now it is
-		}},
-		{"cancel", 1, [][2]string{
-			{"+first a", "first"}, {"+second a", "first"}, {"+third a", "first"}, {"+fourth b", "first"}, {"+fifth b", "first"}, {"+sixth", "first"},
-			{"!second", "first"}, // waits for its key
-			{"!fourth", "first"}, // is ready, and hands its key on
-			{"?second CANCELLED", "first"}, {"?fourth CANCELLED", "first"},
-			{"!first", "first third"}, // runs
-			{"-third", "first third fifth"}, {"-fifth", "first third fifth sixth"},
-		}},
-		{"several keys", 3, [][2]string{
-			{"+a a", "a"}, {"+b b", "a b"},
-			{"+ab a b a", "a b"}, // the same key twice counts once
-			{"+ba b a", "a b"}, {"+bc c b", "a b"}, {"+c c", "a b"}, {"+d d", "a b d"}, {"+cd c d", "a b d"},
-			{"+free", "a b d"}, // for lack of a slot
-			{"-a", "a b d free"}, {"-free", "a b d free"}, {"-b", "a b d free ab"}, {"-ab", "a b d free ab ba"},
-			{"!bc", "a b d free ab ba c"}, // has one key and waits for the other
-			{"-c", "a b d free ab ba c"}, {"-d", "a b d free ab ba c cd"},
-			{"+ad a d", "a b d free ab ba c cd"}, {"+da d a", "a b d free ab ba c cd"},
-			{"close", "a b d free ab ba c cd"},
-			{"?ba FAILED", "a b d free ab ba c cd"}, {"?cd FAILED", "a b d free ab ba c cd"},
-			{"?ad FAILED", "a b d free ab ba c cd"}, {"?da FAILED", "a b d free ab ba c cd"},
-		}},
-	} {
+	for _, tt := range queueScripts {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newCrew(t, task.WithLimit(tt.limit))

@@ -31,26 +31,21 @@ func recoveryInsert(t *testing.T, path string, owner any) (id string) {
 	return id
 }
 
-// TestRecoveryOfStores has several stores in one process. One of them is closed
-// while an operation of its manager runs, which makes it count as dead.
-func TestRecoveryOfStores(t *testing.T) {
-	path := testkit.Path(t)
-	living := openSQLite(t, path)
-	dead := openSQLite(t, path)
+// twoManagers has two managers run an operation each on the same database. The
+// store of the second one is then closed, so that it counts as dead.
+func twoManagers(t *testing.T, path string) (managers []*task.Manager, ids []string, release func()) {
+	t.Helper()
+	living, dead := openSQLite(t, path), openSQLite(t, path)
 	moving := testkit.NewFake(dead)
-	alive, _ := testkit.NewLogged(t, living)
-	dying, _ := testkit.NewLogged(t, moving)
-	release := make(chan struct{})
-	blocked := func(ctx context.Context, update func(int)) (any, error) {
-		update(30)
-		<-release
-		return "finished", nil
-	}
-	ids := make([]string, 2)
-	for i, m := range []*task.Manager{alive, dying} {
-		op, err := m.Submit("blocked", blocked)
-		must(t, err)
-		ids[i] = op.ID
+	released := make(chan struct{})
+	for _, db := range []task.Persistence{living, moving} {
+		m, _ := testkit.NewLogged(t, db)
+		op := submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+			update(30)
+			<-released
+			return "finished", nil
+		})
+		managers, ids = append(managers, m), append(ids, op.ID)
 	}
 	must(t, testkit.Until(func() bool {
 		a, errA := living.Get(ids[0])
@@ -59,58 +54,76 @@ func TestRecoveryOfStores(t *testing.T) {
 	}))
 	moving.Swap(living)
 	must(t, dead.Close())
+	return managers, ids, func() { close(released) }
+}
 
-	locked := openSQLite(t, path) // alive, without a manager
-	must(t, locked.Save(&task.Operation{ID: "of a living store", State: task.StatePending}))
-	unlocked, directory := uuid.NewString(), uuid.NewString()
-	must(t, os.WriteFile(path+"-owner-"+unlocked, nil, 0o600))
-	must(t, os.Mkdir(path+"-owner-"+directory, 0o700))
-	outside := filepath.Join(filepath.Dir(filepath.Dir(path)), "x")
-	must(t, os.WriteFile(outside, nil, 0o600))
-
-	lost := []string{ids[1]}
+// leaveOwners adds operations of owners that are dead, each in another way, and
+// of one of whom nobody can tell. It also makes a file that no owner's ID must
+// lead to.
+func leaveOwners(t *testing.T, path string) (lost []string, doubtful string) {
+	t.Helper()
+	must(t, os.WriteFile(path+"-owner-"+unlockedOwner, nil, 0o600))
+	must(t, os.Mkdir(path+"-owner-"+directoryOwner, 0o700))
+	must(t, os.WriteFile(outside(path), nil, 0o600))
 	for _, owner := range []any{
-		nil, "", "garbage", "../../x", "/../../x", []byte("\x00\xff"), 42, uuid.NewString(), unlocked,
-		strings.ToUpper(unlocked), "urn:uuid:" + unlocked,
+		nil, "", "garbage", "../../x", "/../../x", []byte("\x00\xff"), 42, uuid.NewString(), unlockedOwner,
+		strings.ToUpper(unlockedOwner), "urn:uuid:" + unlockedOwner,
 	} {
 		lost = append(lost, recoveryInsert(t, path, owner))
 	}
-	doubtful := recoveryInsert(t, path, directory)
+	return lost, recoveryInsert(t, path, directoryOwner)
+}
 
+// outside returns the path of a file that is called x, two directories above
+// the database.
+func outside(path string) string { return filepath.Join(filepath.Dir(filepath.Dir(path)), "x") }
+
+// Owners whose file nobody has locked, or is a directory.
+var unlockedOwner, directoryOwner = uuid.NewString(), uuid.NewString()
+
+// TestRecoveryOfStores has several stores in one process. One of them is closed
+// while an operation of its manager runs, which makes it count as dead.
+func TestRecoveryOfStores(t *testing.T) {
+	path := testkit.Path(t)
+	managers, ids, release := twoManagers(t, path)
+	locked := openSQLite(t, path) // alive, without a manager
+	must(t, locked.Save(&task.Operation{ID: "of a living store", State: task.StatePending}))
+	lost, doubtful := leaveOwners(t, path)
+	lost = append(lost, ids[1])
 	fresh := openSQLite(t, path)
 	before := testkit.Stored(t, fresh)
 	m, l := testkit.NewLogged(t, fresh)
 
-	t.Run("OnlyTheDeadFail", func(t *testing.T) {
+	t.Run("only operations of the dead fail", func(t *testing.T) {
 		before.WantFailed(t, testkit.Stored(t, fresh), lost...)
 		l.WantRecovered(t, lost...)
 	})
-	t.Run("NotTwice", func(t *testing.T) {
-		for _, store := range []*task.SQLiteStore{living, fresh, openSQLite(t, path)} {
+	t.Run("not twice", func(t *testing.T) {
+		for _, store := range []*task.SQLiteStore{locked, fresh, openSQLite(t, path)} {
 			_, l := testkit.NewLogged(t, store)
 			l.WantRecovered(t)
 		}
 	})
-	t.Run("OnlyOwnerFilesOfTheDeadGo", func(t *testing.T) {
-		if _, err := os.Stat(outside); err != nil {
+	t.Run("only owner files of the dead go", func(t *testing.T) {
+		if _, err := os.Stat(outside(path)); err != nil {
 			t.Error(err)
 		}
 		if got := testkit.OwnerFiles(t, path); got != 4 {
 			t.Errorf("%d owner files, want those of living, locked and fresh, and a directory", got)
 		}
-		if _, err := os.Stat(path + "-owner-" + unlocked); !errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(path + "-owner-" + unlockedOwner); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("stat of the file of a dead owner: %v", err)
 		}
 	})
-	t.Run("InDoubtAlive", func(t *testing.T) {
-		must(t, os.Remove(path+"-owner-"+directory))
+	t.Run("alive until the opposite is known", func(t *testing.T) {
+		must(t, os.Remove(path+"-owner-"+directoryOwner))
 		_, l := testkit.NewLogged(t, openSQLite(t, path))
 		l.WantRecovered(t, doubtful)
 	})
-	t.Run("FinishedOnce", func(t *testing.T) {
-		close(release)
+	t.Run("finished once", func(t *testing.T) {
+		release()
 		for i, want := range []task.State{task.StateDone, task.StateFailed} {
-			for _, m := range []*task.Manager{alive, dying, m} {
+			for _, m := range append(managers, m) {
 				op, err := m.Wait(t.Context(), ids[i])
 				must(t, err)
 				if op.State != want || (op.Error == testkit.RestartText) != (want == task.StateFailed) {
@@ -426,14 +439,16 @@ func TestRecoveryInBackground(t *testing.T) {
 			}
 		}
 	})
-	t.Run("Close", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			db := testkit.NewFake(nil)
-			db.Before(func(*testkit.Call) error { return errDisk })
-			m := task.NewManager(testkit.Bare(db), quiet)
-			time.Sleep(time.Hour)
-			must(t, m.Close())
-		})
+}
+
+// TestRecoveryInBackgroundEnds closes a manager whose recovery always fails.
+func TestRecoveryInBackgroundEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		db.Before(func(*testkit.Call) error { return errDisk })
+		m := task.NewManager(testkit.Bare(db), quiet)
+		time.Sleep(time.Hour)
+		must(t, m.Close())
 	})
 }
 
@@ -483,26 +498,23 @@ func TestRecoveryOfMemoryStore(t *testing.T) {
 	before.WantFailed(t, testkit.Stored(t, store))
 }
 
+// getsIn10s returns how often Get of a store is called in 10 seconds.
+func getsIn10s(db *testkit.Fake) int {
+	synctest.Wait()
+	before := db.Count("Get")
+	time.Sleep(10 * time.Second)
+	synctest.Wait()
+	return db.Count("Get") - before
+}
+
 // TestRecoveryPoll has many calls of Wait for an operation of another manager.
 func TestRecoveryPoll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
 		db := testkit.NewFake(memory)
 		m, other := newManager(t, db), newManager(t, memory)
-		release := make(chan struct{})
-		op, err := other.Submit("other's", func(context.Context, func(int)) (any, error) {
-			<-release
-			return "result", nil
-		})
-		must(t, err)
-		// getsIn returns how often the store is asked in 10 seconds.
-		getsIn := func() int {
-			synctest.Wait()
-			before := db.Count("Get")
-			time.Sleep(10 * time.Second)
-			synctest.Wait()
-			return db.Count("Get") - before
-		}
+		fn, _, release := blocker(nil)
+		op := submit(t, other, fn)
 		const waiters = 50
 		var wg sync.WaitGroup
 		wait := func(ctx context.Context, want task.State, wantErr error) {
@@ -518,12 +530,12 @@ func TestRecoveryPoll(t *testing.T) {
 		for range 2 { // all leave, and others come
 			ctx, cancel := context.WithCancel(t.Context())
 			wait(ctx, task.StateRunning, context.Canceled)
-			if got := getsIn(); got < 95 || got > 105 {
+			if got := getsIn10s(db); got < 95 || got > 105 {
 				t.Errorf("%d gets in 10 seconds, want 100 for any number of waiters", got)
 			}
 			cancel()
 			wg.Wait()
-			if got := getsIn(); got > 0 {
+			if got := getsIn10s(db); got > 0 {
 				t.Errorf("%d gets while nobody waits", got)
 			}
 		}
@@ -534,11 +546,11 @@ func TestRecoveryPoll(t *testing.T) {
 		cancel() // some leave, some stay
 		synctest.Wait()
 		db.Before(func(*testkit.Call) error { return errDisk })
-		close(release)
-		getsIn()
+		release()
+		getsIn10s(db)
 		db.Before(nil)
 		wg.Wait()
-		if got := getsIn(); got > 0 {
+		if got := getsIn10s(db); got > 0 {
 			t.Errorf("%d gets after all have returned", got)
 		}
 	})

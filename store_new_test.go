@@ -256,6 +256,21 @@ func listByState(t *testing.T, fake *testkit.Fake, abilities bool, fault func() 
 	})
 	c.do("-R2") // its final state can't be stored, so it stays RUNNING; P1 starts
 	c.do("!P2") // it stays PENDING
+	checkStates(t, c)
+	fake.Before(nil)
+	release()
+	time.Sleep(2 * time.Second)
+	c.do("?R2 DONE")
+	c.do("?P2 CANCELLED")
+	if ops, err := m.List(10, 0, task.ByState(task.StateRunning)); err != nil || names(ops) != "P1 R1" {
+		t.Errorf("once the store works again, List = %q, %v", names(ops), err)
+	}
+	must(t, m.Close())
+}
+
+// checkStates lists the operations of listByState by their states.
+func checkStates(t *testing.T, c *crew) {
+	t.Helper()
 	before := func(name string) task.ListOption { return task.Before(c.ids[name]) }
 	states := func(states ...task.State) task.ListOption { return task.ByState(states...) }
 	for _, tt := range []struct {
@@ -277,23 +292,14 @@ func listByState(t *testing.T, fake *testkit.Fake, abilities bool, fault func() 
 		{"P3 P2 P1 R2 R1 D1", 10, 0, nil},
 	} {
 		began := time.Now()
-		ops, err := m.List(tt.limit, tt.offset, tt.opts...)
+		ops, err := c.m.List(tt.limit, tt.offset, tt.opts...)
 		if took := time.Since(began); err != nil || names(ops) != tt.want || took > 0 {
 			t.Errorf("List(%d, %d, ...) = %q, %v after %v, want %q at once", tt.limit, tt.offset, names(ops), err, took, tt.want)
 		}
 		for _, op := range ops {
-			if shown, _ := m.Get(op.ID); shown.State != op.State {
+			if shown, _ := c.m.Get(op.ID); shown.State != op.State {
 				t.Errorf("%s is listed as %s and is %s", op.Name, op.State, shown.State)
 			}
 		}
 	}
-	fake.Before(nil)
-	release()
-	time.Sleep(2 * time.Second)
-	c.do("?R2 DONE")
-	c.do("?P2 CANCELLED")
-	if ops, err := m.List(10, 0, states(task.StateRunning)); err != nil || names(ops) != "P1 R1" {
-		t.Errorf("once the store works again, List = %q, %v", names(ops), err)
-	}
-	must(t, m.Close())
 }

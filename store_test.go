@@ -204,9 +204,7 @@ func TestListFiltered(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		historyOf(t, m, "D1", "F1", "R1", "C1", "D2", "F2", "D1", "R2", "F1", "D3")
 		all, err := m.List(100, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		cursor := func(name string) task.ListOption {
 			i := slices.IndexFunc(all, func(op *task.Operation) bool { return op.Name == name })
 			return task.Before(all[i].ID)
@@ -243,9 +241,15 @@ func TestListFiltered(t *testing.T) {
 				t.Errorf("List(%d, %d, ...) = %q, %v, want %q", tt.limit, tt.offset, names(got), err, tt.want)
 			}
 		}
+	})
+}
+
+func TestListBeforeUnknown(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		historyOf(t, m, "D1")
 		for _, opts := range [][]task.ListOption{
 			{task.Before("unknown")},
-			{task.Before("unknown"), task.ByState(done), task.ByName("D1")},
+			{task.Before("unknown"), task.ByState(task.StateDone), task.ByName("D1")},
 		} {
 			if got, err := m.List(10, 0, opts...); !errors.Is(err, task.ErrNotFound) {
 				t.Errorf("Before an unknown operation: %v, %v, want ErrNotFound", got, err)

@@ -166,48 +166,51 @@ func TestWatchNamed(t *testing.T) {
 	})
 }
 
-// TestWatchEnds shows how the sequence of one named operation ends.
+const unstored = "op RUNNING 0 DONE, which can't be stored yet: disk full"
+
+// watchEnds are the ways in which the sequence of one named operation ends.
+var watchEnds = []struct {
+	name  string
+	named func(op *puppet) []string                          // the IDs; only that of op if nil
+	early func(m *task.Manager, op *puppet)                  // before Watch is called
+	then  func(m *task.Manager, op *puppet, f *testkit.Fake) // after that
+	seen  []string
+	err   error
+}{
+	{name: "finished before", early: func(m *task.Manager, op *puppet) { op.end(nil, nil); m.Wait(context.Background(), op.ID) },
+		seen: []string{"op DONE 100"}},
+	{name: "finishes", then: func(_ *task.Manager, op *puppet, _ *testkit.Fake) { op.end(nil, nil) },
+		seen: []string{"op RUNNING 0", "op DONE 100"}},
+	{name: "unknown", named: func(op *puppet) []string { return []string{op.ID, "unknown"} },
+		err: task.ErrNotFound},
+	{name: "closed", then: func(m *task.Manager, _ *puppet, _ *testkit.Fake) { m.Close() },
+		seen: []string{"op RUNNING 0", "op FAILED 0"}},
+	{name: "closed before", early: func(m *task.Manager, _ *puppet) { m.Close() },
+		seen: []string{"op FAILED 0"}},
+	{name: "stored late", then: func(_ *task.Manager, op *puppet, f *testkit.Fake) {
+		f.Before(testkit.FailFinals)
+		op.end(nil, nil)
+		time.Sleep(time.Second)
+		f.Before(nil)
+	}, seen: []string{"op RUNNING 0", unstored, "op DONE 100"}},
+	{name: "never stored", then: func(m *task.Manager, op *puppet, f *testkit.Fake) {
+		f.Before(testkit.FailWrites)
+		op.end(nil, nil)
+		m.Close()
+	}, seen: []string{"op RUNNING 0", unstored}, err: task.ErrClosed},
+	{name: "deleted", then: func(_ *task.Manager, op *puppet, f *testkit.Fake) {
+		f.Before(func(c *testkit.Call) error {
+			if c.ID == op.ID {
+				return task.ErrNotFound
+			}
+			return nil
+		})
+		op.end(nil, nil)
+	}, seen: []string{"op RUNNING 0"}, err: task.ErrNotFound},
+}
+
 func TestWatchEnds(t *testing.T) {
-	const unstored = "op RUNNING 0 DONE, which can't be stored yet: disk full"
-	for _, tt := range []struct {
-		name  string
-		named func(op *puppet) []string                          // the IDs; only that of op if nil
-		early func(m *task.Manager, op *puppet)                  // before Watch is called
-		then  func(m *task.Manager, op *puppet, f *testkit.Fake) // after that
-		seen  []string
-		err   error
-	}{
-		{name: "finished before", early: func(m *task.Manager, op *puppet) { op.end(nil, nil); m.Wait(context.Background(), op.ID) },
-			seen: []string{"op DONE 100"}},
-		{name: "finishes", then: func(_ *task.Manager, op *puppet, _ *testkit.Fake) { op.end(nil, nil) },
-			seen: []string{"op RUNNING 0", "op DONE 100"}},
-		{name: "unknown", named: func(op *puppet) []string { return []string{op.ID, "unknown"} },
-			err: task.ErrNotFound},
-		{name: "closed", then: func(m *task.Manager, _ *puppet, _ *testkit.Fake) { m.Close() },
-			seen: []string{"op RUNNING 0", "op FAILED 0"}},
-		{name: "closed before", early: func(m *task.Manager, _ *puppet) { m.Close() },
-			seen: []string{"op FAILED 0"}},
-		{name: "stored late", then: func(_ *task.Manager, op *puppet, f *testkit.Fake) {
-			f.Before(testkit.FailFinals)
-			op.end(nil, nil)
-			time.Sleep(time.Second)
-			f.Before(nil)
-		}, seen: []string{"op RUNNING 0", unstored, "op DONE 100"}},
-		{name: "never stored", then: func(m *task.Manager, op *puppet, f *testkit.Fake) {
-			f.Before(testkit.FailWrites)
-			op.end(nil, nil)
-			m.Close()
-		}, seen: []string{"op RUNNING 0", unstored}, err: task.ErrClosed},
-		{name: "deleted", then: func(_ *task.Manager, op *puppet, f *testkit.Fake) {
-			f.Before(func(c *testkit.Call) error {
-				if c.ID == op.ID {
-					return task.ErrNotFound
-				}
-				return nil
-			})
-			op.end(nil, nil)
-		}, seen: []string{"op RUNNING 0"}, err: task.ErrNotFound},
-	} {
+	for _, tt := range watchEnds {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := testkit.NewFake(nil)
@@ -234,66 +237,77 @@ func TestWatchEnds(t *testing.T) {
 }
 
 // TestWatchFromTheCall: the subscription begins with the call, not with the
-// loop, and ends with the context even if there is no loop.
+// loop.
 func TestWatchFromTheCall(t *testing.T) {
-	path := testkit.Path(t)
-	m, other := newManager(t, openSQLite(t, path)), newManager(t, openSQLite(t, path))
-	running, foreign := submit(t, m, untilCancelled), submit(t, other, untilCancelled)
-	ctx, cancel := context.WithCancel(t.Context())
-	all := m.Watch(ctx)
-	ids := []string{running.ID, foreign.ID}
-	named := m.Watch(ctx, ids...)
-	ids[0] = "another"
-	fn, started, release := blocker(nil)
-	deleted := submit(t, m, fn)
-	<-started
-	late := m.Watch(ctx)
-	sqliteExec(t, path, "DELETE FROM tasks WHERE id = '"+deleted.ID+"'")
-	release()
-	m.Wait(ctx, deleted.ID)
+	m := newManager(t, nil)
+	events := m.Watch(t.Context())
 	op := submit(t, m, nothing)
 	wait(t, m, op.ID)
-	running.Cancel()
-	wait(t, m, running.ID)
-
 	var seen []string
-	for got, err := range all {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got.ID == op.ID {
-			seen = append(seen, string(got.State))
-			if got.State.Finished() {
-				break
-			}
+	for got, err := range events {
+		must(t, err)
+		if seen = append(seen, string(got.State)); got.State.Finished() {
+			break
 		}
 	}
 	if want := []string{"PENDING", "RUNNING", "DONE"}; !slices.Equal(seen, want) {
 		t.Errorf("seen %q, want %q", seen, want)
 	}
+}
+
+// TestWatchTwice ranges twice over the sequence of two operations, of which
+// another manager runs one.
+func TestWatchTwice(t *testing.T) {
+	path := testkit.Path(t)
+	m, other := newManager(t, openSQLite(t, path)), newManager(t, openSQLite(t, path))
+	own, foreign := submit(t, m, untilCancelled), submit(t, other, untilCancelled)
+	ids := []string{own.ID, foreign.ID}
+	events := m.Watch(t.Context(), ids...)
+	ids[0] = "another"
+	own.Cancel()
+	wait(t, m, own.ID)
 	foreign.Cancel()
 	for range 2 {
-		seen = nil
-		for got, err := range named {
-			if err != nil {
-				t.Fatal(err)
-			}
+		var seen []string
+		for got, err := range events {
+			must(t, err)
 			if got.State.Finished() {
 				seen = append(seen, got.ID)
 			}
 		}
-		if want := []string{running.ID, foreign.ID}; !slices.Equal(seen, want) {
+		if want := []string{own.ID, foreign.ID}; !slices.Equal(seen, want) {
 			t.Errorf("seen %q, want %q", seen, want)
 		}
 	}
-	for got, err := range late { // it has not named the deleted operation
-		if err != nil {
-			t.Fatal(err)
-		}
+}
+
+// TestWatchAllDeleted: to a subscriber of all operations, one that other code
+// has deleted is no error.
+func TestWatchAllDeleted(t *testing.T) {
+	path := testkit.Path(t)
+	m := newManager(t, openSQLite(t, path))
+	fn, started, release := blocker(nil)
+	deleted := submit(t, m, fn)
+	<-started
+	events := m.Watch(t.Context())
+	sqliteExec(t, path, "DELETE FROM tasks")
+	release()
+	m.Wait(t.Context(), deleted.ID)
+	op := submit(t, m, nothing)
+	for got, err := range events {
+		must(t, err)
 		if got.ID == op.ID {
 			break
 		}
 	}
+}
+
+// TestWatchUnused: a subscription ends with its context even if nobody ranges
+// over it.
+func TestWatchUnused(t *testing.T) {
+	m := newManager(t, nil)
+	op := submit(t, m, nothing)
+	ctx, cancel := context.WithCancel(t.Context())
 	m.Watch(ctx)
 	m.Watch(ctx, op.ID)
 	if n := task.Subscribers(m); n != 2 {

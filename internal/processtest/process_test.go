@@ -39,6 +39,15 @@ func wantSame(t *testing.T, got *task.Operation, want task.Operation) {
 	}
 }
 
+func wantOwnerFiles(t *testing.T, path string, want int) {
+	t.Helper()
+	if got := testkit.OwnerFiles(t, path); got != want {
+		t.Errorf("%d owner files, want %d", got, want)
+	}
+}
+
+// TestKilled kills one of three processes. Only its operations fail; those of
+// the others finish.
 func TestKilled(t *testing.T) {
 	path := testkit.Path(t)
 	procs := []*testkit.Process{start(t, path), start(t, path), start(t, path)}
@@ -50,8 +59,8 @@ func TestKilled(t *testing.T) {
 	}
 	store := testkit.OpenSQLite(t, path)
 	before := testkit.Stored(t, store)
-	if got, want := len(before), len(procs)*len(work); got != want {
-		t.Fatalf("%d operations are stored, want %d", got, want)
+	if len(before) != len(procs)*len(work) {
+		t.Fatalf("%d operations are stored", len(before))
 	}
 	procs[victim].Kill()
 	before.WantFailed(t, testkit.Stored(t, store)) // nothing changes before the next New
@@ -60,9 +69,7 @@ func TestKilled(t *testing.T) {
 	t.Run("only its operations fail", func(t *testing.T) {
 		before.WantFailed(t, testkit.Stored(t, store), dead...)
 		l.WantRecovered(t, dead...)
-		if got := testkit.OwnerFiles(t, path); got != 3 {
-			t.Errorf("%d owner files, want those of two processes and this one", got)
-		}
+		wantOwnerFiles(t, path, 3) // of two processes and this one
 	})
 	t.Run("others finish", func(t *testing.T) {
 		for i, p := range procs {
@@ -86,9 +93,7 @@ func TestKilled(t *testing.T) {
 		l.WantRecovered(t, dead...)
 		testkit.Must(t, m.Close())
 		testkit.Must(t, store.Close())
-		if got := testkit.OwnerFiles(t, path); got != 0 {
-			t.Errorf("%d owner files are left", got)
-		}
+		wantOwnerFiles(t, path, 0)
 	})
 }
 
@@ -106,14 +111,10 @@ func TestOwnerFilesDoNotPileUp(t *testing.T) {
 			dead = append(dead, id)
 		}
 	}
-	if got := testkit.OwnerFiles(t, path); got != kills {
-		t.Errorf("%d owner files, want those of %d killed processes", got, kills)
-	}
+	wantOwnerFiles(t, path, kills)
 	_, l := testkit.NewLogged(t, testkit.OpenSQLite(t, path))
 	l.WantRecovered(t, dead...)
-	if got := testkit.OwnerFiles(t, path); got != 1 {
-		t.Errorf("%d owner files after recovery, want that of the living process", got)
-	}
+	wantOwnerFiles(t, path, 1)
 }
 
 // TestStartedAtOnce has several processes recover at the same time.
@@ -167,9 +168,7 @@ func TestNewFile(t *testing.T) {
 		for _, p := range procs {
 			p.End()
 		}
-		if got := testkit.OwnerFiles(t, path); got != 0 {
-			t.Errorf("%d owner files are left", got)
-		}
+		wantOwnerFiles(t, path, 0)
 		rows := testkit.Stored(t, testkit.OpenSQLite(t, path))
 		if got, want := len(rows), len(procs)*len(ends); got != want {
 			t.Errorf("%d operations are stored, want %d", got, want)
@@ -209,52 +208,59 @@ func TestWait(t *testing.T) {
 		{"context done", nil, task.Operation{State: task.StateRunning, Progress: 70}, context.Canceled},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := start(t, path)
-			var ops []task.Operation
-			p.Call("Submit", work[:1], &ops)
-			op := ops[0]
-			db, looked := testkit.NewFake(testkit.OpenSQLite(t, path)), make(chan struct{}, 1)
-			db.After(func(c *testkit.Call) {
-				if c.Method == "Get" && c.N == 0 {
-					looked <- struct{}{}
-				}
-			})
-			m, l := testkit.NewLogged(t, db)
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			done := make(chan struct{})
-			var got *task.Operation
-			var err error
-			go func() {
-				defer close(done)
-				got, err = m.Wait(ctx, op.ID)
-			}()
-			<-looked // Wait has seen it running
-			if tt.meanwhile != nil {
-				tt.meanwhile(p, op)
-			} else {
-				op.Progress = 70
-				p.Call("Report", op, new(task.Operation))
-				cancel()
-			}
-			<-done
-			if !errors.Is(err, tt.err) {
-				t.Fatalf("Wait: error %v, want %v", err, tt.err)
-			}
-			if errors.Is(tt.err, task.ErrNotFound) {
-				if got != nil {
-					t.Errorf("Wait returned %+v", got)
-				}
-				return
-			}
-			tt.want.ID = op.ID
-			wantSame(t, got, tt.want)
-			if got.Error == testkit.RestartText {
-				l.WantRecovered(t, op.ID)
-			} else {
-				l.WantRecovered(t)
-			}
+			waitWhile(t, path, tt.meanwhile, tt.want, tt.err)
 		})
+	}
+}
+
+// waitWhile waits for an operation of another process while something happens
+// to it, or while the context ends if that is nil.
+func waitWhile(t *testing.T, path string, meanwhile func(*testkit.Process, task.Operation), want task.Operation, wantErr error) {
+	t.Helper()
+	p := start(t, path)
+	var ops []task.Operation
+	p.Call("Submit", work[:1], &ops)
+	op := ops[0]
+	db, looked := testkit.NewFake(testkit.OpenSQLite(t, path)), make(chan struct{}, 1)
+	db.After(func(c *testkit.Call) {
+		if c.Method == "Get" && c.N == 0 {
+			looked <- struct{}{}
+		}
+	})
+	m, l := testkit.NewLogged(t, db)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan struct{})
+	var got *task.Operation
+	var err error
+	go func() {
+		defer close(done)
+		got, err = m.Wait(ctx, op.ID)
+	}()
+	<-looked // Wait has seen it running
+	if meanwhile != nil {
+		meanwhile(p, op)
+	} else {
+		op.Progress = 70
+		p.Call("Report", op, new(task.Operation))
+		cancel()
+	}
+	<-done
+	if !errors.Is(err, wantErr) {
+		t.Fatalf("Wait: error %v, want %v", err, wantErr)
+	}
+	if errors.Is(wantErr, task.ErrNotFound) {
+		if got != nil {
+			t.Errorf("Wait returned %+v", got)
+		}
+		return
+	}
+	want.ID = op.ID
+	wantSame(t, got, want)
+	if got.Error == testkit.RestartText {
+		l.WantRecovered(t, op.ID)
+	} else {
+		l.WantRecovered(t)
 	}
 }
 
@@ -292,20 +298,7 @@ func TestOthers(t *testing.T) {
 			t.Errorf("got %q\nwant %q", got, want)
 		}
 	})
-	t.Run("Cancel", func(t *testing.T) {
-		for _, op := range ops {
-			got, _ := m.Get(op.ID)
-			for _, err := range []error{m.Cancel(op.ID), got.Cancel()} {
-				want, not := errors.ErrUnsupported, task.ErrNotFound
-				if op.State.Finished() {
-					want, not = not, want
-				}
-				if !errors.Is(err, want) || errors.Is(err, not) {
-					t.Errorf("%s: %v, want %v", op.State, err, want)
-				}
-			}
-		}
-	})
+	t.Run("Cancel", func(t *testing.T) { cancelOthers(t, m, ops) })
 	t.Run("Wait with a context that is done", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), -1)
 		defer cancel()
@@ -314,4 +307,20 @@ func TestOthers(t *testing.T) {
 			t.Errorf("got %+v, %v", op, err)
 		}
 	})
+}
+
+// cancelOthers cancels operations of another process.
+func cancelOthers(t *testing.T, m *task.Manager, ops []task.Operation) {
+	for _, op := range ops {
+		got, _ := m.Get(op.ID)
+		for _, err := range []error{m.Cancel(op.ID), got.Cancel()} {
+			want, not := errors.ErrUnsupported, task.ErrNotFound
+			if op.State.Finished() {
+				want, not = not, want
+			}
+			if !errors.Is(err, want) || errors.Is(err, not) {
+				t.Errorf("%s: %v, want %v", op.State, err, want)
+			}
+		}
+	}
 }

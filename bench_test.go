@@ -4,7 +4,6 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
@@ -12,6 +11,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // BenchmarkSubmit takes operations that do nothing from Submit to their stored
@@ -19,10 +19,10 @@ import (
 func BenchmarkSubmit(b *testing.B) {
 	for _, submitters := range []int{1, 64} {
 		b.Run(fmt.Sprintf("submitters=%d", submitters), func(b *testing.B) {
-			m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+			m := newManager(b, openSQLite(b, testkit.Path(b)))
 			b.ReportAllocs()
 			each(b, submitters, func() {
-				submit(b, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+				submit(b, m, nothing)
 			})
 			if err := m.Shutdown(b.Context()); err != nil {
 				b.Fatal(err)
@@ -47,7 +47,7 @@ func each(b *testing.B, n int, f func()) {
 
 // BenchmarkUpdate reports a new value each time.
 func BenchmarkUpdate(b *testing.B) {
-	m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+	m := newManager(b, openSQLite(b, testkit.Path(b)))
 	b.ReportAllocs()
 	op := submit(b, m, func(_ context.Context, update func(int)) (any, error) {
 		for i := range b.N {
@@ -76,14 +76,12 @@ func BenchmarkWatched(b *testing.B) {
 			ctx, stop := context.WithCancel(b.Context())
 			defer stop()
 			for range bm.watchers {
+				events := m.Watch(ctx)
 				go func() {
-					for range m.Watch(ctx) {
+					for range events {
 						bm.body(ctx.Done())
 					}
 				}()
-			}
-			for task.Watchers(m) < bm.watchers {
-				time.Sleep(time.Millisecond)
 			}
 			b.ReportAllocs()
 			op := submit(b, m, func(_ context.Context, update func(int)) (any, error) {
@@ -100,7 +98,7 @@ func BenchmarkWatched(b *testing.B) {
 // BenchmarkUpdateCrowd has a thousand operations report as fast as they can,
 // and counts the commits that makes.
 func BenchmarkUpdateCrowd(b *testing.B) {
-	store := &batchCounter{Persistence: openSQLite(b, filepath.Join(b.TempDir(), "tasks.db"))}
+	store := testkit.NewFake(openSQLite(b, testkit.Path(b)))
 	m := newManager(b, store)
 	var running, done sync.WaitGroup
 	start := make(chan struct{})
@@ -118,19 +116,19 @@ func BenchmarkUpdateCrowd(b *testing.B) {
 		})
 	}
 	running.Wait()
-	before := store.count()
+	before := store.Count("WriteBatch")
 	b.ResetTimer()
 	close(start)
 	done.Wait()
 	b.StopTimer()
-	b.ReportMetric(float64(store.count()-before)/b.Elapsed().Seconds(), "commits/s")
+	b.ReportMetric(float64(store.Count("WriteBatch")-before)/b.Elapsed().Seconds(), "commits/s")
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(1000*b.N), "ns/update")
 }
 
 func BenchmarkGet(b *testing.B) {
-	m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+	m := newManager(b, openSQLite(b, testkit.Path(b)))
 	live := submit(b, m, untilCancelled)
-	finished := submit(b, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+	finished := submit(b, m, nothing)
 	wait(b, m, finished.ID)
 	for name, id := range map[string]string{"live": live.ID, "history": finished.ID} {
 		b.Run(name, func(b *testing.B) {
@@ -240,7 +238,7 @@ func timeNew(b *testing.B, path, orphans string) time.Duration {
 // history makes a database of n finished operations.
 func history(b *testing.B, n int) (path string) {
 	b.Helper()
-	path = filepath.Join(b.TempDir(), "tasks.db")
+	path = testkit.Path(b)
 	openSQLite(b, path).Close()
 	sqliteExec(b, path, fmt.Sprintf(`INSERT INTO tasks
 		WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < %d)
@@ -254,7 +252,7 @@ func history(b *testing.B, n int) (path string) {
 func BenchmarkMemory(b *testing.B) {
 	const n = 10_000
 	for b.Loop() {
-		m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")))
+		m := newManager(b, openSQLite(b, testkit.Path(b)))
 		goroutines := runtime.NumGoroutine()
 		before := heap()
 		var all sync.WaitGroup
@@ -321,7 +319,7 @@ func BenchmarkPrune(b *testing.B) {
 func BenchmarkPending(b *testing.B) {
 	const n = 1_000_000
 	for b.Loop() {
-		m := newManager(b, openSQLite(b, filepath.Join(b.TempDir(), "tasks.db")), task.WithLimit(1))
+		m := newManager(b, openSQLite(b, testkit.Path(b)), task.WithLimit(1))
 		submit(b, m, untilCancelled)
 		goroutines, before := runtime.NumGoroutine(), heap()
 		cancelled := make(chan string, n/1000)

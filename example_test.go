@@ -5,8 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/mynt-nas/task"
 )
 
@@ -138,4 +142,45 @@ func ExampleManager_Wait() {
 	// Output:
 	// RUNNING true
 	// DONE <nil>
+}
+
+func ExampleNew_recovery() {
+	dir, err := os.MkdirTemp("", "")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "tasks.db")
+
+	// This is what a program leaves that crashes in the middle of its work.
+	store, err := task.OpenSQLite(path)
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = store.Save(&task.Operation{ID: uuid.NewString(), Name: "scrub tank", State: task.StateRunning, Progress: 40})
+	if err != nil {
+		log.Fatal(err)
+	}
+	store.Close()
+
+	// The next one to start finds it.
+	store, err = task.OpenSQLite(path)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer store.Close()
+	manager, err := task.New(store, task.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer manager.Close()
+	ops, err := manager.List(10, 0)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, op := range ops {
+		fmt.Printf("%s: %s at %d%%: %s\n", op.Name, op.State, op.Progress, op.Error)
+	}
+	// Output:
+	// scrub tank: FAILED at 40%: Task failed due to system restart
 }

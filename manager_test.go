@@ -6,9 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math"
-	"path/filepath"
 	"reflect"
 	"runtime"
 	"runtime/pprof"
@@ -21,90 +19,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/mynt-nas/task"
-	"github.com/mynt-nas/task/internal/testos"
+	"github.com/mynt-nas/task/internal/testkit"
 )
-
-// quiet keeps a test's output free of what the manager logs.
-var quiet = task.WithLogger(slog.New(slog.DiscardHandler))
-
-// bare hides all abilities of a store but those of Persistence.
-type bare struct{ task.Persistence }
-
-// stores are the kinds of store that every behaviour must be the same with.
-var stores = map[string]func(t testing.TB) task.Persistence{
-	"memory": func(testing.TB) task.Persistence { return task.NewMemoryStore() },
-	"bare":   func(testing.TB) task.Persistence { return bare{task.NewMemoryStore()} },
-	"sqlite": func(t testing.TB) task.Persistence { return openSQLite(t, filepath.Join(t.TempDir(), "tasks.db")) },
-}
-
-func openSQLite(t testing.TB, path string) *task.SQLiteStore {
-	t.Helper()
-	testos.CheckLeaks(t)
-	store, err := task.OpenSQLite(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { store.Close() })
-	return store
-}
-
-func newManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Manager {
-	t.Helper()
-	testos.CheckLeaks(t)
-	m, err := task.New(db, append(opts, quiet)...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { m.Close() })
-	return m
-}
-
-// eachStore runs a test with a manager on each kind of store.
-func eachStore(t *testing.T, test func(t *testing.T, m *task.Manager, db task.Persistence)) {
-	for name, open := range stores {
-		t.Run(name, func(t *testing.T) {
-			db := open(t)
-			test(t, newManager(t, db), db)
-		})
-	}
-}
-
-func submit(t testing.TB, m *task.Manager, fn task.Func, opts ...task.SubmitOption) *task.Operation {
-	t.Helper()
-	op, err := m.Submit("test", fn, opts...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return op
-}
-
-func wait(t testing.TB, m *task.Manager, id string) *task.Operation {
-	t.Helper()
-	op, err := m.Wait(t.Context(), id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return op
-}
-
-// blocker returns a Func that returns ret once it is released, and a channel
-// that is closed when it has started.
-func blocker(ret error) (fn task.Func, started chan struct{}, release func()) {
-	started = make(chan struct{})
-	released := make(chan struct{})
-	fn = func(context.Context, func(int)) (any, error) {
-		close(started)
-		<-released
-		return nil, ret
-	}
-	return fn, started, sync.OnceFunc(func() { close(released) })
-}
-
-// untilCancelled is a Func that returns the cause of its cancellation.
-func untilCancelled(ctx context.Context, _ func(int)) (any, error) {
-	<-ctx.Done()
-	return nil, context.Cause(ctx)
-}
 
 func cancelSelf(ctx context.Context) {
 	op, _ := task.FromContext(ctx)
@@ -118,9 +34,11 @@ type (
 	panicError struct{}
 )
 
-func (panicJSON) MarshalJSON() ([]byte, error)  { panic("no JSON today") }
+func (panicJSON) MarshalJSON() ([]byte, error) { panic("no JSON today") }
+
 func (goexitJSON) MarshalJSON() ([]byte, error) { runtime.Goexit(); return nil, nil }
-func (panicError) Error() string                { panic("no text today") }
+
+func (panicError) Error() string { panic("no text today") }
 
 func deep(n int) any {
 	var v any = "bottom"
@@ -130,98 +48,89 @@ func deep(n int) any {
 	return v
 }
 
-// TestOutcome shows how each way in which a function can end is told: by Wait
-// at once, by Get and List afterwards, and after a restart.
+var errBoom = errors.New("boom")
+
+// cyclic contains itself.
+var cyclic = func() J {
+	v := J{}
+	v["self"] = v
+	return v
+}()
+
+type J = map[string]any
+
+// outcomes are the ways in which a function can end.
+var outcomes = map[string]struct {
+	fn       task.Func
+	state    task.State
+	progress int
+	result   any
+	err      string // a prefix of it if it ends in "…"
+}{
+	"nothing": {nothing, task.StateDone, 100, nil, ""},
+	"value": {func(context.Context, func(int)) (any, error) {
+		return J{"big": int64(math.MaxInt64), "f": 0.5, "list": []int{1}, "html": "<&>", "nul": "\x00"}, nil
+	}, task.StateDone, 100, J{"big": json.Number("9223372036854775807"), "f": json.Number("0.5"),
+		"list": []any{json.Number("1")}, "html": "<&>", "nul": "\x00"}, ""},
+	"struct": {func(context.Context, func(int)) (any, error) {
+		return struct {
+			A int `json:"a"`
+		}{1}, nil
+	}, task.StateDone, 100, J{"a": json.Number("1")}, ""},
+	"nil pointer":     {func(context.Context, func(int)) (any, error) { return (*int)(nil), nil }, task.StateDone, 100, nil, ""},
+	"zero value":      {func(context.Context, func(int)) (any, error) { return 0, nil }, task.StateDone, 100, json.Number("0"), ""},
+	"empty string":    {func(context.Context, func(int)) (any, error) { return "", nil }, task.StateDone, 100, "", ""},
+	"raw JSON":        {func(context.Context, func(int)) (any, error) { return json.RawMessage(` {"a" : 1}`), nil }, task.StateDone, 100, J{"a": json.Number("1")}, ""},
+	"error":           {func(context.Context, func(int)) (any, error) { return nil, errBoom }, task.StateFailed, 0, nil, "boom"},
+	"empty error":     {func(context.Context, func(int)) (any, error) { return nil, errors.New("") }, task.StateFailed, 0, nil, "…"},
+	"value and error": {func(context.Context, func(int)) (any, error) { return "half", errBoom }, task.StateFailed, 0, "half", "boom"},
+	"error not UTF-8": {func(context.Context, func(int)) (any, error) { return nil, errors.New("a\xffb") }, task.StateFailed, 0, nil, "a\uFFFDb"},
+
+	"panic":           {func(context.Context, func(int)) (any, error) { panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
+	"panic nil":       {func(context.Context, func(int)) (any, error) { panic(nil) }, task.StateFailed, 0, nil, "panic: …"},
+	"panic error":     {func(context.Context, func(int)) (any, error) { panic(errBoom) }, task.StateFailed, 0, nil, "panic: boom"},
+	"panic in error":  {func(context.Context, func(int)) (any, error) { return 1, panicError{} }, task.StateFailed, 0, nil, "panic: no text today"},
+	"panic panicking": {func(context.Context, func(int)) (any, error) { panic(panicError{}) }, task.StateFailed, 0, nil, "panic: …"},
+	"Goexit":          {func(context.Context, func(int)) (any, error) { runtime.Goexit(); return nil, nil }, task.StateFailed, 0, nil, "the function called runtime.Goexit"},
+
+	"channel":         {func(context.Context, func(int)) (any, error) { return make(chan int), nil }, task.StateDone, 100, nil, "result not kept: json: unsupported type: chan int"},
+	"NaN":             {func(context.Context, func(int)) (any, error) { return math.NaN(), nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"too deep":        {func(context.Context, func(int)) (any, error) { return deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON panics":     {func(context.Context, func(int)) (any, error) { return panicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), errBoom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
+	"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},
+
+	"cancelled, nil":   {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return "made it", nil }, task.StateDone, 100, "made it", ""},
+	"cancelled, cause": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return nil, context.Cause(ctx) }, task.StateCancelled, 0, nil, "operation cancelled"},
+	"cancelled, error": {func(ctx context.Context, _ func(int)) (any, error) {
+		cancelSelf(ctx)
+		return "part", errors.New("signal: killed")
+	}, task.StateCancelled, 0, "part", "signal: killed"},
+	"cancelled, panic": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
+
+	"progress":        {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, errBoom }, task.StateFailed, 42, nil, "boom"},
+	"progress down":   {func(_ context.Context, u func(int)) (any, error) { u(42); u(7); return nil, errBoom }, task.StateFailed, 7, nil, "boom"},
+	"progress low":    {func(_ context.Context, u func(int)) (any, error) { u(42); u(-1); return nil, errBoom }, task.StateFailed, 0, nil, "boom"},
+	"progress high":   {func(_ context.Context, u func(int)) (any, error) { u(math.MaxInt); return nil, errBoom }, task.StateFailed, 100, nil, "boom"},
+	"progress, done":  {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, nil }, task.StateDone, 100, nil, ""},
+	"progress, late":  {func(_ context.Context, u func(int)) (any, error) { u(42); defer u(43); return nil, errBoom }, task.StateFailed, 43, nil, "boom"},
+	"progress, panic": {func(_ context.Context, u func(int)) (any, error) { u(42); panic("oh") }, task.StateFailed, 42, nil, "panic: oh"},
+}
+
+// TestOutcome shows how each way in which a function can end is reported: by
+// Wait at once, by Get and List afterwards, and after a restart.
 func TestOutcome(t *testing.T) {
-	type J = map[string]any
-	boom := errors.New("boom")
-	cyclic := J{}
-	cyclic["self"] = cyclic
-
-	tests := map[string]struct {
-		fn       task.Func
-		state    task.State
-		progress int
-		result   any
-		err      string // a prefix of it if it ends in "…"
-	}{
-		"nothing": {func(context.Context, func(int)) (any, error) { return nil, nil }, task.StateDone, 100, nil, ""},
-		"value": {func(context.Context, func(int)) (any, error) {
-			return J{"big": int64(math.MaxInt64), "f": 0.5, "list": []int{1}, "html": "<&>", "nul": "\x00"}, nil
-		}, task.StateDone, 100, J{"big": json.Number("9223372036854775807"), "f": json.Number("0.5"),
-			"list": []any{json.Number("1")}, "html": "<&>", "nul": "\x00"}, ""},
-		"struct": {func(context.Context, func(int)) (any, error) {
-			return struct {
-				A int `json:"a"`
-			}{1}, nil
-		}, task.StateDone, 100, J{"a": json.Number("1")}, ""},
-		"nil pointer":     {func(context.Context, func(int)) (any, error) { return (*int)(nil), nil }, task.StateDone, 100, nil, ""},
-		"zero value":      {func(context.Context, func(int)) (any, error) { return 0, nil }, task.StateDone, 100, json.Number("0"), ""},
-		"empty string":    {func(context.Context, func(int)) (any, error) { return "", nil }, task.StateDone, 100, "", ""},
-		"raw JSON":        {func(context.Context, func(int)) (any, error) { return json.RawMessage(` {"a" : 1}`), nil }, task.StateDone, 100, J{"a": json.Number("1")}, ""},
-		"error":           {func(context.Context, func(int)) (any, error) { return nil, boom }, task.StateFailed, 0, nil, "boom"},
-		"empty error":     {func(context.Context, func(int)) (any, error) { return nil, errors.New("") }, task.StateFailed, 0, nil, ""},
-		"value and error": {func(context.Context, func(int)) (any, error) { return "half", boom }, task.StateFailed, 0, "half", "boom"},
-		"error not UTF-8": {func(context.Context, func(int)) (any, error) { return nil, errors.New("a\xffb") }, task.StateFailed, 0, nil, "a\uFFFDb"},
-
-		"panic":           {func(context.Context, func(int)) (any, error) { panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
-		"panic nil":       {func(context.Context, func(int)) (any, error) { panic(nil) }, task.StateFailed, 0, nil, "panic: …"},
-		"panic error":     {func(context.Context, func(int)) (any, error) { panic(boom) }, task.StateFailed, 0, nil, "panic: boom"},
-		"panic in error":  {func(context.Context, func(int)) (any, error) { return 1, panicError{} }, task.StateFailed, 0, nil, "panic: no text today"},
-		"panic panicking": {func(context.Context, func(int)) (any, error) { panic(panicError{}) }, task.StateFailed, 0, nil, "panic: …"},
-		"Goexit":          {func(context.Context, func(int)) (any, error) { runtime.Goexit(); return nil, nil }, task.StateFailed, 0, nil, "the function called runtime.Goexit"},
-
-		"channel":         {func(context.Context, func(int)) (any, error) { return make(chan int), nil }, task.StateDone, 100, nil, "result not kept: json: unsupported type: chan int"},
-		"NaN":             {func(context.Context, func(int)) (any, error) { return math.NaN(), nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"too deep":        {func(context.Context, func(int)) (any, error) { return deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"JSON panics":     {func(context.Context, func(int)) (any, error) { return panicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
-		"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), boom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
-		"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},
-
-		"cancelled, nil":   {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return "made it", nil }, task.StateDone, 100, "made it", ""},
-		"cancelled, cause": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); return nil, context.Cause(ctx) }, task.StateCancelled, 0, nil, "operation cancelled"},
-		"cancelled, error": {func(ctx context.Context, _ func(int)) (any, error) {
-			cancelSelf(ctx)
-			return "part", errors.New("signal: killed")
-		}, task.StateCancelled, 0, "part", "signal: killed"},
-		"cancelled, panic": {func(ctx context.Context, _ func(int)) (any, error) { cancelSelf(ctx); panic("oh") }, task.StateFailed, 0, nil, "panic: oh"},
-
-		"progress":        {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, boom }, task.StateFailed, 42, nil, "boom"},
-		"progress down":   {func(_ context.Context, u func(int)) (any, error) { u(42); u(7); return nil, boom }, task.StateFailed, 7, nil, "boom"},
-		"progress low":    {func(_ context.Context, u func(int)) (any, error) { u(42); u(-1); return nil, boom }, task.StateFailed, 0, nil, "boom"},
-		"progress high":   {func(_ context.Context, u func(int)) (any, error) { u(math.MaxInt); return nil, boom }, task.StateFailed, 100, nil, "boom"},
-		"progress, done":  {func(_ context.Context, u func(int)) (any, error) { u(42); return nil, nil }, task.StateDone, 100, nil, ""},
-		"progress, late":  {func(_ context.Context, u func(int)) (any, error) { u(42); defer u(43); return nil, boom }, task.StateFailed, 43, nil, "boom"},
-		"progress, panic": {func(_ context.Context, u func(int)) (any, error) { u(42); panic("oh") }, task.StateFailed, 42, nil, "panic: oh"},
-	}
-	check := func(t *testing.T, how, name string, op *task.Operation) {
-		t.Helper()
-		want := tests[name]
-		if op.Name != name || op.State != want.state || op.Progress != want.progress || !reflect.DeepEqual(op.Result, want.result) {
-			t.Errorf("%s: got %s %s %d%% %#v, want %s %s %d%% %#v", how,
-				op.Name, op.State, op.Progress, op.Result, name, want.state, want.progress, want.result)
-		}
-		if prefix, ok := strings.CutSuffix(want.err, "…"); ok && !strings.HasPrefix(op.Error, prefix) || !ok && op.Error != want.err {
-			t.Errorf("%s: %s: got error %q, want %q", how, name, op.Error, want.err)
-		}
-		if op.UpdatedAt.Before(op.StartedAt) || op.StartedAt.Before(op.CreatedAt) {
-			t.Errorf("%s: %s: created %v, started %v, finished %v", how, name, op.CreatedAt, op.StartedAt, op.UpdatedAt)
-		}
-		if _, err := json.Marshal(op); err != nil {
-			t.Errorf("%s: %s: %v", how, name, err)
-		}
-	}
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		finished := make(map[string]*task.Operation)
-		for name, test := range tests {
+		for name, test := range outcomes {
 			op, err := m.Submit(name, test.fn)
 			if err != nil {
 				t.Fatal(err)
 			}
 			finished[name] = wait(t, m, op.ID)
-			check(t, "Wait", name, finished[name])
+			checkOutcome(t, "Wait", name, finished[name])
 		}
 		history := func(how string, m *task.Manager) {
 			for name, op := range finished {
@@ -229,17 +138,17 @@ func TestOutcome(t *testing.T) {
 				if !ok {
 					t.Fatalf("%s: %s is gone", how, name)
 				}
-				check(t, how, name, got)
+				checkOutcome(t, how, name, got)
 				if !got.UpdatedAt.Equal(op.UpdatedAt) || !got.StartedAt.Equal(op.StartedAt) || !got.CreatedAt.Equal(op.CreatedAt) {
 					t.Errorf("%s: %s: times differ: %v, want %v", how, name, got, op)
 				}
 			}
-			ops, err := m.List(len(tests)+1, 0)
-			if err != nil || len(ops) != len(tests) {
+			ops, err := m.List(len(outcomes)+1, 0)
+			if err != nil || len(ops) != len(outcomes) {
 				t.Fatalf("%s: List: %d operations, %v", how, len(ops), err)
 			}
 			for _, op := range ops {
-				check(t, how+", List", op.Name, op)
+				checkOutcome(t, how+", List", op.Name, op)
 			}
 		}
 		history("after eviction", m)
@@ -251,8 +160,27 @@ func TestOutcome(t *testing.T) {
 	})
 }
 
+// checkOutcome checks a finished operation that is named after its outcome.
+func checkOutcome(t *testing.T, how, name string, op *task.Operation) {
+	t.Helper()
+	want := outcomes[name]
+	if op.Name != name || op.State != want.state || op.Progress != want.progress || !reflect.DeepEqual(op.Result, want.result) {
+		t.Errorf("%s: got %s %s %d%% %#v, want %s %s %d%% %#v", how,
+			op.Name, op.State, op.Progress, op.Result, name, want.state, want.progress, want.result)
+	}
+	if prefix, ok := strings.CutSuffix(want.err, "…"); ok && !strings.HasPrefix(op.Error, prefix) || !ok && op.Error != want.err {
+		t.Errorf("%s: %s: got error %q, want %q", how, name, op.Error, want.err)
+	}
+	if op.UpdatedAt.Before(op.StartedAt) || op.StartedAt.Before(op.CreatedAt) {
+		t.Errorf("%s: %s: created %v, started %v, finished %v", how, name, op.CreatedAt, op.StartedAt, op.UpdatedAt)
+	}
+	if _, err := json.Marshal(op); err != nil {
+		t.Errorf("%s: %s: %v", how, name, err)
+	}
+}
+
 func TestSubmitRefuses(t *testing.T) {
-	nothing := func(context.Context, func(int)) (any, error) { return nil, nil }
+	nothing := nothing
 	tests := map[string]struct {
 		name string
 		fn   task.Func
@@ -281,7 +209,7 @@ func TestSubmitRefuses(t *testing.T) {
 }
 
 func TestNames(t *testing.T) {
-	nothing := func(context.Context, func(int)) (any, error) { return nil, nil }
+	nothing := nothing
 	names := map[string]string{
 		"plain":                      "plain",
 		" ":                          " ",
@@ -337,9 +265,7 @@ func TestMetadata(t *testing.T) {
 					t.Errorf("SetMetadata(%T) returned no error", bad)
 				}
 			}
-			if err := task.SetMetadata(ctx, []string{"new"}); err != nil {
-				t.Error(err)
-			}
+			must(t, task.SetMetadata(ctx, []string{"new"}))
 		})
 		if got, _ := m.Get(op.ID); !reflect.DeepEqual(got.Metadata, []any{"new"}) {
 			t.Errorf("live metadata: %v", got.Metadata)
@@ -356,11 +282,14 @@ func TestMetadata(t *testing.T) {
 			t.Errorf("FromContext after the finish: %v, %v", op, ok)
 		}
 	})
+}
+
+func TestContextOfNoOperation(t *testing.T) {
 	if err := task.SetMetadata(t.Context(), 1); err == nil {
 		t.Error("SetMetadata outside a function: no error")
 	}
 	if op, ok := task.FromContext(t.Context()); ok || op != nil {
-		t.Error("FromContext outside a function found something")
+		t.Error("FromContext outside a function returned an operation")
 	}
 }
 
@@ -413,12 +342,12 @@ func TestLive(t *testing.T) {
 		close(release)
 		wait(t, m, op.ID)
 		if got, err := m.Wait(ctx, op.ID); err != nil || got.State != task.StateDone {
-			t.Errorf("Wait for a finished one with a context that is done: %+v, %v", got, err)
+			t.Errorf("Wait for a finished operation with a context that is done: %+v, %v", got, err)
 		}
 	})
 }
 
-// TestSnapshotsShareNothing changes what callers hold.
+// TestSnapshotsShareNothing modifies the snapshots that callers hold.
 func TestSnapshotsShareNothing(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		given := map[string]any{"k": "v"}
@@ -443,7 +372,7 @@ func TestCancel(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		t.Run("running", func(t *testing.T) {
 			op := submit(t, m, untilCancelled)
-			for range 3 { // more than once is fine while it is live
+			for range 3 { // Cancel may be called again while it is live
 				if err := op.Cancel(); err != nil && !errors.Is(err, task.ErrNotFound) {
 					t.Fatal(err)
 				}
@@ -453,7 +382,7 @@ func TestCancel(t *testing.T) {
 			}
 		})
 		t.Run("finished", func(t *testing.T) {
-			op := submit(t, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+			op := submit(t, m, nothing)
 			wait(t, m, op.ID)
 			if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
 				t.Error(err)
@@ -480,50 +409,12 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-func TestList(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
-		const n = 25
-		for i := range n {
-			fn := func(context.Context, func(int)) (any, error) { return i, nil }
-			if i%5 == 0 {
-				fn = untilCancelled // live ones in between
-			}
-			op, err := m.Submit(fmt.Sprint(i), fn)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if i%5 != 0 {
-				wait(t, m, op.ID)
-			}
-		}
-		for _, page := range []struct{ limit, offset, first, len int }{
-			{0, 0, 0, 0}, {1, 0, 24, 1}, {10, 0, 24, 10}, {10, 10, 14, 10}, {10, 20, 4, 5}, {10, 25, 0, 0},
-			{1000, 0, 24, 25}, {math.MaxInt, 0, 24, 25}, {10, math.MaxInt, 0, 0},
-		} {
-			ops, err := m.List(page.limit, page.offset)
-			if err != nil || len(ops) != page.len || ops == nil {
-				t.Errorf("List(%d, %d): %d operations (%v), want %d", page.limit, page.offset, len(ops), err, page.len)
-			}
-			for i, op := range ops {
-				if op.Name != fmt.Sprint(page.first-i) {
-					t.Errorf("List(%d, %d)[%d] is %s, want %d", page.limit, page.offset, i, op.Name, page.first-i)
-				}
-			}
-		}
-		for _, bad := range [][2]int{{-1, 0}, {0, -1}, {math.MinInt, math.MinInt}} {
-			if ops, err := m.List(bad[0], bad[1]); err == nil || ops != nil {
-				t.Errorf("List%v: %v, %v", bad, ops, err)
-			}
-		}
-	})
-}
-
 func TestClose(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		ops := map[string]*task.Operation{
-			"Task failed due to system shutdown: manager closed": submit(t, m, untilCancelled),
-			"":          submit(t, m, func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); return nil, nil }),
-			"panic: oh": submit(t, m, func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); panic("oh") }),
+			testkit.ClosedText: submit(t, m, untilCancelled),
+			"":                 submit(t, m, func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); return nil, nil }),
+			"panic: oh":        submit(t, m, func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); panic("oh") }),
 		}
 		for _, op := range ops {
 			for op.State != task.StateRunning {
@@ -550,28 +441,34 @@ func TestClose(t *testing.T) {
 			})
 		}
 		closers.Wait()
-		if _, err := m.Submit("late", untilCancelled); !errors.Is(err, task.ErrClosed) {
-			t.Errorf("Submit after Close: %v", err)
-		}
-		if err := m.Shutdown(t.Context()); err != nil {
-			t.Errorf("Shutdown after Close: %v", err)
-		}
-		if page, err := m.List(10, 0); err != nil || len(page) != len(ops) {
-			t.Errorf("List after Close: %v, %v", page, err)
-		}
-		for _, op := range ops {
-			if got := wait(t, m, op.ID); !got.State.Finished() {
-				t.Errorf("Wait after Close: %+v", got)
-			}
-			if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
-				t.Errorf("Cancel after Close: %v", err)
-			}
-		}
+		afterClose(t, m, ops)
 	})
 }
 
-// TestCloseBesideSubmit has Submit and Close race: what was accepted must be
-// finished in the store.
+// afterClose checks what a closed manager still does.
+func afterClose(t *testing.T, m *task.Manager, ops map[string]*task.Operation) {
+	t.Helper()
+	if _, err := m.Submit("late", untilCancelled); !errors.Is(err, task.ErrClosed) {
+		t.Errorf("Submit after Close: %v", err)
+	}
+	if err := m.Shutdown(t.Context()); err != nil {
+		t.Errorf("Shutdown after Close: %v", err)
+	}
+	if page, err := m.List(10, 0); err != nil || len(page) != len(ops) {
+		t.Errorf("List after Close: %v, %v", page, err)
+	}
+	for _, op := range ops {
+		if got := wait(t, m, op.ID); !got.State.Finished() {
+			t.Errorf("Wait after Close: %+v", got)
+		}
+		if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("Cancel after Close: %v", err)
+		}
+	}
+}
+
+// TestCloseBesideSubmit has Submit and Close race: every accepted operation
+// must be finished in the store.
 func TestCloseBesideSubmit(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		var submitters sync.WaitGroup
@@ -605,7 +502,7 @@ func TestCloseBesideSubmit(t *testing.T) {
 		submitters.Wait()
 		for _, id := range ids {
 			op, err := db.Get(id)
-			if err != nil || op.State != task.StateFailed || !strings.HasPrefix(op.Error, "Task failed due to system shutdown") {
+			if err != nil || op.State != task.StateFailed || !strings.HasPrefix(op.Error, testkit.ShutdownText) {
 				t.Fatalf("%v: %+v", err, op)
 			}
 		}
@@ -623,7 +520,7 @@ func TestShutdown(t *testing.T) {
 			t.Errorf("Shutdown with a context that is done: %v", err)
 		}
 		if got, _ := m.Get(op.ID); got.State != task.StateRunning {
-			t.Errorf("after Shutdown has given up: %+v", got)
+			t.Errorf("after Shutdown has returned its context's error: %+v", got)
 		}
 		if _, err := m.Submit("late", fn); !errors.Is(err, task.ErrClosed) {
 			t.Errorf("Submit after Shutdown: %v", err)
@@ -690,13 +587,12 @@ func TestNilArguments(t *testing.T) {
 	wait(t, m, op.ID)
 }
 
-// TestPanicIsLogged: the stack goes to the log and nowhere else.
+// TestPanicIsLogged: the stack is logged, and shown nowhere else.
 func TestPanicIsLogged(t *testing.T) {
-	var log bytes.Buffer
-	m := task.NewManager(nil, task.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+	log := new(testkit.Log)
+	m := newManager(t, nil, log.Option())
 	op := submit(t, m, func(context.Context, func(int)) (any, error) { panic("find me") })
 	op = wait(t, m, op.ID)
-	m.Close()
 	if op.Error != "panic: find me" {
 		t.Errorf("Error is %q", op.Error)
 	}
@@ -705,12 +601,40 @@ func TestPanicIsLogged(t *testing.T) {
 	}
 }
 
-// TestClock: what is shown just after the finish and what is read back are the
-// same instants, in UTC, to the microsecond.
+// TestUpdateProgress calls the method that the specification names.
+func TestUpdateProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrew(t, task.WithLimit(1))
+		c.do("+running")
+		c.do("+pending")
+		for _, tt := range []struct {
+			name           string
+			progress, want int
+		}{{"running", 60, 60}, {"running", -1, 0}, {"pending", 150, 100}} {
+			must(t, task.UpdateProgress(c.m, c.ids[tt.name], tt.progress))
+			if op, _ := c.m.Get(c.ids[tt.name]); op.Progress != tt.want {
+				t.Errorf("UpdateProgress(%s, %d): %d%%, want %d%%", tt.name, tt.progress, op.Progress, tt.want)
+			}
+		}
+		c.do("-running")
+		for _, id := range []string{c.ids["running"], "unknown", ""} {
+			if err := task.UpdateProgress(c.m, id, 70); !errors.Is(err, task.ErrNotFound) {
+				t.Errorf("UpdateProgress of %q: %v, want ErrNotFound", id, err)
+			}
+		}
+		c.do("close")
+		if op, _ := c.m.Get(c.ids["running"]); op.Progress != 100 || op.State != task.StateDone {
+			t.Errorf("%+v", op)
+		}
+	})
+}
+
+// TestClock: the times shown just after the finish and those read back are the
+// same, in UTC, to the microsecond.
 func TestClock(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		before := time.Now().Add(-time.Microsecond)
-		op := submit(t, m, func(context.Context, func(int)) (any, error) { return nil, nil })
+		op := submit(t, m, nothing)
 		first := wait(t, m, op.ID)
 		again, _ := m.Get(op.ID)
 		if !reflect.DeepEqual(first, again) {
@@ -724,7 +648,8 @@ func TestClock(t *testing.T) {
 	})
 }
 
-// TestGoroutineNamesTask: a dump of goroutines tells which operation is stuck.
+// TestGoroutineNamesTask: a dump of goroutines names the operation that is
+// stuck.
 func TestGoroutineNamesTask(t *testing.T) {
 	m := newManager(t, nil)
 	fn, started, release := blocker(nil)
@@ -738,239 +663,323 @@ func TestGoroutineNamesTask(t *testing.T) {
 	}
 }
 
-// historyOf submits operations with those names, one after the other, that end
-// in the state that begins like the name.
-func historyOf(t *testing.T, m *task.Manager, names ...string) {
+// A crew is a set of operations whose functions record when they start, and
+// return when they are told to.
+type crew struct {
+	t    *testing.T
+	m    *task.Manager
+	ids  map[string]string
+	ends map[string]chan struct{}
+
+	mu      sync.Mutex // guards what follows
+	started []string
+}
+
+func newCrew(t *testing.T, opts ...task.Option) *crew {
 	t.Helper()
-	for _, name := range names {
-		op, err := m.Submit(name, func(ctx context.Context, update func(int)) (any, error) {
-			switch name[0] {
-			case 'D':
-				return nil, nil
-			case 'F':
-				return nil, errors.New("broken")
-			case 'C':
-				cancelSelf(ctx)
-			}
-			<-ctx.Done()
-			return nil, ctx.Err()
-		})
-		if err != nil {
-			t.Fatal(err)
+	return &crew{t: t, m: newManager(t, nil, opts...), ids: make(map[string]string), ends: make(map[string]chan struct{})}
+}
+
+// submit submits an operation, with a lock for each key in a list of them.
+func (c *crew) submit(name string, keys ...string) {
+	c.t.Helper()
+	var opts []task.SubmitOption
+	for _, key := range keys {
+		opts = append(opts, task.WithLock(key))
+	}
+	end := make(chan struct{})
+	c.ends[name] = end
+	op, err := c.m.Submit(name, func(ctx context.Context, _ func(int)) (any, error) {
+		c.mu.Lock()
+		c.started = append(c.started, name)
+		c.mu.Unlock()
+		select {
+		case <-end:
+			return nil, nil
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
-		if strings.ContainsAny(name[:1], "DFC") {
-			wait(t, m, op.ID)
+	}, opts...)
+	must(c.t, err)
+	c.ids[name] = op.ID
+}
+
+// do takes one step of a script: "+NAME KEY..." submits, "-NAME" has the
+// function return, "!NAME" cancels, "?NAME STATE" checks a state and "close"
+// closes the manager.
+func (c *crew) do(step string) {
+	c.t.Helper()
+	name, rest, _ := strings.Cut(step[1:], " ")
+	switch step[0] {
+	case '+':
+		c.submit(name, strings.Fields(rest)...)
+	case '-':
+		close(c.ends[name])
+	case '!':
+		must(c.t, c.m.Cancel(c.ids[name]))
+	case '?':
+		if op, ok := c.m.Get(c.ids[name]); !ok || string(op.State) != rest {
+			c.t.Errorf("%s is %+v, want %s", name, op, rest)
 		}
+	default:
+		must(c.t, c.m.Close())
+	}
+	synctest.Wait()
+}
+
+func (c *crew) wantStarted(when, want string) {
+	c.t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if got := strings.Join(c.started, " "); got != want {
+		c.t.Fatalf("after %q, started %q, want %q", when, got, want)
 	}
 }
 
-func names(ops []*task.Operation) string {
-	var names []string
-	for _, op := range ops {
-		names = append(names, op.Name)
-	}
-	return strings.Join(names, " ")
+// queueScripts show which operations start when: see WithLimit and WithLock.
+var queueScripts = []struct {
+	name  string
+	limit int
+	steps [][2]string // a step for crew.do, and what has started by then
+}{
+	{"limit 1", 1, [][2]string{
+		{"+a", "a"}, {"+b", "a"}, {"+c", "a"}, {"-a", "a b"}, {"-b", "a b c"}, {"-c", "a b c"},
+	}},
+	{"limit 3", 3, [][2]string{
+		{"+a", "a"}, {"+b", "a b"}, {"+c", "a b c"}, {"+d", "a b c"}, {"-b", "a b c d"}, {"-a", "a b c d"},
+	}},
+	{"lock", 0, [][2]string{
+		{"+a1 a", "a1"}, {"+a2 a", "a1"}, {"+b1 b", "a1 b1"}, {"+free", "a1 b1 free"}, {"+b2 b", "a1 b1 free"}, {"+a3 a", "a1 b1 free"},
+		{"?a2 PENDING", "a1 b1 free"},
+		{"-b1", "a1 b1 free b2"}, {"-free", "a1 b1 free b2"}, {"-a1", "a1 b1 free b2 a2"}, {"-a2", "a1 b1 free b2 a2 a3"},
+	}},
+	{"a free slot goes to the oldest operation whose key is free", 2, [][2]string{
+		{"+a1 a", "a1"}, {"+a2 a", "a1"}, {"+a3 a", "a1"}, {"+b1 b", "a1 b1"}, {"+x", "a1 b1"}, {"+b2 b", "a1 b1"}, {"+c1 c", "a1 b1"},
+		{"-b1", "a1 b1 x"},             // a2 is older, but a is taken; x is older than b2
+		{"-a1", "a1 b1 x a2"},          // older than b2
+		{"-x", "a1 b1 x a2 b2"},        // a3 waits for a2
+		{"-b2", "a1 b1 x a2 b2 c1"},    // and still does
+		{"-c1", "a1 b1 x a2 b2 c1"},    // a slot is free, but no key
+		{"-a2", "a1 b1 x a2 b2 c1 a3"}, // now it is
+	}},
+	{"cancel", 1, [][2]string{
+		{"+first a", "first"}, {"+second a", "first"}, {"+third a", "first"}, {"+fourth b", "first"}, {"+fifth b", "first"}, {"+sixth", "first"},
+		{"!second", "first"}, // waits for its key
+		{"!fourth", "first"}, // is ready, and hands its key on
+		{"?second CANCELLED", "first"}, {"?fourth CANCELLED", "first"},
+		{"!first", "first third"}, // runs
+		{"-third", "first third fifth"}, {"-fifth", "first third fifth sixth"},
+	}},
+	{"several keys", 3, [][2]string{
+		{"+a a", "a"}, {"+b b", "a b"},
+		{"+ab a b a", "a b"}, // the same key twice counts once
+		{"+ba b a", "a b"}, {"+bc c b", "a b"}, {"+c c", "a b"}, {"+d d", "a b d"}, {"+cd c d", "a b d"},
+		{"+free", "a b d"}, // for lack of a slot
+		{"-a", "a b d free"}, {"-free", "a b d free"}, {"-b", "a b d free ab"}, {"-ab", "a b d free ab ba"},
+		{"!bc", "a b d free ab ba c"}, // has one key and waits for the other
+		{"-c", "a b d free ab ba c"}, {"-d", "a b d free ab ba c cd"},
+		{"+ad a d", "a b d free ab ba c cd"}, {"+da d a", "a b d free ab ba c cd"},
+		{"close", "a b d free ab ba c cd"},
+		{"?ba FAILED", "a b d free ab ba c cd"}, {"?cd FAILED", "a b d free ab ba c cd"},
+		{"?ad FAILED", "a b d free ab ba c cd"}, {"?da FAILED", "a b d free ab ba c cd"},
+	}},
 }
 
-func TestListFiltered(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		historyOf(t, m, "D1", "F1", "R1", "C1", "D2", "F2", "D1", "R2", "F1", "D3")
-		all, err := m.List(100, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cursor := func(name string) task.ListOption {
-			i := slices.IndexFunc(all, func(op *task.Operation) bool { return op.Name == name })
-			return task.Before(all[i].ID)
-		}
-		const done, failed, cancelled, running, pending = task.StateDone, task.StateFailed, task.StateCancelled, task.StateRunning, task.StatePending
-		for _, tt := range []struct {
-			want          string
-			limit, offset int
-			opts          []task.ListOption
-		}{
-			{"D3 F1 R2 D1 F2 D2 C1 R1 F1 D1", 100, 0, []task.ListOption{nil, task.ByState(), task.ByName(""), task.Before("")}},
-			{"D3 D1 D2 D1", 100, 0, []task.ListOption{task.ByState(done)}},
-			{"R2 R1", 100, 0, []task.ListOption{task.ByState(running)}},
-			{"R2", 1, 0, []task.ListOption{task.ByState(running)}},
-			{"R1", 1, 1, []task.ListOption{task.ByState(running, running)}},
-			{"", 100, 0, []task.ListOption{task.ByState(pending)}},
-			{"", 100, 0, []task.ListOption{task.ByState("NONSENSE' OR 1=1 --")}},
-			{"R2 C1 R1", 100, 0, []task.ListOption{task.ByState(running, cancelled)}},
-			{"F1 D1 F2", 3, 1, []task.ListOption{task.ByState(failed, done)}},
-			{"C1", 100, 0, []task.ListOption{task.ByState(failed), task.ByState(cancelled)}},
-			{"D1 D1", 100, 0, []task.ListOption{task.ByName("D1")}},
-			{"", 100, 0, []task.ListOption{task.ByName("D")}},
-			{"", 100, 0, []task.ListOption{task.ByName("D1"), task.ByState(failed)}},
-			{"F1", 100, 0, []task.ListOption{task.ByName("F1"), task.ByState(failed, done), cursor("F2")}},
-			{"F2 D2", 2, 0, []task.ListOption{cursor("D1")}},
-			{"D2 C1", 2, 1, []task.ListOption{cursor("D1")}},
-			{"", 100, 0, []task.ListOption{task.Before(all[9].ID)}},
-			{"", 0, 0, []task.ListOption{cursor("D1")}},
-			{"", 100, math.MaxInt, []task.ListOption{task.ByState(done)}},
-			{"D3 D1 D2 D1", math.MaxInt, 0, []task.ListOption{task.ByState(done)}},
-		} {
-			got, err := m.List(tt.limit, tt.offset, tt.opts...)
-			if err != nil || got == nil || names(got) != tt.want {
-				t.Errorf("List(%d, %d, ...) = %q, %v, want %q", tt.limit, tt.offset, names(got), err, tt.want)
-			}
-		}
-		for _, opts := range [][]task.ListOption{
-			{task.Before("unknown")},
-			{task.Before("unknown"), task.ByState(done), task.ByName("D1")},
-		} {
-			if got, err := m.List(10, 0, opts...); !errors.Is(err, task.ErrNotFound) {
-				t.Errorf("Before an unknown operation: %v, %v, want ErrNotFound", got, err)
-			}
-		}
-	})
-}
-
-// TestListByStateNow: what has changed a moment ago is neither missed nor
-// shown in the state that it was in.
-func TestListByStateNow(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		for range 20 {
-			started := make(chan struct{})
-			op := submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
-				close(started)
-				return untilCancelled(ctx, update)
+func TestQueue(t *testing.T) {
+	for _, tt := range queueScripts {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newCrew(t, task.WithLimit(tt.limit))
+				for _, step := range tt.steps {
+					c.do(step[0])
+					c.wantStarted(step[0], step[1])
+				}
+				c.do("close")
 			})
-			<-started
-			running, err := m.List(100, 0, task.ByState(task.StateRunning))
-			if err != nil || len(running) != 1 || running[0].ID != op.ID {
-				t.Fatalf("running: %v, %v", running, err)
-			}
-			if waiting, err := m.List(100, 0, task.ByState(task.StatePending)); err != nil || len(waiting) > 0 {
-				t.Fatalf("pending: %v, %v", waiting, err)
-			}
-			op.Cancel()
-			wait(t, m, op.ID)
-		}
-		m.Close()
-		if running, err := m.List(100, 0, task.ByState(task.StateRunning)); err != nil || len(running) > 0 {
-			t.Errorf("after Close: %v, %v", running, err)
-		}
-	})
+		})
+	}
 }
 
-func TestPrune(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		historyOf(t, m, "D1", "F1", "R1", "C1")
-		time.Sleep(time.Millisecond)
-		cut := time.Now()
-		time.Sleep(time.Millisecond)
-		historyOf(t, m, "D2", "R2")
-		want := "R2 D2 R1"
-		n, err := m.Prune(cut)
-		if _, ok := db.(task.Pruner); !ok {
-			if !errors.Is(err, errors.ErrUnsupported) {
-				t.Errorf("Prune: %v, want ErrUnsupported", err)
+func TestNoLimit(t *testing.T) {
+	for _, limit := range []int{0, -1} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newCrew(t, task.WithLimit(limit))
+			for i := range 100 {
+				c.submit(fmt.Sprint(i))
 			}
-			return
-		}
-		if n != 3 || err != nil {
-			t.Errorf("Prune = %d, %v, want 3", n, err)
-		}
-		if ops, err := m.List(10, 0); err != nil || names(ops) != want {
-			t.Errorf("%q is left, %v, want %q", names(ops), err, want)
-		}
-		if n, err := m.Prune(time.Time{}); n != 0 || err != nil {
-			t.Errorf("Prune of nothing = %d, %v", n, err)
-		}
-		m.Close()
-		if n, err := m.Prune(time.Now().Add(time.Hour)); n != 3 || err != nil {
-			t.Errorf("Prune of all = %d, %v, want 3", n, err)
-		}
-	})
+			synctest.Wait()
+			if len(c.started) != 100 {
+				t.Errorf("limit %d: %d of 100 started", limit, len(c.started))
+			}
+			c.do("close")
+		})
+	}
 }
 
-func TestRetention(t *testing.T) {
+// TestSlotFreeBeforeStored: once a function has returned, others may start,
+// even while its final state can't be stored.
+func TestSlotFreeBeforeStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		m := newManager(t, nil, task.WithRetention(time.Hour))
-		historyOf(t, m, "D1", "R1")
-		time.Sleep(30 * time.Minute)
-		historyOf(t, m, "D2")
-		time.Sleep(29 * time.Minute)
-		if ops, _ := m.List(10, 0); names(ops) != "D2 R1 D1" {
-			t.Errorf("before: %s", names(ops))
+		db := testkit.NewFake(nil)
+		db.Before(testkit.FailFinals)
+		m := newManager(t, testkit.Bare(db), task.WithLimit(1))
+		first := submit(t, m, nothing, task.WithLock("key"))
+		second := submit(t, m, untilCancelled, task.WithLock("key"))
+		time.Sleep(time.Second)
+		for _, op := range []*task.Operation{first, second} {
+			now, _ := m.Get(op.ID)
+			if now.State != task.StateRunning || (now.Error == "") != (op == second) {
+				t.Errorf("%+v", now)
+			}
 		}
-		time.Sleep(8 * time.Minute)
-		if ops, _ := m.List(10, 0); names(ops) != "D2 R1" {
-			t.Errorf("after: %s", names(ops))
-		}
-		m.Close()
-		newManager(t, bare{task.NewMemoryStore()}, task.WithRetention(time.Hour)).Close()
+		db.Before(nil)
 	})
 }
 
-// TestListOddRows: rows that only other code could write don't lead a list in
-// circles, nor keep the others from being pruned.
-func TestListOddRows(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "tasks.db")
-	sqliteExec(t, path, `CREATE TABLE tasks (id TEXT PRIMARY KEY, name TEXT, state TEXT, progress INTEGER, metadata TEXT,
-			result TEXT, error TEXT, created_at DATETIME, updated_at DATETIME);
-		INSERT INTO tasks (id, name, state, updated_at) VALUES ('', 'x', 'DONE', '2020-01-01'), (NULL, 'x', 'DONE', '2020-01-01'),
-			('a', 'x', 'DONE', '2020-01-01'), (CAST('b' AS BLOB), 'x', 'DONE', '2020-01-01'), ('c', 'x', NULL, '2020-01-01')`)
-	m := newManager(t, openSQLite(t, path))
-	for _, tt := range []struct {
-		opts []task.ListOption
-		want []string
-	}{
-		{[]task.ListOption{task.ByState(task.StateDone)}, []string{"b", "a", "", ""}},
-		{[]task.ListOption{task.ByName("x")}, []string{"c", "b", "a", "", ""}},
-		{[]task.ListOption{task.Before("b")}, []string{"a", "", ""}},
-	} {
-		ops, err := m.List(1000, 0, tt.opts...)
-		var ids []string
-		for _, op := range ops {
-			ids = append(ids, op.ID)
+func TestCloseWithWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrew(t, task.WithLimit(1))
+		for _, step := range []string{"+running a", "+ready", "+locked a", "close"} {
+			c.do(step)
+			c.wantStarted(step, "running")
 		}
-		if err != nil || !slices.Equal(ids, tt.want) {
-			t.Errorf("listed %q, %v, want %q", ids, err, tt.want)
+		for _, name := range []string{"ready", "locked"} {
+			op, _ := c.m.Get(c.ids[name])
+			if op.State != task.StateFailed || op.Error != testkit.ShutdownText || !op.StartedAt.IsZero() {
+				t.Errorf("%s is %+v", name, op)
+			}
+			if err := c.m.Cancel(c.ids[name]); !errors.Is(err, task.ErrNotFound) {
+				t.Errorf("Cancel of %s after Close: %v", name, err)
+			}
 		}
-	}
-	if n, err := m.Prune(time.Now()); err != nil || n == 0 {
-		t.Errorf("Prune: %d, %v", n, err)
-	}
-	if op, ok := m.Get("c"); !ok {
-		t.Errorf("what has no state is gone: %+v", op)
+	})
+}
+
+// slowWrites has every write take some time.
+func slowWrites(delay time.Duration) func(*testkit.Call) error {
+	return func(c *testkit.Call) error {
+		if c.Method == "WriteBatch" {
+			time.Sleep(delay)
+		}
+		return nil
 	}
 }
 
-// A growingStore has more operations after each page.
-type growingStore struct {
-	task.Persistence
-	grow func()
+// TestCancelWhileClosing: Close has decided how waiting operations end, and
+// Cancel does not change that.
+func TestCancelWhileClosing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		m := newManager(t, db, task.WithLimit(1))
+		submit(t, m, untilCancelled)
+		op := submit(t, m, untilCancelled)
+		db.Before(slowWrites(time.Second))
+		go m.Close()
+		synctest.Wait()
+		// The new core may say nil: the decision is not shown before it is stored.
+		if err := m.Cancel(op.ID); !errors.Is(err, task.ErrNotFound) && !(testkit.NewCore && err == nil) {
+			t.Errorf("Cancel: %v, want ErrNotFound", err)
+		}
+		if got := wait(t, m, op.ID); got.State != task.StateFailed {
+			t.Errorf("it is %s", got.State)
+		}
+	})
 }
 
-func (s growingStore) List(limit, offset int) ([]*task.Operation, error) {
-	ops, err := s.Persistence.List(limit, offset)
-	s.grow()
-	return ops, err
+// TestCloseWithManyWaiting: Close does not give up while it makes progress.
+func TestCloseWithManyWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		m := newManager(t, db, task.WithLimit(1))
+		const n = 10_000 // ten writes
+		var all sync.WaitGroup
+		for range n {
+			all.Go(func() { submit(t, m, untilCancelled) })
+		}
+		all.Wait()
+		db.Before(slowWrites(2 * time.Second))
+		if err := m.Close(); err != nil {
+			t.Errorf("Close: %.200v", err)
+		}
+	})
 }
 
-func TestListBeforeGrowing(t *testing.T) {
-	memory, n := task.NewMemoryStore(), 0
-	save := func() {
-		n++
-		err := memory.Save(&task.Operation{ID: fmt.Sprint(n), Name: "x", State: task.StateDone, CreatedAt: time.Now(), UpdatedAt: time.Now()})
+func TestShutdownRunsWaiting(t *testing.T) {
+	m := newManager(t, nil, task.WithLimit(2))
+	var mu sync.Mutex
+	var order []int
+	for i := range 100 {
+		_, err := m.Submit("op", func(context.Context, func(int)) (any, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			order = append(order, i)
+			return nil, nil
+		}, task.WithLock("key"))
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	for range 2000 {
-		save()
+	if err := m.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
 	}
-	grow := func() {}
-	m := newManager(t, growingStore{memory, func() { grow() }})
-	grow = func() { save(); save() }
-	ops, err := m.List(3, 0, task.Before("1001")) // the last of the first page of a thousand
-	var ids []string
-	for _, op := range ops {
-		ids = append(ids, op.ID)
+	if len(order) != 100 || !slices.IsSorted(order) {
+		t.Errorf("ran %v, want 0 to 99 in order", order)
 	}
-	if want := []string{"1000", "999", "998"}; err != nil || !slices.Equal(ids, want) {
-		t.Errorf("listed %q, %v, want %q", ids, err, want)
+}
+
+func TestLockArguments(t *testing.T) {
+	m := newManager(t, nil)
+	for _, tt := range []struct {
+		opts []task.SubmitOption
+		want string
+	}{
+		{[]task.SubmitOption{task.WithLock("")}, "key is empty"},
+		{[]task.SubmitOption{task.WithLock("a"), task.WithLock("")}, "key is empty"},
+	} {
+		_, err := m.Submit("op", nothing, tt.opts...)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("Submit returned %v, want an error with %q", err, tt.want)
+		}
+	}
+	if ops, err := m.List(10, 0); err != nil || len(ops) > 0 {
+		t.Errorf("stored %v, %v", ops, err)
+	}
+}
+
+// TestManyWaiting: a waiting operation has no goroutine, and cancelling it is
+// fast.
+func TestManyWaiting(t *testing.T) {
+	c := newCrew(t, task.WithLimit(1))
+	c.submit("running")
+	before := runtime.NumGoroutine()
+	const n = 10_000
+	for i := range n {
+		c.submit(fmt.Sprint(i), fmt.Sprint("key", i%3))
+	}
+	if after := runtime.NumGoroutine(); after > before+10 {
+		t.Errorf("%d goroutines, %d before", after, before)
+	}
+	var all sync.WaitGroup
+	for g := range 10 {
+		all.Go(func() {
+			for i := g; i < n; i += 10 {
+				if err := c.m.Cancel(c.ids[fmt.Sprint(i)]); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	c.submit("last", "key1")
+	must(t, c.m.Cancel(c.ids["running"]))
+	if _, err := c.m.Wait(t.Context(), c.ids["running"]); err != nil {
+		t.Fatal(err)
+	}
+	close(c.ends["last"])
+	if op, err := c.m.Wait(t.Context(), c.ids["last"]); err != nil || op.State != task.StateDone {
+		t.Errorf("the last one is %+v, %v", op, err)
+	}
+	if got := strings.Join(c.started, " "); got != "running last" {
+		t.Errorf("started %s", got)
 	}
 }

@@ -1,14 +1,11 @@
-package task_test
+package scheduletest
 
 import (
 	"context"
 	"errors"
 	"flag"
 	"fmt"
-	"iter"
 	"math/rand/v2"
-	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -19,12 +16,13 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// A schedule is a scenario being run in one of its many orders. What may happen
-// next is an event: a call that a goroutine is about to make, a step of the
-// store, the end of a function. Only when everything is at rest is one of them
-// picked, and let happen.
+// A schedule is one run of a scenario, in one of its many orders. An event is
+// something that may happen next: a call that a goroutine is about to make, a
+// step of the store, the end of a function. Whenever all goroutines are blocked,
+// one event is picked and happens.
 type schedule struct {
 	t      *testing.T
 	pick   func(n int) int
@@ -37,23 +35,23 @@ type schedule struct {
 	mu     sync.Mutex // guards what follows
 	events []event
 	busy   int  // goroutines of goes and functions that have not ended
-	free   bool // before and after it all, the store does not wait
+	free   bool // the store does not wait: before and after run
 	trace  []string
 	ops    map[string]*scheduled // by name
 
 	managers map[*task.Manager]bool // whether they are closed
 
-	after func() // if not nil: checks what came of the scenario, once all are closed
+	check func() // if not nil: checks the result of the scenario, once all are closed
 }
 
-// An event lets happen what one goroutine waits for.
+// An event lets one goroutine go on.
 type event struct {
 	name string
-	turn chan int // shared by the ways in which it can go on
+	turn chan int // shared by the ways in which that goroutine can go on
 	way  int
 }
 
-// A scheduled operation is one whose life is watched.
+// A scheduled operation is one that the schedule watches.
 type scheduled struct {
 	name string
 	m    *task.Manager
@@ -72,12 +70,12 @@ type scheduled struct {
 	told   *task.Operation
 }
 
-// scheduleFactor makes more of it: go test -run Schedule -args -schedules 100
+// scheduleFactor explores more orders: go test ./internal/scheduletest -args -schedules 100
 var scheduleFactor = flag.Int("schedules", 1, "how many times the usual number of orders to explore")
 
-// explore runs a scenario in many orders. A quarter are taken one after the
-// other, each differing from the one before as late as it can, until there are
-// no more; the others are random ones, the same each time.
+// explore runs a scenario in many orders. A quarter are enumerated: each differs
+// from the one before as late as possible, until there are no more. The others
+// are random, but the same each time.
 func explore(t *testing.T, runs int, scenario func(s *schedule)) {
 	runs *= *scheduleFactor
 	var prefix []int
@@ -121,7 +119,7 @@ func explore(t *testing.T, runs int, scenario func(s *schedule)) {
 			last--
 		}
 		if last < 0 {
-			return // there are no more
+			return // that was the last order
 		}
 		prefix = append(slices.Clone(taken[:last]), taken[last]+1)
 	}
@@ -138,7 +136,7 @@ func (s *schedule) wait(ways ...string) int {
 	return s.queue(ways...)
 }
 
-// queue is wait for what waits at any time.
+// queue is wait that also waits while the store does not.
 func (s *schedule) queue(ways ...string) int {
 	s.mu.Lock()
 	turn := make(chan int, 1)
@@ -149,7 +147,7 @@ func (s *schedule) queue(ways ...string) int {
 	return <-turn
 }
 
-// goes has a goroutine make a call some time.
+// goes starts a goroutine that makes a call when it is picked.
 func (s *schedule) goes(name string, call func()) {
 	s.add(1)
 	go func() {
@@ -165,7 +163,7 @@ func (s *schedule) add(n int) {
 	s.busy += n
 }
 
-// run lets one event happen after the other until there is none left.
+// run has one event happen after the other until there is none left.
 func (s *schedule) run() {
 	s.mu.Lock()
 	s.free = false
@@ -180,10 +178,10 @@ func (s *schedule) run() {
 		case !busy:
 			return
 		case idle > 600:
-			s.t.Fatal("they wait for ever")
+			s.t.Fatal("nothing has happened for a minute")
 		default:
 			idle++
-			time.Sleep(100 * time.Millisecond) // for those who wait for time to pass
+			time.Sleep(100 * time.Millisecond) // some events need time to pass
 		}
 	}
 }
@@ -202,7 +200,7 @@ func (s *schedule) next() (picked *event, busy bool) {
 	return &e, true
 }
 
-// end closes all managers and checks what was promised of every operation.
+// end closes all managers and checks every operation.
 func (s *schedule) end() {
 	s.mu.Lock()
 	s.free = true
@@ -211,20 +209,20 @@ func (s *schedule) end() {
 		if err := m.Close(); err != nil {
 			s.t.Errorf("Close: %v", err)
 		}
-		if _, err := m.Submit("after Close", untilCancelled); !errors.Is(err, task.ErrClosed) {
+		if _, err := m.Submit("after Close", testkit.UntilCancelled); !errors.Is(err, task.ErrClosed) {
 			s.t.Errorf("Submit after Close: %v", err)
 		}
 	}
 	synctest.Wait()
 	for _, op := range s.ops {
-		s.check(op)
+		s.checkOp(op)
 	}
-	if s.after != nil {
-		s.after()
+	if s.check != nil {
+		s.check()
 	}
 }
 
-func (s *schedule) check(op *scheduled) {
+func (s *schedule) checkOp(op *scheduled) {
 	if !op.asked {
 		return
 	}
@@ -262,10 +260,10 @@ func (s *schedule) check(op *scheduled) {
 			s.t.Errorf("%s returned %v and is %s", op.name, op.err, row.State)
 		}
 	}
-	if row.Error == recoveryText {
+	if row.Error == testkit.RestartText {
 		s.t.Errorf("%s was recovered, though its manager was alive", op.name)
 	}
-	if shown, ok := op.m.Get(op.id); !ok || op.told != nil && !reflect.DeepEqual(fuzzShown(shown), fuzzShown(op.told)) {
+	if shown, ok := op.m.Get(op.id); !ok || op.told != nil && testkit.JSON(shown) != testkit.JSON(op.told) {
 		s.t.Errorf("%s: told %+v, now %+v", op.name, op.told, shown)
 	}
 }
@@ -281,34 +279,33 @@ func (s *schedule) stored(name string) (*task.Operation, error) {
 	return nil, err
 }
 
-// tell notes what a manager has said of an operation. Once it has said that it
-// has finished, nobody may hear anything else of it.
+// tell records a snapshot that a manager has returned. Once one is finished, all
+// later ones must be the same.
 func (s *schedule) tell(op *scheduled, got *task.Operation) {
 	row, err := s.stored(op.name)
 	if err != nil || row == nil {
-		s.t.Errorf("told of %+v, stored is %+v, %v", got, row, err)
+		s.t.Errorf("shown %+v, stored is %+v, %v", got, row, err)
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if got.State.Finished() {
 		if row.State != got.State {
-			s.t.Errorf("told %s while %s was stored", got.State, row.State)
+			s.t.Errorf("shown %s while %s was stored", got.State, row.State)
 		}
 		op.told = got
 	}
 }
 
 // memory makes a memory store the one of the scenario.
-func (s *schedule) memory() *gateStore {
-	db := task.NewMemoryStore()
-	s.db = db
-	return &gateStore{Recoverer: db, s: s}
+func (s *schedule) memory() *testkit.Fake {
+	s.db = task.NewMemoryStore()
+	return s.gate(s.db)
 }
 
 // manager returns a manager that the end of the scenario closes.
 func (s *schedule) manager(db task.Persistence, opts ...task.Option) *task.Manager {
-	m, err := task.New(db, append([]task.Option{quiet}, opts...)...)
+	m, err := task.New(db, append([]task.Option{testkit.Quiet}, opts...)...)
 	if err != nil {
 		s.t.Error(err)
 		return nil
@@ -319,7 +316,8 @@ func (s *schedule) manager(db task.Persistence, opts ...task.Option) *task.Manag
 	return m
 }
 
-// submit has an operation submitted some time. If that succeeds, next follows.
+// submit submits an operation when it is picked to. If that succeeds, it calls
+// next.
 func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(*scheduled), opts ...task.SubmitOption) {
 	op := &scheduled{name: name, m: m}
 	s.mu.Lock()
@@ -336,7 +334,7 @@ func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(
 		}
 		if err != nil {
 			op.refused = err
-			if !errors.Is(err, task.ErrClosed) && !errors.Is(err, errDisk) {
+			if !errors.Is(err, task.ErrClosed) && !errors.Is(err, testkit.ErrDisk) {
 				s.t.Errorf("Submit of %s: %v", name, err)
 			}
 			return
@@ -349,7 +347,8 @@ func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(
 	})
 }
 
-// watched watches a function, which ends when it is picked to.
+// watched returns a function that records its calls, and that ends when it is
+// picked to.
 func (s *schedule) watched(op *scheduled, fn task.Func) task.Func {
 	return func(ctx context.Context, update func(int)) (any, error) {
 		s.add(1)
@@ -379,7 +378,7 @@ func (s *schedule) watched(op *scheduled, fn task.Func) task.Func {
 	}
 }
 
-// waits has goroutines wait for an operation, each beginning some time.
+// waits starts n goroutines that wait for an operation.
 func (s *schedule) waits(op *scheduled, m *task.Manager, n int) {
 	for range n {
 		s.goes("wait "+op.name, func() {
@@ -393,7 +392,7 @@ func (s *schedule) waits(op *scheduled, m *task.Manager, n int) {
 	}
 }
 
-// look reads an operation. Once somebody was told that it has finished, it has.
+// look reads an operation. Once it was shown as finished, it is.
 func (s *schedule) look(op *scheduled, m *task.Manager) {
 	finished := s.isTold(op)
 	got, ok := m.Get(op.id)
@@ -405,7 +404,7 @@ func (s *schedule) look(op *scheduled, m *task.Manager) {
 
 	finished = s.isTold(op)
 	page, err := m.List(1000, 0)
-	if !s.gets { // List says what holds when it returns
+	if !s.gets { // List returns what holds when it returns
 		finished = s.isTold(op)
 	}
 	i := slices.IndexFunc(page, func(listed *task.Operation) bool { return listed.ID == op.id })
@@ -416,29 +415,29 @@ func (s *schedule) look(op *scheduled, m *task.Manager) {
 	s.tell(op, page[i])
 }
 
-// isTold reports whether somebody was told that the operation has finished.
+// isTold reports whether the operation was shown as finished.
 func (s *schedule) isTold(op *scheduled) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return op.told != nil
 }
 
-// cancel cancels an operation that was accepted, and checks what Cancel says.
+// cancel cancels an operation and checks what Cancel returns.
 func (s *schedule) cancel(op *scheduled, m *task.Manager) {
 	before, _ := m.Get(op.id)
 	err := m.Cancel(op.id)
 	after, _ := m.Get(op.id)
-	if err == nil && after.State == task.StatePending {
+	if err == nil && after.State == task.StatePending && !testkit.NewCore {
 		s.t.Errorf("Cancel of %s returned before it was stored", op.name)
 	}
 	if before.State.Finished() && !errors.Is(err, task.ErrNotFound) || !before.State.Finished() && !after.State.Finished() && errors.Is(err, task.ErrNotFound) ||
-		err != nil && !errors.Is(err, task.ErrNotFound) && !strings.Contains(err.Error(), errDisk.Error()) {
+		err != nil && !errors.Is(err, task.ErrNotFound) && (testkit.NewCore || !strings.Contains(err.Error(), testkit.ErrDisk.Error())) {
 		s.t.Errorf("Cancel of %s: %+v, %v, %+v", op.name, before, err, after)
 	}
 	s.tell(op, after)
 }
 
-// close closes a manager some time.
+// close closes a manager when it is picked to.
 func (s *schedule) close(m *task.Manager) {
 	s.goes("close", func() {
 		if err := m.Close(); err != nil {
@@ -448,10 +447,10 @@ func (s *schedule) close(m *task.Manager) {
 	})
 }
 
-// closed checks that all that a manager has accepted is stored as finished.
+// closed checks that all operations of a manager are stored as finished.
 func (s *schedule) closed(m *task.Manager) {
 	rows, err := s.db.List(100, 0)
-	recoveryMust(s.t, err)
+	testkit.Must(s.t, err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.managers[m] = true
@@ -462,62 +461,100 @@ func (s *schedule) closed(m *task.Manager) {
 	}
 }
 
-// yields is a Func that yields to a cancellation which it finds at its end.
+// yields is a Func that returns the cause of a cancellation, if there was one.
 func yields(ctx context.Context, _ func(int)) (any, error) { return "made it", context.Cause(ctx) }
 
-// insists is a Func that succeeds in any case.
+// insists is a Func that always succeeds.
 func insists(context.Context, func(int)) (any, error) { return "made it", nil }
 
-// A gateStore waits to be picked before each write and after it, and around
-// reads if it is told so. Its writes may fail, or be stored and seem
-// to have failed.
-type gateStore struct {
-	task.Recoverer
-	s *schedule
+// gate returns a store that waits to be picked before each write and after it,
+// and before and after reads if the scenario says so. A write may fail, or be
+// stored and seem to have failed.
+func (s *schedule) gate(db task.Persistence) *testkit.Fake {
+	gate := testkit.NewFake(db)
+	gate.Before(s.before)
+	gate.After(s.after)
+	return gate
 }
 
-func (g *gateStore) Save(op *task.Operation) error {
-	return g.WriteBatch([]*task.Operation{op}, nil)[0]
-}
+// The ways of a write.
+const (
+	succeeds = iota
+	fails
+	seemsToFail
+)
 
-func (g *gateStore) Update(op *task.Operation) error {
-	return g.WriteBatch(nil, []*task.Operation{op})[0]
-}
-
-func (g *gateStore) WriteBatch(saves, updates []*task.Operation) []error {
-	what := "write"
-	for _, op := range slices.Concat(saves, updates) {
-		what += fmt.Sprintf(" %s:%s", op.Name, op.State)
-	}
-	ways := []string{what}
-	if g.s.mayFail() {
-		ways = append(ways, what+" (fails)", what+" (seems to fail)")
-	}
-	way := g.s.wait(ways...)
-	if way > 0 {
-		g.s.failed()
-	}
-	errs := slices.Repeat([]error{errDisk}, len(saves)+len(updates))
-	if way == 1 {
-		return errs
-	}
-	stored := (&batchCounter{Persistence: g.Recoverer}).WriteBatch(saves, updates)
-	for i, op := range slices.Concat(saves, updates) {
-		if stored[i] == nil {
-			g.s.note(op, i < len(saves))
+func (s *schedule) before(c *testkit.Call) error {
+	switch c.Method {
+	case "WriteBatch":
+		what := writeName(c)
+		ways := []string{what}
+		if s.mayFail() {
+			ways = append(ways, what+" (fails)", what+" (seems to fail)")
+		}
+		c.Tag = s.wait(ways...)
+		if c.Tag != succeeds {
+			s.failed()
+		}
+		if c.Tag == fails {
+			return testkit.ErrDisk
+		}
+	case "Recover":
+		s.wait("recover")
+	default:
+		if s.gated(c) {
+			s.wait("before " + c.Method)
 		}
 	}
-	if way == 2 {
-		return errs
+	return nil
+}
+
+func (s *schedule) after(c *testkit.Call) {
+	switch c.Method {
+	case "WriteBatch":
+		writes := slices.Concat(c.Saves, c.Updates)
+		for i, op := range writes {
+			if c.Errs[i] == nil {
+				s.note(op, i < len(c.Saves))
+			}
+		}
+		if c.Tag == seemsToFail {
+			c.Errs = slices.Repeat([]error{testkit.ErrDisk}, len(writes))
+			return
+		}
+		s.wait("answer " + writeName(c))
+	case "Recover":
+		s.wait("recovered")
+	default:
+		if s.gated(c) {
+			s.wait("after " + c.Method)
+		}
 	}
-	g.s.wait("answer " + what)
-	return stored
+}
+
+// gated reports whether a call is a read that waits.
+func (s *schedule) gated(c *testkit.Call) bool {
+	switch c.Method {
+	case "Get":
+		return s.gets
+	case "List", "ListFiltered":
+		return s.lists
+	}
+	return false
+}
+
+func writeName(c *testkit.Call) string {
+	name := "write"
+	for _, op := range slices.Concat(c.Saves, c.Updates) {
+		name += fmt.Sprintf(" %s:%s", op.Name, op.State)
+	}
+	return name
 }
 
 func (s *schedule) mayFail() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.faults > 0 && s.pick(4) == 3 // or else most scenarios would soon be over
+	return s.faults > 0 && s.pick(4) == 3 // more faults would end most scenarios early
 }
 
 func (s *schedule) failed() {
@@ -526,7 +563,7 @@ func (s *schedule) failed() {
 	s.faults--
 }
 
-// note counts what is stored.
+// note counts the writes of an operation.
 func (s *schedule) note(row *task.Operation, save bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -542,37 +579,9 @@ func (s *schedule) note(row *task.Operation, save bool) {
 	}
 }
 
-func (g *gateStore) Get(id string) (*task.Operation, error) {
-	if g.s.gets {
-		g.s.wait("get")
-		defer g.s.wait("got")
-	}
-	return g.Recoverer.Get(id)
-}
-
-func (g *gateStore) List(limit, offset int) ([]*task.Operation, error) {
-	if g.s.lists {
-		g.s.wait("list")
-		defer g.s.wait("listed")
-	}
-	return g.Recoverer.List(limit, offset)
-}
-
-func (g *gateStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
-	return func(yield func(*task.Operation, error) bool) {
-		g.s.wait("recover")
-		for op, err := range g.Recoverer.Recover(reason) {
-			g.s.wait("recovered")
-			if !yield(op, err) {
-				return
-			}
-		}
-	}
-}
-
-// TestScheduleCancel: cancel against start and finish, with and without a queue,
+// TestCancel: cancel against start and finish, with and without a queue,
 // and with writes that fail.
-func TestScheduleCancel(t *testing.T) {
+func TestCancel(t *testing.T) {
 	for name, fn := range map[string]task.Func{"yields": yields, "insists": insists} {
 		for faults := range 3 {
 			t.Run(fmt.Sprintf("%s, %d faults", name, faults), func(t *testing.T) {
@@ -593,9 +602,9 @@ func TestScheduleCancel(t *testing.T) {
 	}
 }
 
-// TestScheduleCloseSubmit: Close against Submit, with and without a queue, and
+// TestCloseSubmit: Close against Submit, with and without a queue, and
 // with writes that fail.
-func TestScheduleCloseSubmit(t *testing.T) {
+func TestCloseSubmit(t *testing.T) {
 	for limit := range 2 {
 		for faults := range 2 {
 			t.Run(fmt.Sprintf("limit %d, %d faults", limit, faults), func(t *testing.T) {
@@ -612,9 +621,9 @@ func TestScheduleCloseSubmit(t *testing.T) {
 	}
 }
 
-// TestScheduleShutdown: Shutdown against Submit, Cancel, its own context's end
+// TestShutdown: Shutdown against Submit, Cancel, its own context's end
 // and Close.
-func TestScheduleShutdown(t *testing.T) {
+func TestShutdown(t *testing.T) {
 	for _, closes := range []bool{false, true} {
 		t.Run(fmt.Sprintf("close=%v", closes), func(t *testing.T) {
 			explore(t, 300, func(s *schedule) {
@@ -641,9 +650,9 @@ func TestScheduleShutdown(t *testing.T) {
 	}
 }
 
-// TestScheduleEviction: reads against the moment in which an operation leaves
+// TestEviction: reads against the moment in which an operation leaves
 // the manager's memory, because its final state is stored.
-func TestScheduleEviction(t *testing.T) {
+func TestEviction(t *testing.T) {
 	for name, lists := range map[string]bool{"Get": false, "List": true} {
 		t.Run(name, func(t *testing.T) {
 			explore(t, 400, func(s *schedule) {
@@ -660,21 +669,21 @@ func TestScheduleEviction(t *testing.T) {
 	}
 }
 
-// TestScheduleTwoManagers: two managers on one store, of which one closes, and
+// TestTwoManagers: two managers on one store, of which one closes, and
 // a third that joins them and recovers.
-func TestScheduleTwoManagers(t *testing.T) {
+func TestTwoManagers(t *testing.T) {
 	for name, test := range map[string]struct {
 		runs int
-		open func(s *schedule) (open func() *gateStore)
+		open func(s *schedule) (open func() *testkit.Fake)
 	}{
-		"memory": {300, func(s *schedule) func() *gateStore {
+		"memory": {300, func(s *schedule) func() *testkit.Fake {
 			db := s.memory()
-			return func() *gateStore { return db }
+			return func() *testkit.Fake { return db }
 		}},
-		"sqlite": {15, func(s *schedule) func() *gateStore {
-			path := filepath.Join(s.t.TempDir(), "tasks.db")
-			s.db = openSQLite(s.t, path)
-			return func() *gateStore { return &gateStore{Recoverer: openSQLite(s.t, path), s: s} }
+		"sqlite": {15, func(s *schedule) func() *testkit.Fake {
+			path := testkit.FastPath(s.t)
+			s.db = testkit.OpenSQLite(s.t, path)
+			return func() *testkit.Fake { return s.gate(testkit.OpenSQLite(s.t, path)) }
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -699,25 +708,22 @@ func TestScheduleTwoManagers(t *testing.T) {
 	}
 }
 
-// TestScheduleRecovery: two managers recover at the same time what a third has
-// left, and wait for it, while one of them closes and a fourth goes on.
-func TestScheduleRecovery(t *testing.T) {
+// TestRecovery: two managers recover the same operations at the same
+// time, while one of them closes and a third keeps running.
+func TestRecovery(t *testing.T) {
 	explore(t, 300, func(s *schedule) {
 		db := s.memory()
-		for _, id := range []string{"left 1", "left 2"} {
-			recoveryMust(s.t, s.db.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning}))
-		}
-		// It was there before, and leaves them alone.
-		alive := task.NewManager(&recoverless{gateStore: db}, quiet)
-		s.managers[alive] = false
+		alive := s.manager(db)
 		s.submit(alive, "a", yields, nil)
-
-		log := new(recoveryLog)
+		for _, id := range []string{"left 1", "left 2"} {
+			testkit.Must(s.t, s.db.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning}))
+		}
+		log := new(testkit.Log)
 		for _, name := range []string{"one", "two"} {
 			s.goes("open "+name, func() {
-				m := s.manager(db, log.option())
+				m := s.manager(db, log.Option())
 				for _, id := range []string{"left 1", "left 2"} {
-					if got, ok := m.Get(id); !ok || got.State != task.StateFailed || got.Error != recoveryText {
+					if got, ok := m.Get(id); !ok || got.State != task.StateFailed || got.Error != testkit.RestartText {
 						s.t.Errorf("after New: %+v", got)
 					}
 				}
@@ -726,30 +732,19 @@ func TestScheduleRecovery(t *testing.T) {
 				}
 			})
 		}
-		s.after = func() {
-			ids, err := log.ids()
-			recoveryMust(s.t, err)
-			if !slices.Equal(ids, []string{"left 1", "left 2"}) {
-				s.t.Errorf("recovered %q", ids)
-			}
+		s.check = func() {
+			log.WantRecovered(s.t, "left 1", "left 2")
 		}
 	})
 }
 
-// recoverless recovers nothing.
-type recoverless struct{ *gateStore }
-
-func (recoverless) Recover(string) iter.Seq2[*task.Operation, error] {
-	return func(func(*task.Operation, error) bool) {}
-}
-
-// TestScheduleLate: what a function has left behind reports progress and
-// metadata, before its return, after it, and after the final state is stored.
-func TestScheduleLate(t *testing.T) {
+// TestLate: goroutines that a function has left behind report progress
+// and metadata, before its return, after it, and after the final state is stored.
+func TestLate(t *testing.T) {
 	explore(t, 300, func(s *schedule) {
 		m := s.manager(s.memory())
 		progress, metadata := 0, any(nil)
-		s.submit(m, "a", func(context.Context, func(int)) (any, error) { return nil, errDisk }, func(op *scheduled) {
+		s.submit(m, "a", func(context.Context, func(int)) (any, error) { return nil, testkit.ErrDisk }, func(op *scheduled) {
 			s.goes("late update", func() {
 				if op.update == nil {
 					return // not even started
@@ -773,7 +768,7 @@ func TestScheduleLate(t *testing.T) {
 			s.waits(op, m, 1)
 		})
 		s.close(m)
-		s.after = func() {
+		s.check = func() {
 			op := s.ops["a"]
 			if op.refused != nil {
 				return
@@ -785,21 +780,21 @@ func TestScheduleLate(t *testing.T) {
 	})
 }
 
-// TestScheduleCloseClose: Close against Close and Shutdown. Those that come
-// later wait for a mutex, which synctest does not count as being at rest.
-func TestScheduleCloseClose(t *testing.T) {
+// TestCloseClose: Close against Close and Shutdown. Later calls wait for
+// a mutex, which synctest does not count as blocked, so this one uses real time.
+func TestCloseClose(t *testing.T) {
 	events := []string{"close", "close", "shutdown", "end", "store"}
 	permute(events, func(order []string) {
-		db := &hookStore{Persistence: task.NewMemoryStore()}
-		m, err := task.New(db, quiet)
-		recoveryMust(t, err)
-		fn, started, release := blocker(nil)
-		op := submit(t, m, fn)
+		db := testkit.NewFake(nil)
+		m, err := task.New(testkit.Bare(db), testkit.Quiet)
+		testkit.Must(t, err)
+		fn, started, release := testkit.Blocker(nil)
+		op := testkit.Submit(t, m, fn)
 		<-started
 		var ended, stores atomic.Bool
 		gate := make(chan struct{})
-		db.set(func(_ bool, op *task.Operation) error {
-			if op.State.Finished() {
+		db.Before(func(c *testkit.Call) error {
+			if c.Finished() {
 				<-gate
 			}
 			return nil

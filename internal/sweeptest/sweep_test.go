@@ -1,14 +1,10 @@
-package task_test
+package sweeptest
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,22 +13,23 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 	"github.com/mynt-nas/task/tasktest"
 )
 
 var errSweep = errors.New("injected failure")
 
-// TestSweep runs a scenario with one call of the store failing, the first, the
-// second and so on until runs are over before that call comes. Whichever it
-// is, nothing that was acknowledged is lost, and nobody waits for ever.
+// TestSweep runs a scenario again and again: the first call of the store fails,
+// then the second and so on, until a run ends before that call comes. Whichever
+// it is, no acknowledged operation is lost, and no call hangs.
 func TestSweep(t *testing.T) {
 	for store, opener := range sweepStores {
 		for name, fault := range sweepFaults {
 			t.Run(store+"/"+name, func(t *testing.T) {
-				for i, over := 0, 0; over < 3; i++ { // runs differ a little in their number of calls
+				for i, over := 0, 0; over < 3; i++ { // the number of calls varies a little
 					over++
 					t.Run(fmt.Sprint("call ", i), func(t *testing.T) {
-						defer time.AfterFunc(time.Minute, func() { panic("it hangs") }).Stop() // by the real clock
+						defer time.AfterFunc(time.Minute, func() { panic("a run takes a minute") }).Stop() // real time
 						synctest.Test(t, func(t *testing.T) {
 							if sweep(t, opener(t), fault(i)) {
 								over = 0
@@ -45,24 +42,24 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// sweepStores are the kinds of store. The functions that they return open a
-// store, which shows the same operations every time.
+// sweepStores are the kinds of store. Each returns a function that opens the
+// store, with the same operations every time.
 var sweepStores = map[string]func(t *testing.T) func() task.Persistence{
 	"memory": func(*testing.T) func() task.Persistence {
 		db := task.NewMemoryStore()
 		return func() task.Persistence { return db }
 	},
 	"batches": func(*testing.T) func() task.Persistence {
-		db := &batchCounter{Persistence: task.NewMemoryStore()}
+		db := testkit.NewFake(nil)
 		return func() task.Persistence { return db }
 	},
 	"four methods": func(*testing.T) func() task.Persistence {
-		db := bare{task.NewMemoryStore()}
+		db := testkit.Bare(task.NewMemoryStore())
 		return func() task.Persistence { return db }
 	},
 	"sqlite": func(t *testing.T) func() task.Persistence {
-		path := filepath.Join(t.TempDir(), "tasks.db")
-		return func() task.Persistence { return openSQLite(t, path) }
+		path := testkit.FastPath(t)
+		return func() task.Persistence { return testkit.OpenSQLite(t, path) }
 	},
 }
 
@@ -106,19 +103,19 @@ var sweepJobs = []sweepJob{
 	{
 		name:   "cancelled",
 		cancel: true,
-		fn:     untilCancelled,
+		fn:     testkit.UntilCancelled,
 		want:   task.Operation{State: task.StateCancelled, Error: "operation cancelled"},
 	},
 	{
-		name:   "cancelled in vain",
+		name:   "cancelled, done anyway",
 		cancel: true,
 		fn:     func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); return "result", nil },
 		want:   task.Operation{State: task.StateDone, Progress: 100, Result: "result"},
 	},
 	{
 		name: "closed",
-		fn:   untilCancelled,
-		want: task.Operation{State: task.StateFailed, Error: "Task failed due to system shutdown: manager closed"},
+		fn:   testkit.UntilCancelled,
+		want: task.Operation{State: task.StateFailed, Error: testkit.ClosedText},
 	},
 }
 
@@ -136,7 +133,7 @@ type sweepRun struct {
 	open  func() task.Persistence
 	db    task.Persistence // to look at, without faults
 	fault func(tasktest.Call) error
-	log   bytes.Buffer // of the managers
+	log   testkit.Log // of the managers
 	ops   []*sweepOp
 
 	calls    atomic.Int64 // of the store by managers
@@ -144,7 +141,7 @@ type sweepRun struct {
 	surfaced atomic.Bool  // one of them, by an error that a caller got
 }
 
-// A sweepOp is an operation that was to be submitted.
+// A sweepOp is an operation that the scenario submits.
 type sweepOp struct {
 	sweepJob
 	id    string       // "" if Submit returned an error
@@ -159,7 +156,7 @@ func sweep(t *testing.T, open func() task.Persistence, fault func(tasktest.Call)
 	s.db = s.open()
 
 	s.restart("first")
-	logger := task.WithLogger(slog.New(slog.NewTextHandler(&s.log, nil)))
+	logger := s.log.Option()
 	m, err := task.New(s.faulty(), logger)
 	if s.saw("New", err); err != nil {
 		m, err = task.New(s.faulty(), logger)
@@ -174,28 +171,28 @@ func sweep(t *testing.T, open func() task.Persistence, fault func(tasktest.Call)
 	time.Sleep(time.Second) // if recovery has failed, it is tried again
 	s.use(m)
 	if left := s.unfinished(); len(left) > 0 && s.faults.Load() <= 1 {
-		t.Errorf("left unfinished, though no more than one call has failed: %v", left)
+		t.Errorf("unfinished, although at most one call has failed: %v", left)
 	}
 
 	s.restart("third")
-	m, err = task.New(s.db, quiet)
-	recoveryMust(t, err)
-	recoveryMust(t, m.Close())
+	m, err = task.New(s.db, testkit.Quiet)
+	testkit.Must(t, err)
+	testkit.Must(t, m.Close())
 	s.settled()
 	s.close()
 
 	if s.faults.Load() > 0 && !s.surfaced.Load() && !strings.Contains(s.log.String(), errSweep.Error()) {
-		t.Error("nobody was told of the failure, not even the log")
+		t.Error("the failure was neither returned nor logged")
 	}
 	return s.faults.Load() > 0
 }
 
-// restart leaves the store behind as a process does that dies, with operations
-// in some states, and opens it again.
+// restart leaves operations in some states, as a process does that dies, and
+// opens the store again.
 func (s *sweepRun) restart(name string) {
 	for _, state := range []task.State{task.StatePending, task.StateRunning, task.StateDone} {
 		id := fmt.Sprintf("left before the %s manager, %s", name, state)
-		recoveryMust(s.t, s.db.Save(&task.Operation{ID: id, Name: "left", State: state}))
+		testkit.Must(s.t, s.db.Save(&task.Operation{ID: id, Name: "left", State: state}))
 	}
 	s.close()
 	s.db = s.open()
@@ -203,7 +200,7 @@ func (s *sweepRun) restart(name string) {
 
 func (s *sweepRun) close() {
 	if c, ok := s.db.(io.Closer); ok {
-		recoveryMust(s.t, c.Close())
+		testkit.Must(s.t, c.Close())
 	}
 }
 
@@ -219,7 +216,7 @@ func (s *sweepRun) faulty() task.Persistence {
 	})
 }
 
-// saw takes note of an error that a caller got: no other one is to be expected.
+// saw records an error that a caller got, which must be the injected one.
 func (s *sweepRun) saw(call string, err error) {
 	if err == nil {
 		return
@@ -243,11 +240,11 @@ func (s *sweepRun) unfinished() map[string]bool {
 
 func (s *sweepRun) stored() []*task.Operation {
 	ops, err := s.db.List(1000, 0)
-	recoveryMust(s.t, err)
+	testkit.Must(s.t, err)
 	return ops
 }
 
-// use has a manager do all that it can do, and closes it.
+// use calls every method of a manager, and closes it.
 func (s *sweepRun) use(m *task.Manager) {
 	before := s.unfinished()
 	var waits sync.WaitGroup
@@ -263,7 +260,7 @@ func (s *sweepRun) use(m *task.Manager) {
 	synctest.Wait()
 	_, err := m.List(100, 0)
 	s.saw("List", err)
-	time.Sleep(200 * time.Millisecond) // until all but those to be closed have returned
+	time.Sleep(200 * time.Millisecond) // all functions have returned but those that wait for Close
 
 	began := time.Now()
 	closed := m.Close()
@@ -320,28 +317,20 @@ func (s *sweepRun) counted(op *sweepOp) task.Func {
 	}
 }
 
-// wait waits for an operation. What it is told must be stored by then.
+// wait waits for an operation, whose final state must be stored by then.
 func (s *sweepRun) wait(m *task.Manager, op *sweepOp) {
 	got, err := m.Wait(context.Background(), op.id)
 	if s.saw("Wait", err); err != nil {
 		return
 	}
-	op.told = sweepJSON(got)
+	op.told = testkit.JSON(got)
 	stored, err := s.db.Get(op.id)
-	if err != nil || sweepJSON(stored) != op.told {
-		s.t.Errorf("%s: told   %s,\nstored %s, %v", op.name, op.told, sweepJSON(stored), err)
+	if err != nil || testkit.JSON(stored) != op.told {
+		s.t.Errorf("%s: told   %s,\nstored %s, %v", op.name, op.told, testkit.JSON(stored), err)
 	}
 }
 
-func sweepJSON(op *task.Operation) string {
-	raw, err := json.Marshal(op)
-	if err != nil {
-		return err.Error()
-	}
-	return string(raw)
-}
-
-// account checks what has become of an operation when its manager is closed.
+// account checks an operation after its manager was closed.
 func (s *sweepRun) account(op *sweepOp) {
 	if op.id == "" {
 		if n := op.calls.Load(); n > 0 {
@@ -358,11 +347,11 @@ func (s *sweepRun) account(op *sweepOp) {
 		return
 	}
 	if got.State.Finished() {
-		op.final = sweepJSON(got)
+		op.final = testkit.JSON(got)
 		want := op.want
 		want.ID, want.Name = op.id, op.name
 		want.CreatedAt, want.StartedAt, want.UpdatedAt = got.CreatedAt, got.StartedAt, got.UpdatedAt
-		if want := sweepJSON(&want); op.final != want {
+		if want := testkit.JSON(&want); op.final != want {
 			s.t.Errorf("%s: stored %s,\nwant   %s", op.name, op.final, want)
 		}
 	}
@@ -371,7 +360,7 @@ func (s *sweepRun) account(op *sweepOp) {
 	}
 }
 
-// settled checks that all has come to its end, and only once.
+// settled checks that every operation has finished, and only once.
 func (s *sweepRun) settled() {
 	stored := make(map[string]*task.Operation)
 	for _, row := range s.stored() {
@@ -385,22 +374,22 @@ func (s *sweepRun) settled() {
 		case op.id == "":
 		case row == nil:
 			s.t.Errorf("%s: it is gone", op.name)
-		case op.final == "" && (row.State != task.StateFailed || row.Error != recoveryText):
+		case op.final == "" && (row.State != task.StateFailed || row.Error != testkit.RestartText):
 			s.t.Errorf("%s: nobody recovered it: %+v", op.name, row)
-		case op.final != "" && op.final != sweepJSON(row):
-			s.t.Errorf("%s: finished as %s,\nthen as %s", op.name, op.final, sweepJSON(row))
+		case op.final != "" && op.final != testkit.JSON(row):
+			s.t.Errorf("%s: finished as %s,\nthen as %s", op.name, op.final, testkit.JSON(row))
 		}
 		delete(stored, op.id)
 	}
-	// What was left by other code, and what nobody knows to be stored, because
-	// Submit returned an error.
+	// The rest was left by other code, or is stored although Submit returned an
+	// error.
 	for id, row := range stored {
-		ok := row.State == task.StateFailed && (row.Error == recoveryText || strings.Contains(row.Error, "Submit failed"))
+		ok := row.State == task.StateFailed && (row.Error == testkit.RestartText || strings.Contains(row.Error, "Submit failed"))
 		if strings.HasPrefix(id, "left") && strings.HasSuffix(id, "DONE") {
 			ok = row.State == task.StateDone
 		}
 		if !ok {
-			s.t.Errorf("nobody was told of it, and it is %+v", row)
+			s.t.Errorf("an unknown operation: %+v", row)
 		}
 	}
 }

@@ -1,11 +1,9 @@
-package task_test
+package modeltest
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -14,11 +12,12 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // FuzzModel plays scripts of API calls on one or two managers, and compares all
-// that they say with a model: a few lines for each call. Functions do nothing
-// but what the script orders, so that nothing depends on time.
+// that they return with a model of a few lines for each call. Functions do only
+// what the script orders, so that nothing depends on time.
 func FuzzModel(f *testing.F) {
 	s := func(actions ...[]byte) []byte { return slices.Concat(actions...) }
 	blocked := []byte{playSubmit, 0, modelBlocked, 0, 1}
@@ -69,16 +68,16 @@ var playStores = []func(t *testing.T) (open func() (task.Persistence, func() err
 		return kept(task.NewMemoryStore()), true
 	},
 	func(*testing.T) (func() (task.Persistence, func() error), bool) {
-		return kept(bare{task.NewMemoryStore()}), false
+		return kept(testkit.Bare(task.NewMemoryStore())), false
 	},
 	func(t *testing.T) (func() (task.Persistence, func() error), bool) {
-		return kept(openSQLite(t, ":memory:")), true
+		return kept(testkit.OpenSQLite(t, ":memory:")), true
 	},
 	func(t *testing.T) (func() (task.Persistence, func() error), bool) {
-		path := filepath.Join(t.TempDir(), "tasks.db")
+		path := testkit.FastPath(t)
 		return func() (task.Persistence, func() error) {
 			s, err := task.OpenSQLite(path)
-			recoveryMust(t, err)
+			testkit.Must(t, err)
 			return s, s.Close
 		}, true
 	},
@@ -89,7 +88,7 @@ func kept(db task.Persistence) func() (task.Persistence, func() error) {
 	return func() (task.Persistence, func() error) { return db, func() error { return nil } }
 }
 
-// A play is a script being played, and the model of what should have come of it.
+// A play is a script being played, with the model of its effects.
 type play struct {
 	t        *testing.T
 	open     func() (task.Persistence, func() error)
@@ -108,7 +107,7 @@ type playManager struct {
 	closed  bool
 }
 
-// A playOp is what the model knows of an operation.
+// A playOp is the model of an operation.
 type playOp struct {
 	by      *playManager
 	keys    []string
@@ -116,7 +115,7 @@ type playOp struct {
 	history []task.Operation // all that it has shown
 	cause   error            // of its context's end
 
-	// Of a quick one: what it reports, and how it ends, as soon as it has started.
+	// Of a quick function: what it reports and how it ends.
 	progress int
 	ending   *playEnd
 
@@ -124,7 +123,7 @@ type playOp struct {
 	calls   atomic.Int32
 	started chan playCall
 	orders  chan func(playCall) *playEnd
-	done    chan struct{} // gets a token for each order that is no end
+	done    chan struct{} // gets a token for each order but the last
 	call    playCall      // once started
 	last    *task.Operation
 }
@@ -170,12 +169,12 @@ func (p *play) newManager(limit int) *playManager {
 	m := &playManager{limit: limit}
 	m.db, m.closeDB = p.open()
 	var err error
-	m.Manager, err = task.New(m.db, quiet, task.WithLimit(limit))
-	recoveryMust(p.t, err)
+	m.Manager, err = task.New(m.db, testkit.Quiet, task.WithLimit(limit))
+	testkit.Must(p.t, err)
 	return m
 }
 
-// manager returns the manager that a byte of the script means.
+// manager returns the manager that a byte of the script selects.
 func (p *play) manager(b byte) *playManager {
 	if m := p.managers[b%2]; m != nil {
 		return m
@@ -183,7 +182,7 @@ func (p *play) manager(b byte) *playManager {
 	return p.managers[0]
 }
 
-// op returns the operation that a byte of the script means, nil if there is
+// op returns the operation that a byte of the script selects, nil if there is
 // none.
 func (p *play) op(b byte) *playOp {
 	if len(p.ops) == 0 {
@@ -192,7 +191,7 @@ func (p *play) op(b byte) *playOp {
 	return p.ops[int(b)%len(p.ops)]
 }
 
-// running returns the operation that a byte means of those whose functions run.
+// running is op for those operations whose functions run.
 func (p *play) running(b byte) *playOp {
 	var ops []*playOp
 	for _, op := range p.ops {
@@ -286,8 +285,7 @@ func (p *play) submit(r *byteReader) {
 	p.ops = append(p.ops, op)
 }
 
-// future returns what the operation may have become by itself at any time from
-// now on.
+// future returns the states that the operation may reach by itself from now on.
 func (op *playOp) future() []task.Operation {
 	want := op.want
 	future := []task.Operation{want}
@@ -338,7 +336,7 @@ func (op *playOp) function(ctx context.Context, update func(int)) (any, error) {
 	return nil, nil
 }
 
-// ended is what the model makes of an operation whose function ends.
+// ended returns the operation after its function has ended.
 func ended(op task.Operation, end *playEnd, cause error) task.Operation {
 	op.Result = end.value
 	op.State = task.StateFailed
@@ -358,7 +356,7 @@ func ended(op task.Operation, end *playEnd, cause error) task.Operation {
 		case task.ErrCancelled:
 			op.State = task.StateCancelled
 		case task.ErrClosed:
-			op.Error = "Task failed due to system shutdown: oh no"
+			op.Error = testkit.ShutdownText + ": oh no"
 		}
 	}
 	return op
@@ -372,7 +370,8 @@ func (op *playOp) finish(end *playEnd) {
 // show notes that the operation has changed.
 func (op *playOp) show() { op.history = append(op.history, op.want) }
 
-// catchUp has the model start what should have started, and checks that it has.
+// catchUp has the model start those operations that should have started, and
+// checks that they have.
 func (p *play) catchUp() {
 	for again := true; again; {
 		again = false
@@ -423,18 +422,18 @@ func (p *play) start(op *playOp) {
 	}
 }
 
-// receive receives from a channel, but does not wait for ever.
+// receive receives from a channel. It fails the test after 30 seconds.
 func receive[T any](t *testing.T, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-c:
 	case <-time.After(30 * time.Second):
-		t.Fatalf("waited in vain for %s", what)
+		t.Fatalf("no %s within 30 seconds", what)
 	}
 	return v
 }
 
-// finished waits until an operation has finished that is about to.
+// finished waits until an operation has finished.
 func (p *play) finished(op *playOp) {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
@@ -446,14 +445,14 @@ func (p *play) finished(op *playOp) {
 	p.exactly("Wait", op, got)
 	stored, err := op.by.db.Get(op.want.ID)
 	if err != nil || stored.State != op.want.State {
-		p.t.Errorf("told %s, stored: %+v, %v", op.want.State, stored, err)
+		p.t.Errorf("shown %s, stored: %+v, %v", op.want.State, stored, err)
 	}
 }
 
-// exactly checks that what is shown of an operation is what the model has.
+// exactly checks that a snapshot is what the model has.
 func (p *play) exactly(how string, op *playOp, got *task.Operation) {
 	p.t.Helper()
-	if !same(op.want, got) {
+	if !testkit.Same(op.want, *got) {
 		p.t.Errorf("%s: got %+v\nwant %+v", how, got, op.want)
 	}
 	if got.UpdatedAt.Before(got.CreatedAt) || !got.StartedAt.IsZero() && (got.StartedAt.Before(got.CreatedAt) || got.UpdatedAt.Before(got.StartedAt)) ||
@@ -466,29 +465,24 @@ func (p *play) exactly(how string, op *playOp, got *task.Operation) {
 	if op.last == nil {
 		op.last = got
 	}
-	if !reflect.DeepEqual(fuzzShown(op.last), fuzzShown(got)) {
+	if testkit.JSON(op.last) != testkit.JSON(got) {
 		p.t.Errorf("%s: finished as %+v, and now is %+v", how, op.last, got)
 	}
 }
 
-func same(want task.Operation, got *task.Operation) bool {
-	want.CreatedAt, want.StartedAt, want.UpdatedAt = got.CreatedAt, got.StartedAt, got.UpdatedAt
-	return reflect.DeepEqual(fuzzShown(got), fuzzShown(&want))
-}
-
-// oneOf checks that what is shown of an operation is one of several.
+// oneOf checks that a snapshot is one of several.
 func (p *play) oneOf(got *task.Operation, want []task.Operation) {
 	p.t.Helper()
 	for _, want := range want {
-		if same(want, got) {
+		if testkit.Same(want, *got) {
 			return
 		}
 	}
 	p.t.Errorf("got %+v\nwant one of %+v", got, want)
 }
 
-// check checks what a manager shows of an operation: of one that another runs,
-// what is stored, which it has shown once.
+// check checks a manager's snapshot of an operation. Of another manager's
+// operation that is what is stored: a state that the other has shown before.
 func (p *play) check(how string, m *playManager, op *playOp, got *task.Operation) {
 	p.t.Helper()
 	if m == op.by || op.want.State.Finished() {
@@ -505,15 +499,11 @@ func (p *play) order(op *playOp, f func(playCall)) {
 }
 
 func (p *play) report(r *byteReader) {
-	op, progress := p.op(r.byte()), int(r.byte())-50
-	if op == nil || op.want.State.Finished() {
+	op, progress := p.running(r.byte()), int(r.byte())-50
+	if op == nil {
 		return
 	}
-	if op.want.State == task.StateRunning && progress%2 == 0 {
-		p.order(op, func(call playCall) { call.update(progress) })
-	} else if err := task.UpdateProgress(op.by.Manager, op.want.ID, progress); err != nil {
-		p.t.Error(err)
-	}
+	p.order(op, func(call playCall) { call.update(progress) })
 	op.want.Progress = min(max(progress, 0), 100)
 	op.show()
 	p.look(op.by, op)
@@ -537,7 +527,7 @@ func (p *play) setMetadata(r *byteReader) {
 	p.look(op.by, op)
 }
 
-// look checks what Get says.
+// look checks what Get returns.
 func (p *play) look(m *playManager, op *playOp) {
 	p.t.Helper()
 	got, ok := m.Get(op.want.ID)
@@ -586,11 +576,11 @@ func (p *play) cancel(r *byteReader) {
 	switch {
 	case op.want.State.Finished():
 		if !errors.Is(err, task.ErrNotFound) {
-			p.t.Errorf("Cancel of a finished one: %v", err)
+			p.t.Errorf("Cancel of a finished operation: %v", err)
 		}
 	case m != op.by:
 		if !errors.Is(err, errors.ErrUnsupported) || errors.Is(err, task.ErrNotFound) {
-			p.t.Errorf("Cancel of another manager's: %v", err)
+			p.t.Errorf("Cancel of another manager's operation: %v", err)
 		}
 	case err != nil:
 		p.t.Errorf("Cancel: %v", err)
@@ -655,7 +645,7 @@ func done() context.Context {
 	return ctx
 }
 
-// late does what a function may have left behind does.
+// late does what a goroutine does that a function has left behind.
 func (p *play) late(r *byteReader) {
 	op := p.op(r.byte())
 	if op == nil || !op.want.State.Finished() || op.call.ctx == nil {
@@ -665,13 +655,10 @@ func (p *play) late(r *byteReader) {
 	if err := task.SetMetadata(op.call.ctx, "late"); err == nil {
 		p.t.Error("SetMetadata after the function's return: no error")
 	}
-	if err := task.UpdateProgress(op.by.Manager, op.want.ID, 34); !errors.Is(err, task.ErrNotFound) {
-		p.t.Errorf("updateProgress after the finish: %v", err)
-	}
 	p.look(p.manager(0), op)
 }
 
-// close has a manager begin to close. It has closed when its functions end.
+// close has a manager begin to close, which ends when its functions have ended.
 func (p *play) close(r *byteReader) {
 	m := p.manager(r.byte())
 	p.beginClose(m)
@@ -700,7 +687,7 @@ func (p *play) beginClose(m *playManager) {
 	go func() { closing <- m.Close() }()
 	for _, op := range p.ops {
 		if op.by == m && op.want.State == task.StatePending {
-			op.want.State, op.want.Error = task.StateFailed, "Task failed due to system shutdown"
+			op.want.State, op.want.Error = task.StateFailed, testkit.ShutdownText
 			op.show()
 			p.finished(op)
 		}
@@ -713,8 +700,8 @@ func (p *play) beginClose(m *playManager) {
 	}
 }
 
-// onlyCancelled reports whether a manager has operations, but none that is
-// told of Close.
+// onlyCancelled reports whether a manager has operations, but none whose context
+// Close will cancel.
 func (p *play) onlyCancelled(m *playManager) bool {
 	n := 0
 	for _, op := range p.ops {
@@ -754,7 +741,7 @@ func (p *play) reopen(r *byteReader) {
 	p.managers[i] = p.newManager(limit)
 }
 
-// leave closes a manager for good.
+// leave closes a manager and its store.
 func (p *play) leave(m *playManager, end byte) {
 	p.beginClose(m)
 	for _, op := range p.ops {
@@ -769,15 +756,15 @@ func (p *play) leave(m *playManager, end byte) {
 	}
 	for _, op := range p.ops {
 		if op.by == m {
-			op.by = &playManager{Manager: m.Manager, closed: true} // whom nobody asks any more
+			op.by = &playManager{Manager: m.Manager, closed: true} // which is not used any more
 		}
 	}
 }
 
-// invalid submits what can't be.
+// invalid calls Submit and List with bad arguments.
 func (p *play) invalid(r *byteReader) {
 	m := p.manager(r.byte())
-	name, fn, opts, want := "x", task.Func(untilCancelled), []task.SubmitOption(nil), ""
+	name, fn, opts, want := "x", task.Func(testkit.UntilCancelled), []task.SubmitOption(nil), ""
 	switch r.byte() % 5 {
 	case 0:
 		name, want = "", "name is empty"
@@ -801,7 +788,7 @@ func (p *play) invalid(r *byteReader) {
 	}
 }
 
-// unknown asks for what is not there.
+// unknown asks for an operation that does not exist.
 func (p *play) unknown(r *byteReader) {
 	m := p.manager(r.byte())
 	id := string(r.bytes())
@@ -814,12 +801,9 @@ func (p *play) unknown(r *byteReader) {
 	if op, err := m.Wait(done(), id); op != nil || !errors.Is(err, task.ErrNotFound) {
 		p.t.Errorf("Wait: %v, %v", op, err)
 	}
-	if err := task.UpdateProgress(m.Manager, id, 1); !errors.Is(err, task.ErrNotFound) {
-		p.t.Errorf("updateProgress: %v", err)
-	}
 }
 
-// checkAll checks what every manager says of every operation.
+// checkAll checks every manager's snapshot of every operation.
 func (p *play) checkAll() {
 	p.t.Helper()
 	for _, m := range p.managers {
@@ -853,4 +837,24 @@ func (p *play) end() {
 		}
 	}
 	p.leave(p.managers[0], endError)
+}
+
+// A byteReader takes a script apart. At the end it returns zeros.
+type byteReader struct{ data []byte }
+
+func (r *byteReader) byte() byte {
+	if len(r.data) == 0 {
+		return 0
+	}
+	b := r.data[0]
+	r.data = r.data[1:]
+	return b
+}
+
+// bytes returns as many bytes as the next one says.
+func (r *byteReader) bytes() []byte {
+	n := min(int(r.byte()), len(r.data))
+	b := r.data[:n]
+	r.data = r.data[n:]
+	return b
 }

@@ -1,0 +1,194 @@
+// Package testkit has what the tests of this module share: stores and managers
+// that are closed and checked for leaks at the end of a test, functions to
+// submit, a fake store, a log that can be read, and child processes.
+package testkit
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
+)
+
+// The texts in Operation.Error of operations whose manager or process ended.
+const (
+	RestartText  = "Task failed due to system restart"
+	ShutdownText = "Task failed due to system shutdown"
+)
+
+// ErrDisk is the error that tests have a store return.
+var ErrDisk = errors.New("disk full")
+
+// Quiet discards what a manager logs.
+var Quiet = task.WithLogger(slog.New(slog.DiscardHandler))
+
+// Must stops the test if err is not nil.
+func Must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Until polls cond until it holds. It returns an error after a minute.
+func Until(cond func() bool) error {
+	for deadline := time.Now().Add(time.Minute); !cond(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			return errors.New("the condition does not hold after a minute")
+		}
+	}
+	return nil
+}
+
+// Path returns the path of a database that does not exist yet, in a directory
+// of the test.
+func Path(t testing.TB) string {
+	t.Helper()
+	return filepath.Join(t.TempDir(), "tasks.db")
+}
+
+// FastPath is Path in a directory in memory, where the system has one: for tests
+// that open databases by the hundred and do not test durability.
+func FastPath(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "task-test-")
+	if err != nil {
+		return Path(t)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return filepath.Join(dir, "tasks.db")
+}
+
+// OpenSQLite opens a store, and closes it at the end of the test.
+func OpenSQLite(t testing.TB, path string) *task.SQLiteStore {
+	t.Helper()
+	testos.CheckLeaks(t)
+	store, err := task.OpenSQLite(path)
+	Must(t, err)
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+// Exec runs a statement on a database, on a connection of its own.
+func Exec(t testing.TB, path, stmt string, args ...any) {
+	t.Helper()
+	db, err := sql.Open("sqlite3", path)
+	Must(t, err)
+	defer db.Close()
+	_, err = db.Exec(stmt, args...)
+	Must(t, err)
+}
+
+// Bare returns db without any ability but the four methods.
+func Bare(db task.Persistence) task.Persistence { return bare{db} }
+
+type bare struct{ task.Persistence }
+
+// Stores are the kinds of store that every behavior must be the same with.
+var Stores = map[string]func(t testing.TB) task.Persistence{
+	"memory":       func(testing.TB) task.Persistence { return task.NewMemoryStore() },
+	"four methods": func(testing.TB) task.Persistence { return Bare(task.NewMemoryStore()) },
+	"sqlite":       func(t testing.TB) task.Persistence { return OpenSQLite(t, Path(t)) },
+}
+
+// EachStore runs a test with a manager on each kind of store.
+func EachStore(t *testing.T, test func(t *testing.T, m *task.Manager, db task.Persistence)) {
+	for name, open := range Stores {
+		t.Run(name, func(t *testing.T) {
+			db := open(t)
+			test(t, NewManager(t, db), db)
+		})
+	}
+}
+
+// NewManager returns a manager that logs nothing, unless an option says
+// otherwise, and closes it at the end of the test.
+func NewManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Manager {
+	t.Helper()
+	testos.CheckLeaks(t)
+	m, err := task.New(db, append([]task.Option{Quiet}, opts...)...)
+	Must(t, err)
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// NewLogged returns a manager, which must have no error to report when it is
+// closed, and its log.
+func NewLogged(t testing.TB, db task.Persistence) (*task.Manager, *Log) {
+	t.Helper()
+	l := new(Log)
+	m := NewManager(t, db, l.Option())
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return m, l
+}
+
+// Submit submits an operation that is called "test".
+func Submit(t testing.TB, m *task.Manager, fn task.Func, opts ...task.SubmitOption) *task.Operation {
+	t.Helper()
+	op, err := m.Submit("test", fn, opts...)
+	Must(t, err)
+	return op
+}
+
+// Wait waits until an operation has finished.
+func Wait(t testing.TB, m *task.Manager, id string) *task.Operation {
+	t.Helper()
+	op, err := m.Wait(t.Context(), id)
+	Must(t, err)
+	return op
+}
+
+// Nothing is a Func that returns at once.
+func Nothing(context.Context, func(int)) (any, error) { return nil, nil }
+
+// UntilCancelled is a Func that returns the cause of its cancellation.
+func UntilCancelled(ctx context.Context, _ func(int)) (any, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
+}
+
+// Blocker returns a Func that returns err once it is released, and a channel
+// that is closed when it has started.
+func Blocker(err error) (fn task.Func, started chan struct{}, release func()) {
+	started = make(chan struct{})
+	released := make(chan struct{})
+	fn = func(context.Context, func(int)) (any, error) {
+		close(started)
+		<-released
+		return nil, err
+	}
+	return fn, started, sync.OnceFunc(func() { close(released) })
+}
+
+// JSON returns an operation as JSON, or the error's text. Two operations with
+// the same JSON show the same.
+func JSON(op *task.Operation) string {
+	raw, err := json.Marshal(op)
+	if err != nil {
+		return err.Error()
+	}
+	return string(raw)
+}
+
+// Same reports whether two operations show the same, their times apart.
+func Same(a, b task.Operation) bool {
+	a.CreatedAt, a.StartedAt, a.UpdatedAt = b.CreatedAt, b.StartedAt, b.UpdatedAt
+	return JSON(&a) == JSON(&b)
+}

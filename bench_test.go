@@ -45,6 +45,45 @@ func each(b *testing.B, n int, f func()) {
 	all.Wait()
 }
 
+// BenchmarkSubmitWatched is BenchmarkSubmit beside watchers of all operations.
+// The time is that until all operations have finished, not until all watchers
+// have seen it.
+func BenchmarkSubmitWatched(b *testing.B) {
+	const jobs = 6400 // few enough that no watcher lags
+	for _, watchers := range []int{0, 1, 1000} {
+		b.Run(fmt.Sprintf("watchers=%d", watchers), func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				m := newManager(b, openSQLite(b, testkit.Path(b)))
+				ctx, stop := context.WithCancel(b.Context())
+				var done sync.WaitGroup
+				for range watchers {
+					changes := m.Watch(ctx)
+					done.Go(func() {
+						for range changes {
+						}
+					})
+				}
+				b.StartTimer()
+				var all sync.WaitGroup
+				for range 64 {
+					all.Go(func() {
+						for range jobs / 64 {
+							wait(b, m, submit(b, m, nothing).ID)
+						}
+					})
+				}
+				all.Wait()
+				b.StopTimer()
+				stop()
+				done.Wait()
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(jobs*b.N)/b.Elapsed().Seconds(), "jobs/s")
+		})
+	}
+}
+
 // BenchmarkUpdate reports a new value each time.
 func BenchmarkUpdate(b *testing.B) {
 	m := newManager(b, openSQLite(b, testkit.Path(b)))

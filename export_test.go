@@ -6,4 +6,4 @@ func UpdateProgress(m *Manager, id string, progress int) error {
 }
 
 // Subscribers returns how many calls of Watch are under way.
-func Subscribers(m *Manager) int { return int(m.hub.watched.Load()) }
+func Subscribers(m *Manager) int { return m.events.Readers() }

@@ -12,37 +12,73 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/mynt-nas/task/internal/eventlog"
+	"github.com/mynt-nas/task/internal/queue"
 )
 
-// A Manager runs operations and answers for them. All its methods may be
-// called from any number of goroutines.
+// The way of an operation:
 //
-// It needs no care while it lives: a finished operation leaves its memory as
-// soon as the final state is stored.
+//	Submit     makes a task, puts it into the backlog and waits
+//	next       hands the backlog to the writer (writer.go), which stores it
+//	written    takes the answers: Submit returns, the task joins the queue
+//	startNext  takes from the queue the tasks that may run
+//	run        calls the function (task.go) and puts its outcome into the backlog
+//	next       hands that to the writer
+//	written    settles the task: Wait returns, and the task is forgotten
+//
+// What it goes through is appended to the event log for Watch (watch.go).
+// Whatever other managers run is looked at by recovery.go.
+
+// A Manager runs operations and keeps track of them. All its methods may be
+// called concurrently.
+//
+// It needs no maintenance: a finished operation leaves its memory as soon as
+// the final state is stored.
 type Manager struct {
 	// Immutable.
-	db        Persistence
-	log       *slog.Logger
-	ctx       context.Context // the parent of every function's context
-	cancel    context.CancelCauseFunc
-	writer    *writer
-	follower  *follower
-	hub       *hub
-	retention time.Duration // how long to keep the history; 0 for ever
-	drained   chan struct{} // closed once nothing is submitted any more and all is stored, or Close gave up
-	ended     chan struct{} // closed once Close has done its work
-	closeErr  error         // set before ended is closed
+	options
+	id       string // the owner of what it submits, for MemoryStore
+	db       Persistence
+	ctx      context.Context // the parent of every function's context
+	cancel   context.CancelCauseFunc
+	writer   *writer
+	events   *eventlog.Log[event]
+	drained  chan struct{} // closed once nothing is left to run and to store after Shutdown or Close
+	drain    func()        // closes drained
+	closed   chan struct{} // closed once Close has done its work
+	closeErr error         // set before closed is closed
 
 	// functions counts the goroutines that run functions, and those that retry
-	// recovery and prune. Add only while holding mu and not closed.
+	// recovery and prune. Add only while holding mu and not closing.
 	functions sync.WaitGroup
 
-	mu      sync.Mutex       // guards what follows; taken before any task.mu
-	tasks   map[string]*task // the live operations by ID
-	queue   queue            // those that wait for their turn
-	refuses bool             // Submit returns ErrClosed
-	closing bool             // Close was called
-	closed  bool             // no function is started any more
+	// mu guards what follows, and the tasks. No method of the store, and
+	// nothing else that takes time or calls back, is called while holding it.
+	mu       sync.Mutex
+	tasks    map[string]*task // the live operations by ID
+	queue    *queue.Queue[*task]
+	backlog  backlog
+	foreign  map[string]*foreign // what others run and somebody here waits for, by ID
+	stopPoll chan struct{}       // ends poll; nil unless that runs
+	progress *time.Timer         // will publish reports; nil if there are none
+	draining bool                // Submit returns ErrClosed
+	closing  bool                // Close was called: no function is started any more
+	stopping bool                // the functions have returned: the writer stores the rest
+	lastTry  bool                // Close will not try again
+	deadline time.Time           // when it won't
+}
+
+// closeGrace is how long Close goes on without progress in storing the rest.
+const closeGrace = 5 * time.Second
+
+// openManagers has the IDs of the managers of this process that may still store
+// operations.
+var openManagers sync.Map
+
+func isOpen(id string) bool {
+	_, ok := openManagers.Load(id)
+	return ok
 }
 
 // New returns a manager that keeps its operations in db, or in a
@@ -57,7 +93,7 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 		m.Close()
 		return nil, fmt.Errorf("task: recovery: %w", err)
 	}
-	m.startPruning()
+	m.functions.Go(m.pruneLoop)
 	return m, nil
 }
 
@@ -68,16 +104,10 @@ func NewManager(db Persistence, opts ...Option) *Manager {
 	m := newManager(db, opts)
 	if err := m.recover(); err != nil {
 		m.log.Error("task: recovery failed, will be tried again", "err", err)
-		m.functions.Go(m.keepRecovering)
+		m.functions.Go(m.recoverLoop)
 	}
-	m.startPruning()
+	m.functions.Go(m.pruneLoop)
 	return m
-}
-
-func (m *Manager) startPruning() {
-	if m.retention > 0 {
-		m.functions.Go(m.keepPruning)
-	}
 }
 
 func newManager(db Persistence, opts []Option) *Manager {
@@ -85,46 +115,49 @@ func newManager(db Persistence, opts []Option) *Manager {
 		db = NewMemoryStore()
 	}
 	m := &Manager{
+		options: options{log: slog.Default()},
+		id:      uuid.NewString(),
 		db:      db,
-		log:     slog.Default(),
-		tasks:   make(map[string]*task),
+		events:  eventlog.New[event](maxLag, maxLagBytes),
 		drained: make(chan struct{}),
-		ended:   make(chan struct{}),
+		closed:  make(chan struct{}),
+		tasks:   make(map[string]*task),
+		foreign: make(map[string]*foreign),
 	}
-	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	for _, opt := range opts {
 		if opt != nil {
-			opt(m)
+			opt(&m.options)
 		}
 	}
-	m.follower = newFollower(m)
-	m.hub = newHub()
-	go m.hub.run()
-	m.writer = newWriter(m)
+	m.drain = sync.OnceFunc(func() { close(m.drained) })
+	m.ctx, m.cancel = context.WithCancelCause(context.Background())
+	m.queue = queue.New[*task](m.limit)
+	openManagers.Store(m.id, nil)
+	m.writer = &writer{db: db, log: m.log, source: m, wake: make(chan struct{}, 1), stopped: make(chan struct{})}
 	go m.writer.run()
 	return m
 }
 
 // Submit stores a new operation, has fn called in a goroutine of its own, and
-// returns the operation as it then is: PENDING, or further if it is quick.
+// returns the operation as it then is: PENDING, or further along.
 //
 // When Submit returns an error, fn is never called. It does so if name is
-// empty, fn is nil or the metadata is not JSON, after Close or Shutdown
+// empty, fn is nil or the metadata can't be kept, after Close or Shutdown
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
-// that is told within about 20 seconds: up to 10 in which an earlier write
-// gives up, and 10 for this one. With a store that has the four methods only,
-// it may have to wait for as many calls as there are operations that change.
+// that takes at most about 20 seconds: up to 10 in which an earlier write gives
+// up, and 10 for this one. With a store that has only the four methods, Submit
+// may wait for one store call per changed operation.
 //
 // Submissions that arrive while a commit is under way share the next one.
 func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
 	t, err := m.newTask(name, fn, opts)
+	if err == nil {
+		err = m.insert(t)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
-	if err := m.enqueue(t); err != nil {
-		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
-	}
-	return t.snapshot(), nil
+	return m.snapshot(&t.life), nil
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -140,21 +173,16 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	}
 	now := time.Now()
 	created := now.UTC().Truncate(time.Microsecond)
+	op := &Operation{ID: id.String(), Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, owner: m.id}
 	t := &task{
-		manager: m,
-		fn:      fn,
-		began:   now,
-		saved:   make(chan error, 1),
-		done:    make(chan struct{}),
-		op: Operation{
-			ID:        id.String(),
-			Name:      validUTF8(name),
-			State:     StatePending,
-			CreatedAt: created,
-			UpdatedAt: created,
-			manager:   m,
-		},
+		id:       op.ID,
+		name:     op.Name,
+		fn:       fn,
+		created:  now,
+		inserted: make(chan error, 1),
+		life:     life{op: op, done: make(chan struct{})},
 	}
+	t.ticket.Item = t
 	for _, opt := range opts {
 		if opt == nil {
 			continue
@@ -163,87 +191,235 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 			return nil, err
 		}
 	}
-	t.first = t.op
 	return t, nil
 }
 
-// enqueue has the row of a new task committed. The writer then has it admitted.
-func (m *Manager) enqueue(t *task) error {
-	if m.writer.doubtful.Load() >= maxDoubtful {
-		return fmt.Errorf("the store has failed %d times, and has yet to tell what became of that", maxDoubtful)
-	}
+// insert has the row of a new task stored.
+func (m *Manager) insert(t *task) error {
 	m.mu.Lock()
-	if m.refuses {
+	if m.draining {
 		m.mu.Unlock()
 		return ErrClosed
 	}
 	// It is live before it is stored: whoever finds its row finds the task.
-	m.tasks[t.first.ID] = t
-	m.writer.save(t)
+	m.tasks[t.id] = t
+	m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
 	m.mu.Unlock()
-	return <-t.saved
+	m.writer.signal()
+	return <-t.inserted
 }
 
-// admit has a task whose row is committed run when it is its turn.
-func (m *Manager) admit(t *task) {
+// next implements source.
+func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	t.announce()
+	if m.lastTry && len(m.backlog.finals) == 0 { // those of what lastTry has inserted have not been tried
+		return batch{}, at, true
+	}
+	m.lastTry = m.stopping && !now.Before(m.deadline)
+	b = m.backlog.take(now, m.lastTry)
+	for i := range b.updates {
+		if w := &b.updates[i]; w.op == nil {
+			m.publish(w.t)
+			w.op = w.t.op
+		}
+	}
+	at, more := m.backlog.next()
+	if m.stopping && (!more || at.After(m.deadline)) {
+		at = m.deadline
+	}
+	return b, at, m.stopping && !more
+}
+
+// written implements source.
+func (m *Manager) written(b batch) (more bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	m.backlog.writing = nil
+	for _, w := range b.inserts {
+		m.afterInsert(w)
+	}
+	m.startNext()
+	for _, w := range b.updates {
+		more = more || retryable(w.err)
+		switch {
+		case w.final:
+			m.afterFinal(w, now)
+		case retryable(w.err):
+			m.backlog.again(w, now)
+		case w.err == nil && w.t != nil:
+			w.t.stored = w.op.State
+		}
+	}
+	more = more || len(m.backlog.retry) > 0
+	if !more {
+		m.backlog.backoff, m.backlog.retryAt = 0, time.Time{}
+	}
+	return more
+}
+
+// afterInsert lets Submit return. A task whose row is stored joins the queue.
+func (m *Manager) afterInsert(w record) {
+	t := w.t
+	t.inserted <- w.err
+	if w.err != nil {
+		m.backlog.remember(w.op, w.err)
+		m.settle(t, nil, w.err)
+		return
+	}
+	t.stored = StatePending
+	m.emit(t, false)
 	switch {
-	case m.closed:
-		t.finish(outcome{state: StateFailed, err: errTextShutdown})
-	case !t.finishing(): // by Cancel
-		m.queue.add(t)
-		m.startNext()
+	case t.final != nil: // cancelled by someone who has found its row
+		m.storeFinal(t)
+	case m.closing:
+		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
+	default:
+		m.queue.Add(&t.ticket)
+	}
+}
+
+// afterFinal settles a task whose final state is stored. If it can't be, that
+// is shown and tried again.
+func (m *Manager) afterFinal(w record, now time.Time) {
+	t := w.t
+	switch {
+	case w.err == nil:
+		m.settle(t, w.op, nil)
+	case !retryable(w.err):
+		m.settle(t, nil, ErrNotFound)
+	default:
+		m.backlog.again(w, now)
+		t.refused = w.err
+		text := validUTF8(fmt.Sprintf("%s, which can't be stored yet: %v", t.final.State, w.err))
+		if text != t.op.Error {
+			op := *t.op
+			op.Error = text
+			t.op = &op
+			m.emit(t, true)
+		}
+	}
+}
+
+// settle ends the life of a task: op is stored, or err says why nothing is.
+func (m *Manager) settle(t *task, op *Operation, err error) {
+	t.op, t.err = cmp.Or(op, t.op), err
+	m.emit(t, false)
+	delete(m.tasks, t.id)
+	close(t.done)
+	if m.stopping {
+		m.deadline = time.Now().Add(closeGrace)
+	}
+	if m.draining && len(m.tasks) == 0 {
+		m.drain()
 	}
 }
 
 // startNext starts every task whose turn it is. The caller holds m.mu.
 func (m *Manager) startNext() {
-	for t := m.queue.next(); t != nil; t = m.queue.next() {
-		m.functions.Go(func() {
-			defer m.release(t)
-			t.run(m.ctx)
+	for t, ok := m.queue.Next(); ok; t, ok = m.queue.Next() {
+		var ctx context.Context
+		ctx, t.cancel = context.WithCancelCause(context.WithValue(m.ctx, contextKey{}, running{m, t}))
+		t.change(func(op *Operation) {
+			op.State = StateRunning
+			op.StartedAt = op.UpdatedAt
 		})
+		m.emit(t, false)
+		m.changed(t)
+		m.functions.Go(func() { m.run(ctx, t) })
 	}
 }
 
-// release lets others run in the place of a task whose function has returned.
-func (m *Manager) release(t *task) {
-	if m.queue.limit == 0 && len(t.locks) == 0 { // nobody waits for it
+// run is the goroutine of a function.
+func (m *Manager) run(ctx context.Context, t *task) {
+	var end outcome
+	defer func() { // also if the function calls runtime.Goexit
+		m.mu.Lock()
+		m.finish(t, end)
+		m.queue.Done(&t.ticket)
+		m.startNext()
+		m.mu.Unlock()
+		t.cancel(nil)
+	}()
+	t.run(ctx, func(progress int) { m.report(t, progress) }, m.log, &end)
+}
+
+// finish decides how an operation ends and has that stored. The caller holds
+// m.mu.
+func (m *Manager) finish(t *task, end outcome) {
+	m.publish(t)
+	if t.finish(end) && t.stored != "" {
+		m.storeFinal(t)
+	}
+}
+
+// storeFinal has the final state of a task stored, once its first row is. The
+// caller holds m.mu.
+func (m *Manager) storeFinal(t *task) {
+	m.backlog.finals = append(m.backlog.finals, record{t: t, op: t.final, final: true})
+	m.writer.signal()
+}
+
+// report is the update function of a Func.
+func (m *Manager) report(t *task, progress int) {
+	if !t.report(progress) {
 		return
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.queue.done(t)
-	m.startNext()
-}
-
-// withdraw takes a cancelled task out of the queue.
-func (m *Manager) withdraw(t *task) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.queue.remove(t)
-	m.startNext()
-}
-
-// forget drops a task that has nothing left to store.
-func (m *Manager) forget(t *task) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.tasks, t.first.ID)
-	if m.refuses && len(m.tasks) == 0 {
-		m.drain()
+	m.changed(t)
+	if m.progress == nil && m.events.Readers() > 0 {
+		m.progress = time.AfterFunc(progressDelay, m.publishProgress)
 	}
 }
 
-// drain closes drained. The caller holds m.mu.
-func (m *Manager) drain() {
-	select {
-	case <-m.drained:
-	default:
-		close(m.drained)
+// changed has the present state of a task stored some time soon. The caller
+// holds m.mu.
+func (m *Manager) changed(t *task) {
+	if m.backlog.change(t) {
+		m.writer.signal()
 	}
+}
+
+// running is what the context of a function holds: see operation.go.
+type running struct {
+	m *Manager
+	t *task
+}
+
+func (r running) snapshot() *Operation { return r.m.snapshot(&r.t.life) }
+
+func (r running) setMetadata(metadata any) error {
+	r.m.mu.Lock()
+	defer r.m.mu.Unlock()
+	if r.t.word.Load()&wordReturned != 0 {
+		return errors.New("its function has returned")
+	}
+	r.t.change(func(op *Operation) { op.Metadata = metadata })
+	r.m.emit(r.t, true)
+	r.m.changed(r.t)
+	return nil
+}
+
+// snapshot returns an operation, as it is now, as callers get it.
+func (m *Manager) snapshot(l *life) *Operation {
+	m.mu.Lock()
+	if t := m.tasks[l.op.ID]; t != nil {
+		m.publish(t)
+	}
+	op := l.op
+	m.mu.Unlock()
+	return m.copyOut(op)
+}
+
+// copyOut returns a copy of op for a caller.
+func (m *Manager) copyOut(op *Operation) *Operation {
+	c := *op
+	c.Metadata = roundTrip(c.Metadata)
+	c.Result = roundTrip(c.Result)
+	c.manager, c.owner = m, ""
+	return &c
 }
 
 // live returns the live operation with that ID, or nil.
@@ -253,78 +429,25 @@ func (m *Manager) live(id string) *task {
 	return m.tasks[id]
 }
 
-// liveTasks returns all live operations, by order of submission.
-func (m *Manager) liveTasks() []*task {
-	m.mu.Lock()
-	tasks := slices.Collect(maps.Values(m.tasks))
-	m.mu.Unlock()
-	slices.SortFunc(tasks, func(a, b *task) int { return cmp.Compare(a.first.ID, b.first.ID) })
-	return tasks
-}
-
-// present makes what callers get of op, a copy of their own.
-func (m *Manager) present(op Operation) *Operation {
-	op.Metadata = roundTrip(op.Metadata)
-	op.Result = roundTrip(op.Result)
-	op.manager = m
-	return &op
-}
-
 // Get returns the operation with that ID, live from memory and finished from
 // the database, and whether there is one. An error of the database is logged.
 func (m *Manager) Get(id string) (*Operation, bool) {
 	op, err := m.get(id)
-	if err != nil {
-		if !errors.Is(err, ErrNotFound) {
-			m.log.Error("task: get", "id", id, "err", err)
-		}
-		return nil, false
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		m.log.Error("task: get", "id", id, "err", err)
 	}
-	return op, true
+	return op, err == nil
 }
 
 func (m *Manager) get(id string) (*Operation, error) {
 	if t := m.live(id); t != nil {
-		return t.snapshot(), nil
+		return m.snapshot(&t.life), nil
 	}
-	return m.stored(id)
-}
-
-// stored returns the operation as it is in the database.
-func (m *Manager) stored(id string) (*Operation, error) {
-	op, err := m.db.Get(id)
+	op, err := get(m.db, id)
 	if err != nil {
 		return nil, err
 	}
-	if op == nil {
-		return nil, ErrNotFound
-	}
-	return m.present(*op), nil
-}
-
-// A ListOption says which operations [Manager.List] is to return. Of several
-// that say the same, the last one counts.
-type ListOption func(*Filter)
-
-// ByState lets List return only operations in one of those states, or in any
-// if none is given.
-func ByState(states ...State) ListOption {
-	return func(f *Filter) { f.States = slices.Compact(slices.Sorted(slices.Values(states))) }
-}
-
-// ByName lets List return only operations with exactly that name, or with any
-// if it is empty. No index helps with that: in a long history a rare name
-// takes a while.
-func ByName(name string) ListOption {
-	return func(f *Filter) { f.Name = validUTF8(name) }
-}
-
-// Before lets List return only operations that were submitted before the one
-// with that ID, or all if it is empty: the last operation of a page leads to
-// the next one, whatever has been submitted meanwhile, and with SQLite that as
-// fast as to the first.
-func Before(id string) ListOption {
-	return func(f *Filter) { f.Before = id }
+	return m.copyOut(op), nil
 }
 
 // List returns up to limit operations after skipping offset, the newest
@@ -356,16 +479,10 @@ func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, err
 }
 
 func (m *Manager) list(f Filter, limit, offset int) ([]*Operation, error) {
-	if len(f.States) == 0 && f.Name == "" && f.Before == "" {
-		rows, err := m.db.List(limit, offset)
-		return m.appendCurrent(make([]*Operation, 0, len(rows)), f, rows), err
-	}
-	if len(f.States) > 0 {
-		m.writer.flush() // or the database would say PENDING of what is RUNNING
-	}
 	ops := []*Operation{}
-	more := false
-	for {
+	asked := f
+	for more := false; ; more = true {
+		m.correct(&f)
 		want := limit - len(ops)
 		rows, err := listFiltered(m.db, f, want, offset)
 		if more && errors.Is(err, ErrNotFound) { // the last one has been deleted meanwhile
@@ -374,87 +491,89 @@ func (m *Manager) list(f Filter, limit, offset int) ([]*Operation, error) {
 		if err != nil {
 			return nil, err
 		}
-		ops = m.appendCurrent(ops, f, rows)
-		if len(rows) < want || len(ops) == limit {
-			return ops, nil
+		for _, row := range rows {
+			if op := m.refresh(row); op != nil && asked.matches(op) {
+				ops = append(ops, op)
+			}
 		}
-		last := rows[len(rows)-1]
-		if last == nil || last.ID == "" { // other code's
+		if len(rows) < want || len(ops) == limit || rows[want-1] == nil || rows[want-1].ID == "" {
 			return ops, nil
 		}
 		// Some have changed since they were found: there may be more.
-		f.Before, offset, more = last.ID, 0, true
+		f.Before, offset = rows[want-1].ID, 0
 	}
 }
 
-// appendCurrent appends the operations of stored rows as they are now, if the
-// filter still matches.
-func (m *Manager) appendCurrent(ops []*Operation, f Filter, rows []*Operation) []*Operation {
-	for _, row := range rows {
-		if row == nil {
-			continue
-		}
-		if op := m.current(row); op != nil && f.matches(op) {
-			ops = append(ops, op)
+// correct notes in a filter by state which operations are in another state than
+// the one stored.
+func (m *Manager) correct(f *Filter) {
+	f.Include, f.Exclude = nil, nil
+	if len(f.States) == 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for t := range m.backlog.unstored {
+		if slices.Contains(f.States, t.op.State) {
+			f.Include = append(f.Include, t.id)
+		} else {
+			f.Exclude = append(f.Exclude, t.id)
 		}
 	}
-	return ops
+	slices.Sort(f.Include)
+	slices.Sort(f.Exclude)
 }
 
-// current returns the operation of a stored row as it is now, or nil if it has
+// refresh returns the operation of a stored row as it is now, or nil if it has
 // been deleted meanwhile.
-func (m *Manager) current(row *Operation) *Operation {
-	if t := m.live(row.ID); t != nil {
-		return t.snapshot()
+func (m *Manager) refresh(row *Operation) *Operation {
+	if row == nil {
+		return nil
 	}
-	if row.State.live() {
-		// It is another manager's, or it has finished since the row was read:
-		// then that is in the database by now.
-		op, err := m.stored(row.ID)
-		if err == nil || errors.Is(err, ErrNotFound) {
+	if row.State.live() || m.live(row.ID) != nil {
+		// If it is not live any more, the database has its final state by now.
+		if op, err := m.get(row.ID); err == nil || errors.Is(err, ErrNotFound) {
 			return op
 		}
 	}
-	return m.present(*row)
+	return m.copyOut(row)
 }
 
-// Cancel cancels the operation with that ID. A RUNNING one has its context
-// cancelled with the cause [ErrCancelled], and Cancel returns at once; the
-// operation becomes CANCELLED when its function returns an error, and DONE if
-// it returns none. A PENDING one becomes CANCELLED without its function ever
-// being called, and Cancel returns once that is stored, or with an error when
-// storing it fails; that is then tried again for as long as the manager lives.
+// Cancel cancels the operation with that ID, and returns at once. A PENDING
+// one becomes CANCELLED without its function ever being called. A RUNNING one
+// has its context cancelled with the cause [ErrCancelled]; it becomes CANCELLED
+// when its function returns an error, and DONE if it returns none. If the
+// process dies before the next commit, the request is lost: whoever must know
+// waits for the operation.
 //
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
 // finished, and an error that wraps [errors.ErrUnsupported] if another manager
 // runs it.
 func (m *Manager) Cancel(id string) error {
-	t := m.live(id)
+	m.mu.Lock()
+	t := m.tasks[id]
 	if t == nil {
-		return fmt.Errorf("task: cancel %s: %w", id, m.whyNotLive(id))
+		m.mu.Unlock()
+		return fmt.Errorf("task: cancel %s: %w", id, m.cancelError(id))
 	}
-	failed := t.stop()
-	if failed == nil {
-		return nil
+	var cancel context.CancelCauseFunc
+	if t.op.State == StatePending {
+		m.queue.Remove(&t.ticket)
+		m.finish(t, outcome{state: StateCancelled})
+		m.startNext()
+	} else if t.word.Load()&wordReturned == 0 {
+		cancel = t.cancel
 	}
-	m.withdraw(t)
-	select {
-	case <-t.done:
-		if t.err != nil {
-			return fmt.Errorf("task: cancel %s: %w", id, t.err)
-		}
-		if state := t.snapshot().State; state != StateCancelled { // Close was quicker
-			return fmt.Errorf("task: cancel %s: already %s: %w", id, state, ErrNotFound)
-		}
-		return nil
-	case <-failed:
-		return fmt.Errorf("task: cancel %s: %s", id, t.snapshot().Error)
+	m.mu.Unlock()
+	if cancel != nil {
+		cancel(ErrCancelled)
 	}
+	return nil
 }
 
-// whyNotLive tells why this manager can't cancel an operation.
-func (m *Manager) whyNotLive(id string) error {
-	op, err := m.stored(id)
+// cancelError returns why this manager can't cancel an operation.
+func (m *Manager) cancelError(id string) error {
+	op, err := m.get(id)
 	switch {
 	case err != nil:
 		return err
@@ -477,35 +596,63 @@ func (m *Manager) whyNotLive(id string) error {
 // A Func that waits for an operation which can't start before it ends waits
 // for ever; that is not detected.
 func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
-	t := m.live(id)
-	if t == nil {
-		op, err := m.stored(id)
-		if err != nil {
-			return nil, fmt.Errorf("task: wait for %s: %w", id, err)
+	l, leave, err := m.find(id)
+	if err != nil {
+		return nil, fmt.Errorf("task: wait for %s: %w", id, err)
+	}
+	defer leave()
+	if err := await(ctx, l.done); err != nil {
+		op, getErr := m.get(id)
+		if getErr != nil {
+			op = m.snapshot(l)
 		}
-		if !op.State.live() {
-			return op, nil
-		}
-		return m.follower.wait(ctx, op)
+		return op, err
+	}
+	switch {
+	case errors.Is(l.err, ErrNotFound):
+		return nil, fmt.Errorf("task: wait for %s: %w", id, l.err)
+	case l.err != nil:
+		return m.copyOut(l.op), fmt.Errorf("task: wait for %s: %w", id, l.err)
+	}
+	return m.copyOut(l.op), nil
+}
+
+// await waits until done is closed, or else for the end of ctx, whose error it
+// returns.
+func await(ctx context.Context, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
 	}
 	select {
-	case <-t.done:
+	case <-done:
+		return nil
 	default:
-		select {
-		case <-t.done:
-		case <-ctx.Done():
-			return t.snapshot(), ctx.Err()
-		}
+		return ctx.Err()
 	}
-	if t.err != nil {
-		return t.snapshot(), fmt.Errorf("task: wait for %s: %w", id, t.err)
+}
+
+// find returns the life of an operation, and a function to call in the end.
+func (m *Manager) find(id string) (l *life, leave func(), err error) {
+	if t := m.live(id); t != nil {
+		return &t.life, func() {}, nil
 	}
-	return t.snapshot(), nil
+	row, err := get(m.db, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !row.State.live() {
+		l := newLife(row)
+		return &l, func() {}, nil
+	}
+	f := m.follow(row)
+	return &f.life, func() { m.unfollow(f) }, nil
 }
 
 // Prune deletes the operations that finished before that time from the history,
 // a few at a time, so that Submit is not held up, and returns how many it has
-// deleted. It looks at the whole history. With a store that can't delete, that is an error which wraps
+// deleted. With a store that can't delete, that is an error which wraps
 // [errors.ErrUnsupported]; see [Pruner].
 func (m *Manager) Prune(before time.Time) (int, error) {
 	n, err := m.prune(context.Background(), before)
@@ -525,25 +672,20 @@ func (m *Manager) prune(ctx context.Context, before time.Time) (n int, err error
 	return n, nil
 }
 
-// keepPruning deletes operations from the history once they are old enough,
+// pruneLoop deletes operations from the history once they are old enough,
 // until the manager is closed.
-func (m *Manager) keepPruning() {
+func (m *Manager) pruneLoop() {
 	every := min(max(m.retention/10, time.Second), time.Hour)
-	for {
+	for ok := m.retention > 0; ok; ok = sleep(m.ctx, every) {
 		n, err := m.prune(m.ctx, time.Now().Add(-m.retention))
 		if errors.Is(err, errors.ErrUnsupported) {
-			m.log.Error("task: the history is kept for ever", "err", err)
+			m.log.Error("task: the history is kept for good", "err", err)
 			return
 		}
 		if err != nil {
 			m.log.Error("task: pruning failed, will be tried again", "err", err)
 		}
 		m.log.Debug("task: pruned", "count", n)
-		select {
-		case <-m.ctx.Done():
-			return
-		case <-time.After(every):
-		}
 	}
 }
 
@@ -553,48 +695,37 @@ func (m *Manager) updateProgress(id string, progress int) error {
 	if t == nil {
 		return fmt.Errorf("task: update progress of %s: %w", id, ErrNotFound)
 	}
-	t.report(progress)
+	m.report(t, progress)
 	return nil
 }
 
-// refuse makes Submit return ErrClosed from now on.
-func (m *Manager) refuse() {
+// Shutdown stops accepting operations and waits for the rest: Submit returns
+// [ErrClosed] from now on, and Shutdown returns nil once every operation has
+// finished, with the manager closed. If ctx is done first it returns ctx's
+// error, and the operations go on; call Close to end them.
+func (m *Manager) Shutdown(ctx context.Context) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.refuses = true
+	m.draining = true
 	if len(m.tasks) == 0 {
 		m.drain()
 	}
-}
-
-// Shutdown lets the manager run dry: Submit returns [ErrClosed] from now on,
-// and Shutdown returns nil once every operation has finished, with the manager
-// closed. If ctx is done first it returns ctx's error, and the operations go
-// on; call Close to end them.
-func (m *Manager) Shutdown(ctx context.Context) error {
-	m.refuse()
-	select {
-	case <-m.drained:
-		return m.Close()
-	default:
+	m.mu.Unlock()
+	if err := await(ctx, m.drained); err != nil {
+		return err
 	}
-	select {
-	case <-m.drained:
-		return m.Close()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return m.Close()
 }
 
 // Close ends the manager: Submit returns [ErrClosed] from now on, the context
 // of every function is cancelled with that cause, and Close returns once all
 // functions have returned and all final states are stored. Operations whose
 // function then returns an error, and those that never started, are FAILED
-// with the error "Task failed due to system shutdown", followed by that error.
+// with the error "Task failed due to system shutdown", followed by the
+// function's error unless that is the context's own.
 //
 // Close waits for functions without a limit. Then it stores what is not stored
-// yet, until that has not got on for 5 seconds, and returns an error that names
-// each operation it had to leave. A write that is under way is waited for, so
+// yet, until 5 seconds pass without progress, and returns an error that names
+// each operation it had to leave. It waits for a write that is under way, so
 // that this can take 20 seconds with a locked SQLite database. Once the store
 // is closed too, the next manager to start marks those as interrupted.
 //
@@ -603,48 +734,51 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	first := !m.closing
-	m.closing = true
+	m.closing, m.draining = true, true
+	for _, t := range m.queue.Clear() {
+		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
+	}
 	m.mu.Unlock()
 	if first {
 		m.closeErr = m.close()
-		close(m.ended)
+		close(m.closed)
 	}
-	<-m.ended
+	<-m.closed
 	return m.closeErr
 }
 
 func (m *Manager) close() error {
-	m.refuse()
-	m.endQueue()
 	m.cancel(ErrClosed)
 	m.functions.Wait()
-	err := m.writer.close()
-	m.hub.close()
+	m.mu.Lock()
+	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
+	m.backlog.retryAt = time.Time{}
+	m.mu.Unlock()
+	m.writer.signal()
+	<-m.writer.stopped
+	openManagers.Delete(m.id)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.events.Close(ErrClosed)
+	return m.abandon()
+}
+
+// abandon gives up what could not be stored, and returns an error that names it.
+// The caller holds m.mu.
+func (m *Manager) abandon() error {
+	var errs []error
+	for _, t := range m.sorted() {
+		t.refused = cmp.Or(t.refused, errors.New("the store took too long"))
+		errs = append(errs, fmt.Errorf("task: close: final state %s of %s (%.64q) not stored: %w",
+			t.final.State, t.id, t.name, t.refused))
+		t.err = fmt.Errorf("final state not stored: %w: %w", ErrClosed, t.refused)
+		close(t.done)
+	}
 	m.drain()
-	return err
+	return errors.Join(errs...)
 }
 
-// endQueue has no function started any more.
-func (m *Manager) endQueue() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.closed = true
-	for _, t := range m.queue.clear() {
-		t.finish(outcome{state: StateFailed, err: errTextShutdown})
-	}
-}
-
-// alive reports whether m may still run and store operations.
-func (m *Manager) alive() bool {
-	if m == nil {
-		return false
-	}
-	select {
-	case <-m.writer.stopped:
-		return false
-	default:
-		return true
-	}
+// sorted returns the live tasks by order of submission. The caller holds m.mu.
+func (m *Manager) sorted() []*task {
+	return slices.SortedFunc(maps.Values(m.tasks), func(a, b *task) int { return cmp.Compare(a.id, b.id) })
 }

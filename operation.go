@@ -7,19 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime/debug"
-	"runtime/pprof"
-	"runtime/trace"
 	"strings"
-	"sync"
 	"time"
 )
 
 // An Operation is a snapshot of one long-running piece of work: a plain value
-// that never changes behind its holder's back, and that its holder may change
-// without anybody noticing.
-//
-// It may be handed from goroutine to goroutine like any other value.
+// that later changes of the operation don't affect, and that its holder may
+// modify. It may be passed between goroutines like any other value.
 type Operation struct {
 	ID       string `json:"id"` // a UUID, version 7
 	Name     string `json:"name"`
@@ -34,18 +28,20 @@ type Operation struct {
 	Result   interface{} `json:"result,omitempty"`
 
 	// Error is the text of the error that the function returned, or says what
-	// else went wrong. That of an unfinished operation is not empty only while
-	// its final state can't be stored; it then says which state and why.
+	// else went wrong. An unfinished operation has one only while its final
+	// state can't be stored; it then says which state and why.
 	Error string `json:"error,omitempty"`
 
 	// The times are in UTC, to the microsecond. StartedAt and UpdatedAt are
-	// CreatedAt plus the time that has passed on the monotonic clock, so that
-	// no duration is negative when somebody sets the clock back.
+	// those of the wall clock, but never earlier than CreatedAt plus the time
+	// that has passed on the monotonic clock: no duration is negative because
+	// somebody has set the clock back.
 	CreatedAt time.Time `json:"created_at"`
 	StartedAt time.Time `json:"started_at,omitzero"` // zero if it never started
 	UpdatedAt time.Time `json:"updated_at"`          // the finish time, once finished
 
 	manager *Manager // nil if the operation did not come from one
+	owner   string   // the ID of the manager that has submitted it, for MemoryStore
 }
 
 // Cancel does what [Manager.Cancel] does with op.ID.
@@ -75,367 +71,116 @@ func convert(from, to any) error {
 	return json.Unmarshal(raw, to)
 }
 
-func (op *Operation) setMetadata(v any) error {
-	raw, err := encode(v)
-	if err != nil {
-		return fmt.Errorf("metadata: %w", err)
+// maxValue is how long metadata and results may be as JSON.
+const maxValue = 16 << 20
+
+// encode is marshal for a new value: one that is too long is an error.
+func encode(v any) (any, error) {
+	value, err := marshal(v)
+	if raw, _ := value.(json.RawMessage); len(raw) > maxValue {
+		return nil, fmt.Errorf("%T takes %d bytes as JSON: more than %d are not kept", v, len(raw), maxValue)
 	}
-	op.Metadata = rawOrNil(raw)
-	return nil
+	return value, err
 }
 
-// encode returns v as JSON, or nil for what JSON calls null. It returns an
-// error for whatever can't make the round trip, a panicking MarshalJSON
-// included.
-func encode(v any) (raw json.RawMessage, err error) {
+// marshal returns v as a json.RawMessage, or nil for what JSON calls null. It
+// returns an error for a value that can't make the round trip, also when
+// MarshalJSON panics.
+func marshal(v any) (value any, err error) {
 	if v == nil {
 		return nil, nil
 	}
 	defer func() {
 		if r := recover(); r != nil {
-			raw, err = nil, fmt.Errorf("encoding %T as JSON: panic: %v", v, r)
+			value, err = nil, fmt.Errorf("encoding %T as JSON: panic: %v", v, r)
 		}
 	}()
-	raw, err = json.Marshal(v)
-	if err != nil {
+	raw, err := json.Marshal(v)
+	switch {
+	case err != nil:
 		return nil, err
-	}
-	if !json.Valid(raw) { // Marshal nests deeper than Unmarshal reads
+	case !json.Valid(raw): // Marshal nests deeper than Unmarshal reads
 		return nil, fmt.Errorf("encoding %T as JSON: nested too deeply", v)
-	}
-	if string(raw) == "null" {
+	case string(raw) == "null":
 		return nil, nil
 	}
-	return raw, nil
+	return json.RawMessage(raw), nil
 }
 
-// decode is the other half of the round trip. What is no JSON becomes nil:
-// a bad cell in a database must not hide the rest of the row.
+// decode is the other half of the round trip. Invalid JSON decodes as nil: a
+// bad cell in a database must not hide the rest of the row.
 func decode(raw json.RawMessage) any {
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.UseNumber()
 	var v any
-	if d.Decode(&v) != nil {
-		return nil
-	}
-	if _, err := d.Token(); err != io.EOF {
+	if d.Decode(&v) != nil || d.Decode(new(any)) != io.EOF {
 		return nil
 	}
 	return v
 }
 
-// roundTrip gives the caller a copy of v of its own, as JSON makes it.
+// roundTrip returns a copy of v, as JSON makes it.
 func roundTrip(v any) any {
-	if v == nil {
-		return nil
-	}
-	raw, _ := rawJSON(v)
+	value, _ := stored(v)
+	raw, _ := value.(json.RawMessage)
 	return decode(raw)
 }
 
-// rawJSON returns a value of an operation as JSON; what is encoded already, as
-// it is.
-func rawJSON(v any) (json.RawMessage, error) {
-	if raw, ok := v.(json.RawMessage); ok {
+// stored returns a value of an operation as stores are given it: nil or a
+// json.RawMessage, which is encoded already.
+func stored(v any) (any, error) {
+	if raw, ok := v.(json.RawMessage); ok && len(raw) > 0 {
 		return raw, nil
+	} else if ok {
+		return nil, nil
 	}
-	return encode(v)
+	return marshal(v)
 }
 
-// encode makes Metadata and Result what stores are given.
-func (op *Operation) encode() error {
-	metadata, err := rawJSON(op.Metadata)
-	if err != nil {
+// encode turns Metadata and Result into what stores are given.
+func (op *Operation) encode() (err error) {
+	if op.Metadata, err = stored(op.Metadata); err != nil {
 		return fmt.Errorf("metadata: %w", err)
 	}
-	result, err := rawJSON(op.Result)
-	if err != nil {
+	if op.Result, err = stored(op.Result); err != nil {
 		return fmt.Errorf("result: %w", err)
 	}
-	op.Metadata, op.Result = rawOrNil(metadata), rawOrNil(result)
 	return nil
 }
 
-// rawOrNil keeps an empty json.RawMessage from becoming a non-nil interface.
-func rawOrNil(raw json.RawMessage) any {
-	if len(raw) == 0 {
-		return nil
-	}
-	return raw
-}
-
-// validUTF8 makes s something that both a database and JSON give back as it is.
+// validUTF8 replaces what a database and JSON would not both return as it is.
 func validUTF8(s string) string {
 	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
-// A task is an operation that this manager answers for: from Submit until its
-// final state is stored.
-type task struct {
-	// Immutable.
-	manager *Manager
-	fn      Func
-	began   time.Time  // CreatedAt, with its monotonic reading
-	first   Operation  // as submitted
-	saved   chan error // gets the outcome of storing first
-
-	// done is closed once the final state is stored, or is known never to be.
-	done chan struct{}
-
-	turn // guarded by manager.mu
-
-	mu     sync.Mutex // guards what follows; manager.mu may be held when taking it
-	op     Operation  // as shown; Metadata and Result are json.RawMessage or nil
-	cancel context.CancelCauseFunc
-	over   bool          // fn has returned, or never will be called
-	final  *Operation    // how it ended, waiting to be stored; immutable once set
-	failed chan struct{} // if not nil: closed when storing final fails
-	err    error         // set before done is closed: why no final state is stored
-	dirty  bool          // the writer knows that op has changed
-
-	announced bool // the row is stored: watchers may know
-
-	// What follows belongs to the writer's goroutine.
-	doubtful bool  // Save returned an error: there should be no row
-	refused  bool  // a change could not be stored
-	writeErr error // why final could not be stored
-	strikes  int   // see maxStrikes
-}
-
-// now returns the time on the task's own clock, which is never set back.
-func (t *task) now() time.Time {
-	return t.first.CreatedAt.Add(time.Since(t.began)).Truncate(time.Microsecond)
-}
-
-// snapshot returns the operation as it is shown to callers.
-func (t *task) snapshot() *Operation {
-	t.mu.Lock()
-	op := t.op
-	t.mu.Unlock()
-	return t.manager.present(op)
-}
-
-// report is the update function of a Func.
-func (t *task) report(progress int) {
-	progress = min(max(progress, 0), 100)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.over || t.op.Progress == progress {
-		return
-	}
-	t.op.Progress = progress
-	t.changed(false)
-}
-
-// changed has the writer store the operation some time soon, and the watchers
-// told. The caller holds t.mu.
-func (t *task) changed(state bool) {
-	t.op.UpdatedAt = t.now()
-	t.tell(state)
-	if !t.dirty {
-		t.dirty = true
-		t.manager.writer.touch(t)
-	}
-}
-
-// tell tells the watchers what the operation is now, at once if that is another
-// state. The caller holds t.mu.
-func (t *task) tell(state bool) {
-	if t.announced && t.manager.hub.watched.Load() > 0 {
-		t.manager.hub.tell(t.news(), state)
-	}
-}
-
-// news returns what there is to tell. The caller holds t.mu.
-func (t *task) news() news {
-	return news{op: t.op, err: t.err}
-}
-
-// announce tells the watchers that there is such an operation.
-func (t *task) announce() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.announced = true
-	t.tell(true)
-}
-
-// start makes the task RUNNING, unless it has been cancelled meanwhile.
-func (t *task) start(cancel context.CancelCauseFunc) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.over {
-		return false
-	}
-	t.cancel = cancel
-	t.op.State = StateRunning
-	t.op.StartedAt = t.now()
-	t.changed(true)
-	return true
-}
-
-// returned notes that fn has returned: what Cancel or Close do from here on
-// changes nothing any more. It returns why the context was cancelled by then.
-func (t *task) returned(ctx context.Context) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.over = true
-	return context.Cause(ctx)
-}
-
-// An outcome is how an operation ended.
-type outcome struct {
-	state  State
-	result json.RawMessage
-	err    string
-}
-
-// run is the goroutine of one operation.
-func (t *task) run(ctx context.Context) {
-	ctx, cancel := context.WithCancelCause(context.WithValue(ctx, contextKey{}, t))
-	defer cancel(nil)
-	if ctx.Err() != nil { // closed before it could start
-		t.finish(outcome{state: StateFailed, err: errTextShutdown})
-		return
-	}
-	if !t.start(cancel) {
-		return
-	}
-	// What stands in end if runtime.Goexit ends this goroutine.
-	end := outcome{state: StateFailed, err: "the function called runtime.Goexit"}
-	defer func() { t.finish(end) }()
-
-	ctx, region := trace.NewTask(ctx, t.first.Name)
-	defer region.End()
-	labels := pprof.Labels("task", t.first.Name, "task_id", t.first.ID)
-	pprof.Do(ctx, labels, func(ctx context.Context) { t.call(ctx, &end) })
-}
-
-// call calls fn and writes to end what comes of it. All the code that the user
-// supplies runs in here: fn, its error's Error, its value's MarshalJSON. Each
-// may panic, and each may call runtime.Goexit, upon which end holds what was
-// known until then.
-func (t *task) call(ctx context.Context, end *outcome) {
-	defer func() {
-		if r := recover(); r != nil {
-			*end = outcome{state: StateFailed, err: fmt.Sprint("panic: ", r)}
-			t.manager.log.Error("task: function panicked", "id", t.first.ID, "name", t.first.Name,
-				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
-		}
-	}()
-	value, err := t.fn(ctx, t.report)
-	cause := t.returned(ctx)
-	if err == nil {
-		*end = outcome{state: StateDone, err: "result not kept: MarshalJSON called runtime.Goexit"}
-	} else {
-		*end = outcome{state: StateFailed, err: err.Error()}
-		switch {
-		case errors.Is(cause, ErrCancelled):
-			end.state = StateCancelled
-		case errors.Is(cause, ErrClosed):
-			end.err = errTextShutdown + ": " + end.err
-		}
-	}
-	result, encodeErr := encode(value)
-	end.result = result
-	if err == nil {
-		end.err = ""
-	}
-	if encodeErr != nil {
-		end.err = joinText(end.err, "result not kept: "+encodeErr.Error())
-		t.manager.log.Error("task: result not kept", "id", t.first.ID, "name", t.first.Name, "err", encodeErr)
-	}
-}
-
-func joinText(a, b string) string {
-	if a == "" {
-		return b
-	}
-	return a + " (" + b + ")"
-}
-
-// finish decides how the operation ends and has that stored. Every terminal
-// transition comes through here; only the first one of a task counts.
-func (t *task) finish(end outcome) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.finishLocked(end)
-}
-
-// finishLocked is finish for a caller that holds t.mu.
-func (t *task) finishLocked(end outcome) {
-	if t.final != nil {
-		return
-	}
-	t.over = true
-	final := t.op
-	final.State = end.state
-	if end.state == StateDone {
-		final.Progress = 100
-	}
-	final.Result = rawOrNil(end.result)
-	final.Error = validUTF8(end.err)
-	final.UpdatedAt = t.now()
-	t.final = &final
-	t.manager.writer.finish(t)
-}
-
-// finishing reports whether it is decided how the operation ends.
-func (t *task) finishing() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.final != nil
-}
-
-// stop is Cancel: of a PENDING operation at once, of a RUNNING one by way of
-// its context, and without any effect once its function has returned. For one
-// that was PENDING it returns a channel that is closed if storing that fails.
-func (t *task) stop() (failed <-chan struct{}) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.op.State == StatePending {
-		if t.failed == nil {
-			t.failed = make(chan struct{})
-		}
-		t.finishLocked(outcome{state: StateCancelled})
-		return t.failed
-	}
-	if !t.over {
-		t.cancel(ErrCancelled)
-	}
-	return nil
-}
-
+// contextKey finds the running of a Func in its context.
 type contextKey struct{}
 
 // FromContext returns a snapshot of the operation whose [Func] was given ctx,
 // or a context derived from it. It reports false for any other context.
 func FromContext(ctx context.Context) (*Operation, bool) {
-	t, ok := ctx.Value(contextKey{}).(*task)
+	r, ok := ctx.Value(contextKey{}).(running)
 	if !ok {
 		return nil, false
 	}
-	return t.snapshot(), true
+	return r.snapshot(), true
 }
 
 // SetMetadata replaces the metadata of the operation whose [Func] was given
 // ctx. Like progress it is seen at once and stored soon after. It returns an
-// error if ctx is no such context, if JSON can't hold v, or if the function
-// has returned.
+// error if ctx is no such context, if JSON can't hold v in 16 MiB, or if the
+// function has returned.
 func SetMetadata(ctx context.Context, v any) error {
-	t, ok := ctx.Value(contextKey{}).(*task)
+	r, ok := ctx.Value(contextKey{}).(running)
 	if !ok {
 		return errors.New("task: set metadata: the context is not that of an operation")
 	}
-	var with Operation
-	if err := with.setMetadata(v); err != nil {
-		return fmt.Errorf("task: set metadata of %s: %w", t.first.ID, err)
+	metadata, err := encode(v)
+	if err == nil {
+		err = r.setMetadata(metadata)
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.over {
-		return fmt.Errorf("task: set metadata of %s: its function has returned", t.first.ID)
+	if err != nil {
+		return fmt.Errorf("task: set metadata of %s: %w", r.t.id, err)
 	}
-	t.op.Metadata = with.Metadata
-	t.changed(false)
 	return nil
 }

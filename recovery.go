@@ -6,41 +6,52 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sync"
 	"time"
 )
 
-// pollInterval is how often the operations of other managers are looked at
-// while somebody waits for them.
-const pollInterval = 100 * time.Millisecond
+const (
+	// pollInterval is how often the operations of other managers are looked at
+	// while somebody waits for them.
+	pollInterval = 100 * time.Millisecond
+
+	// recoverEvery is how many such looks there are to one at whether those
+	// managers are alive.
+	recoverEvery = 10
+
+	// maxOrphanLogs is how many recovered operations are logged one by one.
+	maxOrphanLogs = 100
+)
 
 // recover marks what dead processes have left unfinished as failed.
 func (m *Manager) recover() error {
+	return m.recoverFrom(func(id string) bool { return m.live(id) != nil })
+}
+
+func (m *Manager) recoverFrom(live func(id string) bool) error {
 	n := 0
-	live := func(id string) bool { return m.live(id) != nil }
 	defer func() {
 		if n > 0 {
 			m.log.Warn("task: recovered interrupted operations", "count", n)
 		}
 	}()
 	for op, err := range recoverOrphans(m.db, errTextRestart, live) {
-		if err != nil {
+		switch {
+		case err != nil && op == nil:
 			return err
+		case err != nil:
+			m.log.Error("task: not known whether an operation's process is alive", "id", op.ID, "name", op.Name, "err", err)
+			continue
 		}
-		n++
-		m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
+		if n++; n <= maxOrphanLogs {
+			m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
+		}
 	}
 	return nil
 }
 
-// keepRecovering calls recover until it succeeds or the manager is closed.
-func (m *Manager) keepRecovering() {
-	for backoff := minBackoff; ; backoff = min(2*backoff, 10*time.Second) {
-		select {
-		case <-m.ctx.Done():
-			return
-		case <-time.After(backoff):
-		}
+// recoverLoop calls recover until it succeeds or the manager is closed.
+func (m *Manager) recoverLoop() {
+	for backoff := minBackoff; sleep(m.ctx, backoff); backoff = min(2*backoff, 10*time.Second) {
 		err := m.recover()
 		if err == nil {
 			m.log.Info("task: recovery succeeded")
@@ -50,139 +61,103 @@ func (m *Manager) keepRecovering() {
 	}
 }
 
-// A follower waits for operations that other managers run. However many calls
-// wait, it looks at each operation once per pollInterval, and not at all while
-// nobody waits.
-type follower struct {
-	manager *Manager
-
-	mu       sync.Mutex           // guards what follows
-	followed map[string]*followed // by operation ID
-	stop     context.CancelFunc   // ends the poll; nil if none runs
-}
-
-type followed struct {
-	waiters int
-	op      *Operation    // as it was found last
-	done    chan struct{} // closed once op has finished or err is set
-	err     error         // why op will not finish
-}
-
-func newFollower(m *Manager) *follower {
-	return &follower{manager: m, followed: make(map[string]*followed)}
-}
-
-// wait is Manager.Wait for an operation of another manager, which is
-// unfinished.
-func (f *follower) wait(ctx context.Context, op *Operation) (*Operation, error) {
-	w := f.join(op)
-	defer f.leave(op.ID, w)
+// sleep waits for so long, and reports whether ctx is not done meanwhile.
+func sleep(ctx context.Context, d time.Duration) bool {
 	select {
-	case <-w.done:
 	case <-ctx.Done():
-		if now, err := f.manager.stored(op.ID); err == nil {
-			op = now
-		}
-		return op, ctx.Err()
-	}
-	if w.err != nil {
-		return nil, fmt.Errorf("task: wait for %s: %w", op.ID, w.err)
-	}
-	return f.manager.present(*w.op), nil
-}
-
-// join follows an operation that is unfinished. Call leave in the end.
-func (f *follower) join(op *Operation) *followed {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	w := f.followed[op.ID]
-	if w == nil {
-		w = &followed{op: op, done: make(chan struct{})}
-		f.followed[op.ID] = w
-	}
-	w.waiters++
-	if f.stop == nil {
-		var ctx context.Context
-		ctx, f.stop = context.WithCancel(context.Background())
-		go f.poll(ctx)
-	}
-	return w
-}
-
-func (f *follower) leave(id string, w *followed) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if w.waiters--; w.waiters == 0 && f.followed[id] == w {
-		delete(f.followed, id)
-	}
-	if len(f.followed) == 0 && f.stop != nil {
-		f.stop()
-		f.stop = nil
+		return false
+	case <-time.After(d):
+		return true
 	}
 }
 
-// poll looks at the followed operations until ctx is done.
-func (f *follower) poll(ctx context.Context) {
-	m := f.manager
-	_, shared := m.db.(Recoverer)
-	for {
+// A foreign is an operation of another manager that somebody here waits for or
+// watches. However many do, it is looked at once per pollInterval.
+type foreign struct {
+	life
+	waiters int
+}
+
+// follow begins to look at an unfinished operation of another manager. Call
+// unfollow in the end.
+func (m *Manager) follow(row *Operation) *foreign {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f := m.foreign[row.ID]
+	if f == nil {
+		f = &foreign{life: newLife(row)}
+		m.foreign[row.ID] = f
+	}
+	f.waiters++
+	if m.stopPoll == nil {
+		m.stopPoll = make(chan struct{})
+		go m.poll(m.stopPoll)
+	}
+	return f
+}
+
+// unfollow is the end of follow.
+func (m *Manager) unfollow(f *foreign) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if f.waiters--; f.waiters == 0 && m.foreign[f.op.ID] == f {
+		delete(m.foreign, f.op.ID)
+	}
+	if len(m.foreign) == 0 && m.stopPoll != nil {
+		close(m.stopPoll)
+		m.stopPoll = nil
+	}
+}
+
+// poll looks at the operations of others until stop is closed.
+func (m *Manager) poll(stop <-chan struct{}) {
+	for n := 0; ; n++ {
 		select {
-		case <-ctx.Done():
+		case <-stop:
 			return
 		case <-time.After(pollInterval):
 		}
-		if shared && m.ctx.Err() == nil {
-			if err := m.recover(); err != nil {
+		if n%recoverEvery == 0 && m.ctx.Err() == nil {
+			if err := m.recoverFrom(nil); err != nil {
 				m.log.Debug("task: recovery failed", "err", err)
 			}
 		}
-		for _, id := range f.ids() {
-			op, err := m.stored(id)
-			switch {
-			case err == nil:
-				f.found(op)
-			case errors.Is(err, ErrNotFound):
-				f.lost(id, err)
-			case m.ctx.Err() != nil:
+		m.mu.Lock()
+		ids := slices.Collect(maps.Keys(m.foreign))
+		m.mu.Unlock()
+		for _, id := range ids {
+			op, err := get(m.db, id)
+			if err != nil && m.ctx.Err() != nil && !errors.Is(err, ErrNotFound) {
 				// The store has been closed after the manager, or nearly so.
-				f.lost(id, fmt.Errorf("%w: %w", ErrClosed, err))
+				err = fmt.Errorf("%w: %w", ErrClosed, err)
 			}
+			m.found(id, op, err)
 		}
 	}
 }
 
-func (f *follower) ids() []string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return slices.Collect(maps.Keys(f.followed))
-}
-
-// found tells those who follow an operation what it is now.
-func (f *follower) found(op *Operation) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	w := f.followed[op.ID]
-	if w == nil {
+// found takes in what an operation of another manager has become.
+func (m *Manager) found(id string, op *Operation, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f := m.foreign[id]
+	if f == nil {
 		return
 	}
-	if before := w.op; op.State != before.State || op.Progress != before.Progress || !op.UpdatedAt.Equal(before.UpdatedAt) {
-		w.op = op
-		f.manager.hub.tell(news{op: *op, foreign: true}, op.State != before.State)
+	before := f.op
+	switch {
+	case err == nil && op.State == before.State && op.UpdatedAt.Equal(before.UpdatedAt):
+		return
+	case err == nil:
+		f.op = op
+	case errors.Is(err, ErrNotFound), errors.Is(err, ErrClosed):
+		f.err = err
+	default:
+		return
 	}
-	if !op.State.live() {
-		close(w.done)
-		delete(f.followed, op.ID)
-	}
-}
-
-// lost tells those who follow an operation why they will not see its end.
-func (f *follower) lost(id string, err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if w := f.followed[id]; w != nil {
-		w.err = err
-		f.manager.hub.tell(news{op: *w.op, foreign: true, err: err}, true)
-		close(w.done)
-		delete(f.followed, id)
+	m.appendEvent(event{op: f.op, err: f.err, foreign: true}, f.err == nil && f.op.State == before.State)
+	if f.err != nil || !f.op.State.live() {
+		close(f.done)
+		delete(m.foreign, id)
 	}
 }

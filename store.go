@@ -1,11 +1,13 @@
 package task
 
 import (
+	"database/sql"
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
-	"sync"
+	"syscall"
 	"time"
 )
 
@@ -16,12 +18,18 @@ import (
 //
 // What the manager passes belongs to the store from then on. Its Metadata and
 // Result are nil or a [json.RawMessage]. What the store returns belongs to the
-// caller: no later call may change it. Its Metadata and Result may be anything
-// that encodes to the same JSON. The bytes of a json.RawMessage, whoever passes
-// it, nobody modifies. Limits and offsets are never negative.
+// caller: no later call may change it, and none of it is nil. Its Metadata and
+// Result may be anything that encodes to the same JSON. Neither side modifies
+// the bytes of a json.RawMessage. Limits and offsets are never negative.
 //
-// A store may have further abilities, which the manager uses when they are
-// there: see [BatchWriter], [Recoverer], [FilteredLister] and [Pruner].
+// An error that wraps [sql.ErrNoRows] means the same as one that wraps
+// [ErrNotFound].
+//
+// A store may have further abilities, which the manager uses if they are there:
+// see [BatchWriter], [Recoverer], [FilteredLister] and [Pruner]. If a method of
+// theirs returns an error that wraps [errors.ErrUnsupported], as that of a
+// wrapper may whose inner store lacks the ability, the store counts as one
+// without it.
 type Persistence interface {
 	// Save stores a new operation. On return it is durable, as far as the
 	// store promises that. If there is an operation with the same ID already,
@@ -46,6 +54,24 @@ type Persistence interface {
 	Get(id string) (*Operation, error)
 }
 
+// notFound makes an error that says in the words of database/sql that there is
+// no such operation one that wraps ErrNotFound.
+func notFound(err error) error {
+	if errors.Is(err, sql.ErrNoRows) && !errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("%w: %w", ErrNotFound, err)
+	}
+	return err
+}
+
+// get uses the store's Get.
+func get(db Persistence, id string) (*Operation, error) {
+	op, err := db.Get(id)
+	if err == nil && op == nil {
+		err = ErrNotFound
+	}
+	return op, notFound(err)
+}
+
 // A BatchWriter is a [Persistence] that can store many operations at the cost
 // of one.
 type BatchWriter interface {
@@ -65,16 +91,21 @@ type BatchWriter interface {
 // Update in turn.
 func writeBatch(db Persistence, saves, updates []*Operation) []error {
 	n := len(saves) + len(updates)
-	if db, ok := db.(BatchWriter); ok {
-		errs := db.WriteBatch(saves, updates)
-		switch len(errs) {
-		case n:
-			return errs
-		case 0:
+	if b, ok := db.(BatchWriter); ok {
+		errs := b.WriteBatch(saves, updates)
+		switch {
+		case len(errs) == 0:
 			return make([]error, n)
-		default:
+		case len(errs) != n:
 			err := fmt.Errorf("%T.WriteBatch returned %d errors for %d operations", db, len(errs), n)
 			return slices.Repeat([]error{err}, n)
+		case !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, errors.ErrUnsupported) }):
+			// One by one.
+		default:
+			for i, err := range errs {
+				errs[i] = notFound(err)
+			}
+			return errs
 		}
 	}
 	errs := make([]error, 0, n)
@@ -82,34 +113,17 @@ func writeBatch(db Persistence, saves, updates []*Operation) []error {
 		errs = append(errs, db.Save(op))
 	}
 	for _, op := range updates {
-		errs = append(errs, db.Update(op))
+		errs = append(errs, notFound(db.Update(op)))
 	}
 	return errs
 }
 
-// A Recoverer is a [Persistence] that knows which process runs an operation,
-// so that several managers can share it.
-type Recoverer interface {
-	Persistence
-
-	// Recover finishes every PENDING or RUNNING operation whose process is
-	// gone: its State becomes FAILED and its Error reason. It yields each once
-	// that is stored, and ends with an error if it can't go on. It leaves
-	// alone what a manager on this store, or on another that is alive, runs.
-	// If the caller stops early, more may be finished than was yielded.
-	Recover(reason string) iter.Seq2[*Operation, error]
-}
-
-// recoverOrphans uses the store's Recover if it has one. A store without it is
-// taken to have one manager: whatever is unfinished in its whole history and
-// not live in there is an orphan.
-func recoverOrphans(db Persistence, reason string, live func(id string) bool) iter.Seq2[*Operation, error] {
-	if db, ok := db.(Recoverer); ok {
-		return db.Recover(reason)
-	}
+// history yields all operations of a store, the newest first, by way of its
+// List.
+func history(db Persistence) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		const limit = 1000
-		first := "" // on the page before
+		before := make(map[string]bool) // the IDs on the page before
 		for offset := 0; ; {
 			page, err := db.List(limit, offset)
 			if err != nil {
@@ -119,25 +133,77 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 			if len(page) == 0 { // a short page may be the store's own limit
 				return
 			}
-			if op := page[0]; op != nil {
-				if op.ID == first { // this would go on for ever
-					yield(nil, fmt.Errorf("%T.List(%d, %d) begins like the page before it", db, limit, offset))
-					return
-				}
-				first = op.ID
-			}
 			offset += len(page)
+			ids := make(map[string]bool, len(page))
 			for _, op := range page {
-				if op == nil || !op.State.live() || live(op.ID) {
+				if op == nil {
 					continue
 				}
-				op, err := failOrphan(db, op.ID, reason)
-				if op == nil && err == nil {
-					continue
-				}
-				if !yield(op, err) || err != nil {
+				ids[op.ID] = true
+				// What was saved between two pages has moved some of the first to the second.
+				if !before[op.ID] && !yield(op, nil) {
 					return
 				}
+			}
+			if maps.Equal(ids, before) { // this would go on for ever
+				yield(nil, fmt.Errorf("%T.List(%d, %d) returned the page before it", db, limit, offset-len(page)))
+				return
+			}
+			before = ids
+		}
+	}
+}
+
+// A Recoverer is a [Persistence] that knows which process runs an operation,
+// so that several managers can share it.
+type Recoverer interface {
+	Persistence
+
+	// Recover finishes every PENDING or RUNNING operation whose process is
+	// gone: its State becomes FAILED and its Error reason. It yields each once
+	// that is stored, and ends with a nil operation and an error if it can't go
+	// on. It leaves alone what a manager on this store, or on another that is
+	// alive, runs. If the caller stops early, more may be finished than was
+	// yielded.
+	//
+	// An operation together with an error means that Recover can't tell whether
+	// its process is alive, and has left it, and all others of that process,
+	// alone. The error says why, and what to do. It is yielded once for each
+	// such process, and not again by the next Recover of the same store.
+	Recover(reason string) iter.Seq2[*Operation, error]
+}
+
+// recoverOrphans uses the store's Recover if it has one. A store without it is
+// taken to have one manager: whatever is unfinished in its whole history and
+// not live in there is an orphan. If live is nil, it recovers nothing there.
+func recoverOrphans(db Persistence, reason string, live func(id string) bool) iter.Seq2[*Operation, error] {
+	return func(yield func(*Operation, error) bool) {
+		unsupported := true
+		if r, ok := db.(Recoverer); ok {
+			unsupported = false
+			for op, err := range r.Recover(reason) {
+				// An error of the operating system may say the same, of something else.
+				unsupported = op == nil && errors.Is(err, errors.ErrUnsupported) && !errors.As(err, new(syscall.Errno))
+				if unsupported {
+					break
+				}
+				if !yield(op, err) {
+					return
+				}
+			}
+		}
+		if !unsupported || live == nil {
+			return
+		}
+		for op, err := range history(db) {
+			if err == nil {
+				if !op.State.live() || live(op.ID) {
+					continue
+				}
+				op, err = failOrphan(db, op.ID, reason)
+			}
+			if (op != nil || err != nil) && (!yield(op, err) || err != nil) {
+				return
 			}
 		}
 	}
@@ -146,8 +212,8 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 // failOrphan marks an operation as failed that was not live a moment ago. It
 // returns nil if the operation has finished or has been deleted before that.
 func failOrphan(db Persistence, id, reason string) (*Operation, error) {
-	op, err := db.Get(id)
-	if errors.Is(err, ErrNotFound) || err == nil && (op == nil || !op.State.live()) {
+	op, err := get(db, id)
+	if errors.Is(err, ErrNotFound) || err == nil && !op.State.live() {
 		return nil, nil
 	}
 	if err != nil {
@@ -159,9 +225,9 @@ func failOrphan(db Persistence, id, reason string) (*Operation, error) {
 	}
 	failed.State = StateFailed
 	failed.Error = reason
-	failed.UpdatedAt = latest(time.Now().UTC().Truncate(time.Microsecond), op.UpdatedAt, op.StartedAt, op.CreatedAt)
+	failed.UpdatedAt = latest(wall(), op.UpdatedAt, op.StartedAt, op.CreatedAt)
 	stored := failed // which belongs to the store from then on
-	if err := db.Update(&stored); errors.Is(err, ErrNotFound) {
+	if err := notFound(db.Update(&stored)); errors.Is(err, ErrNotFound) {
 		return nil, nil
 	} else if err != nil {
 		return nil, fmt.Errorf("%s: %w", id, err)
@@ -169,20 +235,34 @@ func failOrphan(db Persistence, id, reason string) (*Operation, error) {
 	return &failed, nil
 }
 
-func latest(times ...time.Time) time.Time {
-	return slices.MaxFunc(times, time.Time.Compare)
-}
-
 // A Filter says which operations a list is of.
 type Filter struct {
 	States []State // in one of these states; of none for all
 	Name   string  // with exactly this name; "" for all
 	Before string  // submitted before the operation with this ID; "" for all
+
+	// With States: the IDs, sorted, of operations whose state is not yet stored.
+	// If they are stored as unfinished, those in Include count as being in one
+	// of the states, and those in Exclude do not.
+	Include, Exclude []string
 }
 
-// matches reports whether the state and the name are as the filter says.
+// matches reports whether a stored operation is one that the filter is for,
+// Before left aside.
 func (f Filter) matches(op *Operation) bool {
-	return (len(f.States) == 0 || slices.Contains(f.States, op.State)) && (f.Name == "" || op.Name == f.Name)
+	return (f.Name == "" || op.Name == f.Name) && (len(f.States) == 0 || f.inStates(op))
+}
+
+func (f Filter) inStates(op *Operation) bool {
+	if op.State.live() {
+		if _, ok := slices.BinarySearch(f.Include, op.ID); ok {
+			return true
+		}
+		if _, ok := slices.BinarySearch(f.Exclude, op.ID); ok {
+			return false
+		}
+	}
+	return slices.Contains(f.States, op.State)
 }
 
 // A FilteredLister is a [Persistence] that can find operations by more than
@@ -196,45 +276,39 @@ type FilteredLister interface {
 	ListFiltered(f Filter, limit, offset int) ([]*Operation, error)
 }
 
-// listFiltered uses the store's ListFiltered if it has one, and else looks at
-// the whole history, page by page.
+// listFiltered uses the store's List if there is nothing to filter, its
+// ListFiltered if it has one, and else looks at the whole history.
 func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, error) {
-	if db, ok := db.(FilteredLister); ok {
-		return db.ListFiltered(f, limit, offset)
+	if len(f.States) == 0 && f.Name == "" && f.Before == "" {
+		return db.List(limit, offset)
 	}
-	const page = 1000
+	if l, ok := db.(FilteredLister); ok {
+		ops, err := l.ListFiltered(f, limit, offset)
+		if !errors.Is(err, errors.ErrUnsupported) {
+			return ops, notFound(err)
+		}
+	}
 	var ops []*Operation
-	seen := make(map[string]bool) // a page begins with what is on the one before if something was saved
-	before := f.Before            // what is yet to be found
-	for at := 0; len(ops) < limit; {
-		rows, err := db.List(page, at)
-		if err != nil {
+	before := f.Before // what is yet to be found
+	for op, err := range history(db) {
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if len(rows) == 0 {
-			if before != "" {
-				return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
+		case len(ops) == limit:
+			return ops, nil
+		case before != "":
+			if op.ID == before {
+				before = ""
 			}
-			break
+		case !f.matches(op):
+		case offset > 0:
+			offset--
+		default:
+			ops = append(ops, op)
 		}
-		at += len(rows)
-		for _, op := range rows {
-			if op == nil || seen[op.ID] {
-				continue
-			}
-			seen[op.ID] = true
-			switch {
-			case before != "":
-				if op.ID == before {
-					before = ""
-				}
-			case !f.matches(op):
-			case offset > 0:
-				offset--
-			case len(ops) < limit:
-				ops = append(ops, op)
-			}
-		}
+	}
+	if before != "" {
+		return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
 	}
 	return ops, nil
 }
@@ -250,189 +324,12 @@ type Pruner interface {
 	Prune(before time.Time) iter.Seq2[int, error]
 }
 
-// prune uses the store's Prune. Nothing else will do.
+// prune uses the store's Prune. There is no way without it.
 func prune(db Persistence, before time.Time) iter.Seq2[int, error] {
-	if db, ok := db.(Pruner); ok {
-		return db.Prune(before)
+	if p, ok := db.(Pruner); ok {
+		return p.Prune(before)
 	}
 	return func(yield func(int, error) bool) {
 		yield(0, fmt.Errorf("%T has no Prune: %w", db, errors.ErrUnsupported))
-	}
-}
-
-// A MemoryStore is a [Persistence] that forgets everything with its process.
-// It keeps all unfinished operations and the 10,000 that finished last.
-//
-// Several managers may share one. An operation whose manager has been closed,
-// or that was stored by other code, counts as one whose process is gone.
-type MemoryStore struct {
-	mu       sync.RWMutex // guards what follows
-	rows     map[string]*memoryRow
-	order    []*memoryRow // by order of Save; may hold rows that are gone
-	finished []*memoryRow // by order of finishing
-}
-
-type memoryRow struct {
-	op   Operation // Metadata and Result are json.RawMessage or nil
-	gone bool
-}
-
-const maxFinished = 10_000
-
-// NewMemoryStore returns an empty store.
-func NewMemoryStore() *MemoryStore {
-	return &MemoryStore{rows: make(map[string]*memoryRow)}
-}
-
-// Save implements [Persistence].
-func (s *MemoryStore) Save(op *Operation) error {
-	row, err := newMemoryRow(op)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.rows[op.ID] != nil {
-		return fmt.Errorf("operation %s is already stored", op.ID)
-	}
-	s.rows[op.ID] = row
-	s.order = append(s.order, row)
-	s.retire(row)
-	return nil
-}
-
-// Update implements [Persistence].
-func (s *MemoryStore) Update(op *Operation) error {
-	with, err := newMemoryRow(op)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	row := s.rows[op.ID]
-	if row == nil || row.op.State.Finished() {
-		return ErrNotFound
-	}
-	with.op.Name, with.op.CreatedAt = row.op.Name, row.op.CreatedAt
-	row.op = with.op
-	s.retire(row)
-	return nil
-}
-
-// newMemoryRow returns a copy of op.
-func newMemoryRow(op *Operation) (*memoryRow, error) {
-	row := &memoryRow{op: *op}
-	return row, row.op.encode()
-}
-
-// retire makes room for a row if it is finished. The caller holds s.mu.
-func (s *MemoryStore) retire(row *memoryRow) {
-	if !row.op.State.Finished() {
-		return
-	}
-	s.finished = append(s.finished, row)
-	if len(s.finished) <= maxFinished {
-		return
-	}
-	oldest := s.finished[0]
-	s.finished[0] = nil
-	s.finished = s.finished[1:]
-	s.drop(oldest)
-}
-
-// drop deletes a row. The caller holds s.mu.
-func (s *MemoryStore) drop(row *memoryRow) {
-	row.gone = true
-	delete(s.rows, row.op.ID)
-	if len(s.order) > 2*len(s.rows) {
-		s.order = slices.DeleteFunc(s.order, func(r *memoryRow) bool { return r.gone })
-	}
-}
-
-// List implements [Persistence].
-func (s *MemoryStore) List(limit, offset int) ([]*Operation, error) {
-	return s.ListFiltered(Filter{}, limit, offset)
-}
-
-// ListFiltered implements [FilteredLister].
-func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	rows := s.order
-	if f.Before != "" {
-		i := slices.IndexFunc(rows, func(r *memoryRow) bool { return r.op.ID == f.Before && !r.gone })
-		if i < 0 {
-			return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
-		}
-		rows = rows[:i]
-	}
-	ops := make([]*Operation, 0, max(0, min(limit, len(s.rows))))
-	for _, row := range slices.Backward(rows) {
-		if len(ops) == limit {
-			break
-		}
-		if row.gone || !f.matches(&row.op) {
-			continue
-		}
-		if offset > 0 {
-			offset--
-			continue
-		}
-		op := row.op
-		ops = append(ops, &op)
-	}
-	return ops, nil
-}
-
-// Get implements [Persistence].
-func (s *MemoryStore) Get(id string) (*Operation, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	row := s.rows[id]
-	if row == nil {
-		return nil, ErrNotFound
-	}
-	op := row.op
-	return &op, nil
-}
-
-// Recover implements [Recoverer].
-func (s *MemoryStore) Recover(reason string) iter.Seq2[*Operation, error] {
-	return func(yield func(*Operation, error) bool) {
-		for _, id := range s.orphans() {
-			op, err := failOrphan(s, id, reason)
-			if (op != nil || err != nil) && !yield(op, err) {
-				return
-			}
-		}
-	}
-}
-
-func (s *MemoryStore) orphans() (ids []string) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	for _, row := range s.order {
-		if !row.gone && row.op.State.live() && !row.op.manager.alive() {
-			ids = append(ids, row.op.ID)
-		}
-	}
-	return ids
-}
-
-// Prune implements [Pruner].
-func (s *MemoryStore) Prune(before time.Time) iter.Seq2[int, error] {
-	return func(yield func(int, error) bool) {
-		s.mu.Lock()
-		n := 0
-		s.finished = slices.DeleteFunc(s.finished, func(row *memoryRow) bool {
-			old := !row.op.UpdatedAt.IsZero() && row.op.UpdatedAt.Before(before)
-			if old {
-				s.drop(row)
-				n++
-			}
-			return old
-		})
-		s.mu.Unlock()
-		yield(n, nil)
 	}
 }

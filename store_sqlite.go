@@ -1,47 +1,32 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"iter"
 	"math"
-	"net/url"
-	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
-	"strconv"
 	"strings"
+	"sync"
 	"time"
 
-	"github.com/mattn/go-sqlite3"
-
 	"github.com/mynt-nas/task/internal/owner"
+	"github.com/mynt-nas/task/internal/sqlitefile"
 )
 
 // An SQLiteStore is a [Persistence] in an SQLite database, in a table called
 // tasks. Several managers and several processes may share the database.
 type SQLiteStore struct {
 	// Immutable.
-	db    *sql.DB
-	owns  bool         // the store opened db, with busyTimeout
-	owner *owner.Owner // who runs what this store saves
-	path  string       // of the database file, if owns; "" for none
-	file  os.FileInfo  // what was there
+	db    *sqlitefile.DB
+	owner *owner.Owner // runs what this store saves
+
+	reported sync.Map // IDs of the owners that Recover has reported
 }
-
-// writeTimeout is how long a write waits before it gives up: for a connection,
-// and for the database to be unlocked.
-const writeTimeout = 10 * time.Second
-
-// busyTimeout is the part of it in which SQLite itself waits for locks, in a
-// database that the store opened. What is left is for a connection.
-const busyTimeout = 8 * time.Second
 
 // OpenSQLite opens the SQLite database in the file with that path, creating
 // the file, but no directory, if there is none. The path ":memory:" stands for
@@ -58,210 +43,79 @@ const busyTimeout = 8 * time.Second
 // network filesystem, nor be moved while it is open.
 //
 // OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program
-// built without cgo it returns an error; [NewSQLiteStore] takes any driver.
+// built without cgo, or with the build tag task_nosqlite3, it returns an
+// error; [NewSQLiteStore] takes any driver. The tag leaves go-sqlite3 out, for
+// programs with another driver that is called "sqlite3".
 func OpenSQLite(path string) (*SQLiteStore, error) {
-	s, err := openSQLite(path)
-	if err != nil {
-		return nil, fmt.Errorf("task: open database %q: %w", path, err)
+	file, err := sqlitefile.Resolve(path)
+	if err == nil {
+		var s *SQLiteStore
+		s, err = newStore(file, func(modeOf string) (*sqlitefile.DB, error) { return sqlitefile.Open(file, modeOf) })
+		if err == nil {
+			return s, nil
+		}
 	}
-	return s, nil
+	return nil, fmt.Errorf("task: open database %q: %w", path, err)
 }
 
 // NewSQLiteStore returns a store inside an application's own SQLite database,
-// which may have other tables and be opened through any SQLite driver. It adds
-// a table tasks, or to one that is there the columns and the index that it
-// lacks, and touches nothing else: the connections' settings are the
-// application's, and so is what a loss of power may take (go-sqlite3's default
-// is synchronous=NORMAL in WAL mode: the last moments). Next to the database
-// file it keeps the same locked file as [OpenSQLite].
+// which may have other tables and be opened through any driver with SQLite
+// 3.38 or later. It adds a table tasks, or to one that is there the columns and
+// the indexes that it lacks, and touches nothing else: the connections'
+// settings are the application's, and so is what a loss of power may take
+// (go-sqlite3's default is synchronous=NORMAL in WAL mode: the last moments).
+// Next to the database file it keeps the same locked file as [OpenSQLite].
 //
 // One connection is enough, as long as the application doesn't hold it in a
-// transaction of its own while it calls the manager.
+// transaction of its own while it calls the manager. A database in memory must
+// have exactly one, by SetMaxOpenConns(1).
 func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
-	s, err := newSQLiteStore(db)
-	if err != nil {
-		return nil, fmt.Errorf("task: use database: %w", err)
+	file, err := sqlitefile.Use(db)
+	if err == nil {
+		var s *SQLiteStore
+		s, err = newStore(file.Path(), func(string) (*sqlitefile.DB, error) { return file, nil })
+		if err == nil {
+			return s, nil
+		}
 	}
-	return s, nil
+	return nil, fmt.Errorf("task: use database: %w", err)
 }
 
 // Close ends the store, and closes the database if [OpenSQLite] opened it.
 // Close the manager first: what it has not finished by then is left for the
 // next one to recover.
 func (s *SQLiteStore) Close() error {
-	var err error
-	if s.owns {
-		err = s.db.Close()
-	}
-	return errors.Join(err, s.owner.Release())
+	return errors.Join(s.db.Close(), s.owner.Release())
 }
 
-func openSQLite(path string) (*SQLiteStore, error) {
-	// Without cgo, go-sqlite3 compiles to stand-ins that do nothing.
-	if _, ok := any((*sqlite3.SQLiteConn)(nil)).(driver.Conn); !ok {
-		return nil, errors.New("OpenSQLite needs cgo, and this program was built without: " +
-			"build it with CGO_ENABLED=1, or open the database with another driver and pass it to NewSQLiteStore")
-	}
-	if path == ":memory:" {
-		own, err := owner.New("")
-		if err != nil {
-			return nil, err
-		}
-		return openPool(path, own, 1) // another connection would be another database
-	}
-	path, exists, err := resolve(path)
-	if err != nil {
-		return nil, err
-	}
+// newStore returns a store in the database at a path, which open opens. A new
+// file gets the mode of the owner's.
+func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*SQLiteStore, error) {
 	own, err := owner.New(path)
 	if err != nil {
 		return nil, fmt.Errorf("%w: the directory must be writable", err)
 	}
-	if !exists {
-		if err := create(path, own.Path()); err != nil {
-			return nil, errors.Join(err, own.Release())
-		}
-	}
-	return openPool(path, own, max(4, runtime.NumCPU()))
-}
-
-// resolve returns the path that SQLite will use for the file, whether there is
-// a file, and an error if a database can't be there.
-func resolve(path string) (resolved string, exists bool, err error) {
-	if path == "" {
-		return "", false, errors.New("the path is empty: choose one, or \":memory:\"")
-	}
-	if strings.ContainsRune(path, 0) {
-		return "", false, errors.New("the path contains a NUL byte: choose another one")
-	}
-	if os.IsPathSeparator(path[len(path)-1]) || filepath.Base(path) == "." { // or else the file would be called like the directory
-		return "", false, errors.New("the path names a directory: choose a file in it")
-	}
-	path, err = filepath.Abs(path)
-	if err != nil {
-		return "", false, err
-	}
-	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", false, fmt.Errorf("there is no directory %s: create it first", filepath.Dir(path))
-	}
-	if err != nil {
-		return "", false, fmt.Errorf("%s: %w: choose another path", filepath.Dir(path), err)
-	}
-	path = filepath.Join(dir, filepath.Base(path))
-	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		return path, false, nil
-	}
-	path, err = filepath.EvalSymlinks(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", false, fmt.Errorf("the symbolic link leads nowhere: %w: remove it, or choose another path", err)
-	}
-	if err != nil {
-		return "", false, fmt.Errorf("%w: make sure that you may use that path", err)
-	}
-	info, err := os.Stat(path)
-	switch {
-	case err != nil:
-		return "", false, err
-	case !info.Mode().IsRegular():
-		return "", false, fmt.Errorf("%s is not a regular file: choose another path", path)
-	case info.Mode().Perm()&0o222 == 0: // root could write it, but was told not to
-		return "", false, fmt.Errorf("%s is read-only: make it writable, or choose another path", path)
-	}
-	return path, true, nil
-}
-
-// create creates an empty database, with the mode of the file modeOf.
-func create(path, modeOf string) error {
-	params := []string{"mode", "rwc"}
-	if modeOf != "" {
-		params = append(params, "modeof", modeOf)
-	}
-	db, err := sql.Open("sqlite3", dsn(path, params...))
-	if err != nil {
-		return err
-	}
-	return errors.Join(db.Ping(), db.Close())
-}
-
-// openPool opens an existing database, or one in memory. A file is not created
-// again should somebody delete it under the running program: that must not go
-// unnoticed.
-func openPool(path string, own *owner.Owner, conns int) (*SQLiteStore, error) {
-	mode := "rw"
-	if path == ":memory:" {
-		mode = "memory"
-	}
-	db, err := sql.Open("sqlite3", dsn(path, "mode", mode))
+	db, err := open(own.Path())
 	if err != nil {
 		return nil, errors.Join(err, own.Release())
 	}
-	db.SetMaxOpenConns(conns)
-	db.SetMaxIdleConns(conns)
-	s := &SQLiteStore{db: db, owns: true, owner: own}
-	if mode == "rw" {
-		s.path = path
-		if s.file, err = os.Stat(path); err != nil {
-			return nil, errors.Join(err, s.Close())
-		}
-	}
-	if err := s.init(mode == "rw"); err != nil {
+	s := &SQLiteStore{db: db, owner: own}
+	if err := db.Migrate(schema); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
 }
 
-// dsn returns the data source name for a path and SQLite's own URI parameters.
-// The settings are in there because a PRAGMA would reach one connection only.
-func dsn(path string, params ...string) string {
-	path = filepath.ToSlash(path)
-	if filepath.VolumeName(path) != "" {
-		path = "/" + path
-	}
-	s := "file:" + (&url.URL{Path: path}).EscapedPath() +
-		"?_synchronous=FULL&_stmt_cache_size=16&_busy_timeout=" + strconv.FormatInt(busyTimeout.Milliseconds(), 10)
-	for kv := range slices.Chunk(params, 2) {
-		// SQLite knows no + for a space.
-		s += "&" + kv[0] + "=" + strings.ReplaceAll(url.QueryEscape(kv[1]), "+", "%20")
-	}
-	return s
-}
-
-func newSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
-	if db == nil {
-		return nil, errors.New("the *sql.DB is nil")
-	}
-	s := &SQLiteStore{db: db}
-	var file sql.NullString
-	if err := s.connect(); err != nil {
-		return nil, err
-	}
-	var seq, name any // nothing of this needs the database to be unlocked
-	err := db.QueryRow(`PRAGMA database_list`).Scan(&seq, &name, &file)
-	if err != nil {
-		return nil, fmt.Errorf("can't ask for its file (is it SQLite?): %w: use an SQLite database", err)
-	}
-	s.owner, err = owner.New(file.String)
-	if err != nil {
-		return nil, fmt.Errorf("%w: the directory must be writable", err)
-	}
-	if err := s.init(false); err != nil {
-		return nil, errors.Join(err, s.Close())
-	}
-	return s, nil
-}
-
-// connect waits until there is a connection: to open one may need the lock.
-func (s *SQLiteStore) connect() error {
-	deadline := time.Now().Add(writeTimeout)
-	ctx, cancel := context.WithDeadline(context.Background(), deadline)
-	defer cancel()
-	return s.unlocked(deadline, func() error { return s.db.PingContext(ctx) })
-}
-
-// The table as SPEC.md has it, with what this package adds at the end.
-const createTable = `
-CREATE TABLE tasks (
+// The table as SPEC.md has it, with what this package adds at the end. A query
+// uses an index only if it repeats the index's expression and its condition.
+// The first index is for recovery and ByState; it stays small, as most
+// operations end DONE. The second one is for Prune.
+var schema = sqlitefile.Schema{
+	Table:    "tasks",
+	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
+	Added:    []string{"started_at DATETIME", "owner TEXT"},
+	Create: []string{`
+CREATE TABLE IF NOT EXISTS tasks (
     id TEXT PRIMARY KEY,
     name TEXT NOT NULL,
     state TEXT NOT NULL,
@@ -273,201 +127,33 @@ CREATE TABLE tasks (
     updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
     started_at DATETIME,
     owner TEXT
-)`
+)`,
+		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
+		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished},
+}
 
-// The index serves recovery, and stays small however long the history is. A
-// query uses it only if it repeats the very term.
-const createIndex = `CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`
-
-var (
-	requiredColumns = []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"}
-	addedColumns    = []string{"started_at DATETIME", "owner TEXT"}
+// The conditions and the expression that the indexes have. SQLite would build a
+// set of three states for each statement that writes, and compares with two.
+const (
+	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
+	finishTime = `ifnull(updated_at, '')`
+	unfinished = `state <> 'DONE' AND state IN ('PENDING', 'RUNNING')`
 )
-
-// init makes the database ready. It changes nothing before it knows that the
-// database can be used.
-func (s *SQLiteStore) init(wal bool) error {
-	_, err := missing(func(query string) (answer []string, err error) {
-		err = s.read(func() error {
-			answer, err = texts(s.db, query)
-			return err
-		})
-		return answer, err
-	})
-	if err != nil {
-		return err
-	}
-	var refused error
-	err = s.transact(func(c *sql.Conn) error {
-		refused = complete(c)
-		return refused
-	})
-	if refused != nil {
-		return refused
-	}
-	if err != nil {
-		return fmt.Errorf("can't be written: %w: make sure that you may write it and that no other program has it locked", err)
-	}
-	if wal {
-		return s.enterWAL()
-	}
-	return nil
-}
-
-// complete adds what is missing. The database is locked by now, and looked at
-// again: it was not before.
-func complete(c *sql.Conn) error {
-	stmts, err := missing(func(query string) ([]string, error) { return texts(c, query) })
-	if err != nil {
-		return err
-	}
-	for _, stmt := range stmts {
-		if err := exec(c, stmt); err != nil {
-			return fmt.Errorf("can't be written: %w: make sure that you may write it", err)
-		}
-	}
-	return trial(c)
-}
-
-// enterWAL switches the file to WAL mode. While several processes do that at
-// once, SQLite doesn't wait for the busy timeout.
-func (s *SQLiteStore) enterWAL() error {
-	var mode string
-	err := retry(time.Now().Add(writeTimeout), func() error {
-		return s.db.QueryRow("PRAGMA journal_mode = WAL").Scan(&mode)
-	})
-	if err == nil && mode != "wal" {
-		err = fmt.Errorf("the journal mode stays %q", mode)
-	}
-	if err != nil {
-		return fmt.Errorf("can't switch to WAL mode: %w", err)
-	}
-	return nil
-}
-
-// advice says what to do about a table tasks that is something else.
-const advice = "use another database, or rename that table"
-
-// missing returns the statements that make the database ready, or an error if
-// a table called tasks is something else. It asks by way of ask, which
-// returns the first column of a query's rows.
-func missing(ask func(query string) ([]string, error)) ([]string, error) {
-	kinds, err := ask(`SELECT type FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE AND type IN ('table', 'view')`)
-	if err != nil {
-		return nil, fmt.Errorf("can't be read as an SQLite database: %w: make sure that it is one, that you may read and write it, and that no other program has it locked", err)
-	}
-	if len(kinds) == 0 {
-		return []string{createTable, createIndex}, nil
-	}
-	if kinds[0] != "table" {
-		return nil, fmt.Errorf("there is a %s called tasks in it: %s", kinds[0], advice)
-	}
-	columns, err := ask(`SELECT lower(name) FROM pragma_table_info('tasks')`)
-	if err != nil {
-		return nil, err
-	}
-	lacks := slices.DeleteFunc(slices.Clone(requiredColumns), func(c string) bool { return slices.Contains(columns, c) })
-	if len(lacks) > 0 {
-		return nil, fmt.Errorf("there is a table called tasks in it that is something else, it has no column %s: %s",
-			strings.Join(lacks, ", "), advice)
-	}
-	key, err := ask(`SELECT lower(name) FROM pragma_table_info('tasks') WHERE pk > 0`)
-	if err != nil {
-		return nil, err
-	}
-	if !slices.Equal(key, []string{"id"}) {
-		return nil, fmt.Errorf("there is a table called tasks in it whose primary key is not id: %s", advice)
-	}
-	// Of a table, this lists the key by which it is stored if that is not the rowid.
-	stored, err := ask(`SELECT name FROM pragma_index_info('tasks')`)
-	if err != nil {
-		return nil, err
-	}
-	if len(stored) > 0 || slices.Contains(columns, "rowid") {
-		return nil, fmt.Errorf("there is a table called tasks in it without a rowid of SQLite's own: %s", advice)
-	}
-	var stmts []string
-	for _, c := range addedColumns {
-		if name, _, _ := strings.Cut(c, " "); !slices.Contains(columns, name) {
-			stmts = append(stmts, "ALTER TABLE tasks ADD COLUMN "+c)
-		}
-	}
-	indexes, err := ask(`SELECT name FROM pragma_index_list('tasks')`)
-	if err != nil {
-		return nil, err
-	}
-	if !slices.Contains(indexes, "tasks_state_not_done") {
-		stmts = append(stmts, createIndex)
-	}
-	return stmts, nil
-}
-
-// A querier is a *sql.DB or a *sql.Conn.
-type querier interface {
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-}
-
-// texts returns the first column of a query's rows.
-func texts(q querier, query string) ([]string, error) {
-	rows, err := q.QueryContext(context.Background(), query)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var all []string
-	for rows.Next() {
-		var text string
-		if err := rows.Scan(&text); err != nil {
-			return nil, err
-		}
-		all = append(all, text)
-	}
-	return all, rows.Err()
-}
-
-// trial writes an operation and takes that back: a table that looks right may
-// have constraints or triggers that won't let it.
-//
-// The pages that it has touched are written and synced by the COMMIT all the
-// same, and have to be: a process that was killed after writing a commit and
-// before syncing it has left one that everybody sees from now on, but that a
-// loss of power would still take back. See internal/powerloss.
-func trial(c *sql.Conn) error {
-	id := "00000000-0000-0000-0000-000000000000"
-	now := time.Now().UTC()
-	op := &Operation{ID: id, Name: "trial", State: StatePending, CreatedAt: now, UpdatedAt: now}
-	if err := exec(c, "SAVEPOINT task_trial"); err != nil {
-		return err
-	}
-	err := insert(c, op, "")
-	if err == nil {
-		op.State = StateDone
-		err = update(c, op)
-	}
-	if err != nil {
-		return fmt.Errorf("the table tasks in it won't take an operation: %w: make sure that you may write it, or %s", err, advice)
-	}
-	return errors.Join(exec(c, "ROLLBACK TO task_trial"), exec(c, "RELEASE task_trial"))
-}
-
-func exec(c *sql.Conn, query string) error {
-	_, err := c.ExecContext(context.Background(), query)
-	return err
-}
 
 // A row is an operation in the form in which it is stored. Databases written
 // by one version of this package are read by all later ones, so these forms
 // may be added to but not changed:
 //
-//   - the columns of createTable, of which other programs may read all and
-//     have filled those of the specification in their own ways;
+//   - the columns of schema, of which other programs may read all and have
+//     filled those of the specification in their own ways;
 //   - metadata and result as JSON, NULL for none; error as NULL for none;
 //   - times in UTC in the layout of timeFormat, NULL for none;
 //   - owner as the UUID of the store that runs the operation.
 //
-// Everything is read as text. Drivers convert columns declared DATETIME each
-// in its own way, and to some cells other code has written none of it applies.
+// Everything is read as text: each driver converts columns declared DATETIME
+// in its own way.
 type row struct {
+	rowid                           int64 // not kept: VACUUM changes it
 	id, name, state                 string
 	progress                        int64
 	metadata, result, err           string
@@ -475,20 +161,10 @@ type row struct {
 }
 
 // columns are what a row is read from.
-const columns = `coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TEXT), ''), coalesce(CAST(state AS TEXT), ''),
+const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TEXT), ''), coalesce(CAST(state AS TEXT), ''),
 	coalesce(CAST(progress AS INTEGER), 0), coalesce(CAST(metadata AS TEXT), ''), coalesce(CAST(result AS TEXT), ''),
 	coalesce(CAST(error AS TEXT), ''), coalesce(CAST(created_at AS TEXT), ''), coalesce(CAST(updated_at AS TEXT), ''),
 	coalesce(CAST(started_at AS TEXT), '')`
-
-func scan(rows *sql.Rows) (*Operation, error) {
-	var r row
-	err := rows.Scan(&r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result, &r.err,
-		&r.createdAt, &r.updatedAt, &r.startedAt)
-	if err != nil {
-		return nil, err
-	}
-	return r.operation(), nil
-}
 
 // operation turns a row into an operation. What it can't make sense of becomes
 // a zero value: one bad cell must not hide the rest of the history.
@@ -514,59 +190,44 @@ func cellJSON(cell string) any {
 	return json.RawMessage(cell)
 }
 
-func insert(c *sql.Conn, op *Operation, owner string) error {
-	metadata, result, err := jsonCells(op)
-	if err != nil {
-		return err
+// timeFormat has a fixed width, so that the order of texts is that of times,
+// and is one that SQLite's date functions read.
+const timeFormat = "2006-01-02 15:04:05.000000"
+
+// formatTime returns "" for no time.
+func formatTime(t time.Time) string {
+	if t.IsZero() {
+		return ""
 	}
-	res, err := c.ExecContext(context.Background(), `INSERT INTO tasks
-		(id, name, state, progress, metadata, result, error, created_at, updated_at, started_at, owner)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		op.ID, op.Name, string(op.State), op.Progress, metadata, result, textCell(op.Error),
-		formatTime(op.CreatedAt), formatTime(op.UpdatedAt), timeCell(op.StartedAt), textCell(owner))
-	if err != nil {
-		return err
-	}
-	if n, err := res.RowsAffected(); err != nil {
-		return err
-	} else if n == 0 {
-		return errors.New("a trigger of the database has ignored the new row")
-	}
-	return nil
+	return t.UTC().Format(timeFormat)
 }
 
-// update never finishes an operation twice and never makes one again that has
-// been deleted.
-func update(c *sql.Conn, op *Operation) error {
-	metadata, result, err := jsonCells(op)
-	if err != nil {
-		return err
+// cellTime returns the zero time for a cell that is no time in one of the
+// layouts below, and for a time that JSON has no form for.
+func cellTime(cell string) time.Time {
+	// time.Time's String, as modernc.org/sqlite writes it, has a zone name and
+	// a monotonic clock reading after the first three fields.
+	if f := strings.Fields(cell); len(f) > 3 {
+		cell = strings.Join(f[:3], " ")
 	}
-	res, err := c.ExecContext(context.Background(), `UPDATE tasks
-		SET state = ?, progress = ?, metadata = ?, result = ?, error = ?, updated_at = ?, started_at = ?
-		WHERE id = ? AND state IN ('PENDING', 'RUNNING')`,
-		string(op.State), op.Progress, metadata, result, textCell(op.Error),
-		formatTime(op.UpdatedAt), timeCell(op.StartedAt), op.ID)
-	if err != nil {
-		return err
+	for _, layout := range []string{
+		"2006-01-02 15:04:05",       // ours and CURRENT_TIMESTAMP; Parse takes fractions anyway
+		"2006-01-02 15:04:05Z07:00", // go-sqlite3
+		time.RFC3339,
+		"2006-01-02 15:04:05 -0700", // time.Time's String
+	} {
+		if t, err := time.Parse(layout, cell); err == nil {
+			if t = t.UTC(); t.Year() >= 0 && t.Year() <= 9999 {
+				return t
+			}
+		}
 	}
-	if n, err := res.RowsAffected(); err != nil {
-		return err
-	} else if n == 0 {
-		return ErrNotFound
-	}
-	return nil
+	return time.Time{}
 }
 
-func jsonCells(op *Operation) (metadata, result any, err error) {
-	c := *op
-	if err := c.encode(); err != nil {
-		return nil, nil, err
-	}
-	m, _ := c.Metadata.(json.RawMessage)
-	r, _ := c.Result.(json.RawMessage)
-	return textCell(string(m)), textCell(string(r)), nil
-}
+// chunkSizes are how many rows one statement writes, the largest number first.
+// A statement with many rows costs less than as many statements.
+var chunkSizes = []int{64, 32, 8, 1}
 
 // textCell returns NULL for an empty text.
 func textCell(s string) any {
@@ -576,64 +237,56 @@ func textCell(s string) any {
 	return s
 }
 
-func timeCell(t time.Time) any {
-	if t.IsZero() {
-		return nil
-	}
-	return formatTime(t)
+// A statement writes rows.
+type statement struct {
+	text   map[int]string // by the number of rows, one of chunkSizes
+	params int            // of a row
+	none   error          // the outcome if it writes fewer
 }
 
-// timeFormat has a fixed width, so that the order of texts is that of times,
-// and is one that SQLite's date functions read.
-const timeFormat = "2006-01-02 15:04:05.000000"
-
-func formatTime(t time.Time) string { return t.UTC().Format(timeFormat) }
-
-// The layouts in which other code writes times: SQLite's CURRENT_TIMESTAMP,
-// go-sqlite3, RFC 3339, the SQLite shell. Parse takes fractions of a second
-// also where a layout has none.
-var timeLayouts = []string{
-	"2006-01-02 15:04:05",
-	"2006-01-02 15:04:05Z07:00",
-	"2006-01-02T15:04:05Z07:00",
-	"2006-01-02T15:04:05",
-	"2006-01-02 15:04:05 -0700",
-	"2006-01-02 15:04",
-	"2006-01-02T15:04",
-	"2006-01-02",
+// newStatement puts rows of parameters where the format has a %s. For one row
+// there may be a text that costs less.
+func newStatement(format, one string, params int, none error) *statement {
+	s := &statement{make(map[int]string), params, none}
+	row := ", (?" + strings.Repeat(", ?", params-1) + ")"
+	for _, n := range chunkSizes {
+		s.text[n] = fmt.Sprintf(format, strings.Repeat(row, n)[len(", "):])
+	}
+	s.text[1] = cmp.Or(one, s.text[1])
+	return s
 }
 
-// cellTime returns the zero time for what is none, and for what JSON can't say.
-func cellTime(cell string) time.Time {
-	t := parseTime(cell)
-	if y := t.Year(); y < 0 || y > 9999 {
-		return time.Time{}
-	}
-	return t
+// update never finishes an operation twice, and never creates one again that
+// has been deleted.
+var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.column2, metadata = v.column3, result = v.column4,
+	error = v.column5, updated_at = v.column6, started_at = v.column7
+	FROM (VALUES %s) AS v WHERE id = v.column8 AND state IN ('PENDING', 'RUNNING')`,
+	`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
+	updated_at = ?, started_at = ? WHERE id = ? AND state IN ('PENDING', 'RUNNING')`, 8, ErrNotFound)
+
+// insert begins with the parameters of update.
+var insert = newStatement(`INSERT INTO tasks
+	(state, progress, metadata, result, error, updated_at, started_at, id, name, created_at, owner) VALUES %s`, "", 11,
+	errors.New("a trigger of the database has ignored the new row"))
+
+// A write is a row to insert or to update.
+type write struct {
+	*statement
+	args []any  // at least as many as params
+	err  *error // where the outcome goes
 }
 
-func parseTime(cell string) time.Time {
-	if cell == "" {
-		return time.Time{}
+// args returns the cells of an operation's row.
+func (s *SQLiteStore) args(op *Operation) ([]any, error) {
+	c := *op
+	if err := c.encode(); err != nil {
+		return nil, err
 	}
-	for _, layout := range timeLayouts {
-		if t, err := time.Parse(layout, cell); err == nil {
-			return t.UTC()
-		}
-	}
-	// time.Time's String: "2006-01-02 15:04:05.999999999 -0700 MST m=+0.1",
-	// of which the first three fields tell the time.
-	if f := strings.Fields(cell); len(f) > 3 {
-		return parseTime(strings.Join(f[:3], " "))
-	}
-	// Unix time in seconds, or in milliseconds.
-	if n, err := strconv.ParseInt(cell, 10, 64); err == nil {
-		if n > 1e11 {
-			return time.UnixMilli(n).UTC()
-		}
-		return time.Unix(n, 0).UTC()
-	}
-	return time.Time{}
+	metadata, _ := c.Metadata.(json.RawMessage)
+	result, _ := c.Result.(json.RawMessage)
+	return []any{string(op.State), op.Progress, textCell(string(metadata)), textCell(string(result)), textCell(op.Error),
+		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), op.ID,
+		op.Name, textCell(formatTime(op.CreatedAt)), s.owner.ID}, nil
 }
 
 // Save implements [Persistence].
@@ -646,196 +299,115 @@ func (s *SQLiteStore) Update(op *Operation) error {
 	return s.WriteBatch(nil, []*Operation{op})[0]
 }
 
-// WriteBatch implements [BatchWriter]. Drivers have errors of their own each, so
-// whom an error concerns is told by where it occurs. Begin and commit are
-// everybody's: if they fail, so does the whole batch. If a statement fails, it
-// may be its operation's fault: that is then tried alone, between the others.
+// WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
+// many with one statement. If a statement fails, or writes fewer rows than it
+// has (UPDATE ... FROM takes one of two for the same operation), the rows are
+// written one by one instead, in their order. A failed BEGIN or COMMIT, and a
+// database that stays locked, fail the whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
-	b := &batch{store: s, saves: saves, updates: updates, errs: make([]error, len(saves)+len(updates))}
-	b.write(0, len(b.errs))
-	return b.errs
-}
-
-type batch struct {
-	store          *SQLiteStore
-	saves, updates []*Operation
-	errs           []error // of saves, then of updates
-}
-
-// write stores the operations from up to to. It reports false if that is of no
-// use any more.
-func (b *batch) write(from, to int) bool {
-	for from < to {
-		failed, err := b.transact(from, to)
-		if err == nil {
-			return true
+	errs := make([]error, len(saves)+len(updates))
+	writes := make([]write, 0, len(errs))
+	for i, op := range slices.Concat(saves, updates) {
+		stmt := insert
+		if i >= len(saves) {
+			stmt = update
 		}
-		var own statementError
-		if !errors.As(err, &own) {
-			copy(b.errs[from:], slices.Repeat([]error{err}, len(b.errs)-from))
-			return false
+		var args []any
+		if args, errs[i] = s.args(op); errs[i] == nil {
+			writes = append(writes, write{stmt, args, &errs[i]})
 		}
-		if to-from == 1 {
-			b.errs[from] = err
-			return true
-		}
-		if !b.write(from, failed) || !b.write(failed, failed+1) {
-			return false
-		}
-		from = failed + 1
 	}
-	return true
-}
-
-// transact stores the operations from up to to in one transaction. If a
-// statement fails, that is a statementError, and failed says whose it was.
-func (b *batch) transact(from, to int) (failed int, err error) {
-	err = b.store.transact(func(c *sql.Conn) error {
-		for i := from; i < to; i++ {
-			if i < len(b.saves) {
-				err = insert(c, b.saves[i], b.store.owner.ID)
-			} else {
-				err = update(c, b.updates[i-len(b.saves)])
+	if len(writes) == 0 {
+		return errs
+	}
+	deadline := s.db.Deadline()
+	var failed error // of a statement
+	err := s.db.Write(deadline, func(c *sql.Conn) error {
+		for rest := writes; len(rest) > 0; {
+			n := chunk(rest)
+			if failed = writeRows(c, rest[:n]); failed != nil {
+				return failed
 			}
-			if b.errs[i] = err; err != nil && !errors.Is(err, ErrNotFound) { // which has changed nothing
-				failed = i
-				return statementError{err}
-			}
+			rest = rest[n:]
 		}
 		return nil
 	})
-	return failed, err
+	if failed != nil && !sqlitefile.Locked(failed) {
+		s.writeEach(deadline, writes)
+	} else {
+		setAll(writes, err)
+	}
+	return errs
 }
 
-// A statementError is one that a single operation may be to blame for.
-type statementError struct{ error }
+func setAll(writes []write, err error) {
+	for _, w := range writes {
+		*w.err = err
+	}
+}
 
-func (e statementError) Unwrap() error { return e.error }
+// chunk returns how many of the first rows the next statement should write.
+func chunk(writes []write) int {
+	same := 1
+	for same < min(len(writes), chunkSizes[0]) && writes[same].statement == writes[0].statement {
+		same++
+	}
+	return chunkSizes[slices.IndexFunc(chunkSizes, func(n int) bool { return n <= same })]
+}
 
-// transact calls f in a transaction that may write from its beginning.
-func (s *SQLiteStore) transact(f func(*sql.Conn) error) error {
-	deadline := time.Now().Add(writeTimeout)
-	forConn := deadline
-	if s.owns {
-		forConn = deadline.Add(-busyTimeout)
+// writeRows writes rows of the same kind with one statement.
+func writeRows(c *sql.Conn, writes []write) (err error) {
+	stmt, n := writes[0].statement, 0
+	args := make([]any, 0, len(writes)*stmt.params)
+	for _, w := range writes {
+		args = append(args, w.args[:stmt.params]...)
 	}
-	// The context is not passed on to statements: for each one go-sqlite3
-	// would start a goroutine.
-	ctx, cancel := context.WithDeadline(context.Background(), forConn)
-	defer cancel()
-	var c *sql.Conn
-	err := s.unlocked(deadline, func() (err error) {
-		c, err = s.db.Conn(ctx) // to open one may need the lock
-		return err
-	})
-	if errors.Is(err, context.DeadlineExceeded) { // which is no caller's
-		return errors.New("no connection to the database became free in time")
+	if len(writes) == 1 {
+		n, err = changes(c, stmt.text[1], args...)
+	} else {
+		// A query, because go-sqlite3 passes its arguments to C all at once.
+		var rows *sql.Rows
+		if rows, err = c.QueryContext(context.Background(), stmt.text[len(writes)], args...); err == nil {
+			rows.Next()
+			err = cmp.Or(rows.Err(), rows.Close(), c.QueryRowContext(context.Background(), `SELECT changes()`).Scan(&n))
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("no connection to the database: %w", err)
-	}
-	defer c.Close()
-	if err := s.unlocked(deadline, func() error { return exec(c, "BEGIN IMMEDIATE") }); err != nil {
-		return err
-	}
-	err = f(c)
-	if err == nil {
-		err = s.commit(c, deadline)
-	}
-	if err != nil {
-		rollback(c)
+	if err == nil && n < len(writes) {
+		err = stmt.none
 	}
 	return err
 }
 
-// commit commits. With a rollback journal that may have to wait for readers.
-func (s *SQLiteStore) commit(c *sql.Conn, deadline time.Time) error {
-	var final error
-	err := s.unlocked(deadline, func() error {
-		err := exec(c, "COMMIT")
-		if err != nil && !inTransaction(c) { // it has been rolled back
-			final = err
-			return nil
-		}
-		return err
-	})
-	return errors.Join(final, err)
-}
-
-func rollback(c *sql.Conn) {
-	if exec(c, "ROLLBACK") != nil && inTransaction(c) {
-		// Nobody else may get this connection.
-		c.Raw(func(any) error { return driver.ErrBadConn })
-	}
-}
-
-// inTransaction reports whether c may be in a transaction: SQLite does not
-// nest them, and to begin one takes no lock.
-func inTransaction(c *sql.Conn) bool {
-	if exec(c, "BEGIN") != nil {
-		return true
-	}
-	return exec(c, "ROLLBACK") != nil
-}
-
-// unlocked calls f until it succeeds or the deadline has passed, if waiting for
-// locks is the store's business. It is SQLite's in a database that the store
-// opened, by way of the busy timeout.
-func (s *SQLiteStore) unlocked(deadline time.Time, f func() error) error {
-	if s.owns {
-		if err := s.gone(); err != nil {
-			return err
-		}
-		return f()
-	}
-	var closed error
-	err := retry(deadline, func() error {
-		err := f()
-		if err != nil {
-			if closed = s.closed(); closed != nil {
-				return nil
+// writeEach writes each row with a statement of its own, so that a row that
+// can't be written fails alone. If such a row ends the transaction (a trigger
+// may, and a full disk), the rows before it are written again.
+func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
+	for len(writes) > 0 {
+		end := len(writes) // or the row that has ended the transaction
+		err := s.db.Write(deadline, func(c *sql.Conn) error {
+			end = len(writes)
+			for i, w := range writes {
+				err := writeRows(c, writes[i:i+1])
+				*w.err = err
+				switch {
+				case err == nil || err == w.none:
+				case sqlitefile.Locked(err):
+					return err
+				case !sqlitefile.InTransaction(c):
+					end = i
+					return err
+				}
 			}
+			return nil
+		})
+		if end == len(writes) {
+			if err != nil {
+				setAll(writes, err)
+			}
+			return
 		}
-		return err
-	})
-	return errors.Join(closed, err)
-}
-
-// closed returns an error if the application has closed its database, and
-// that without waiting for a connection or opening one.
-func (s *SQLiteStore) closed() error {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	if err := s.db.PingContext(ctx); !errors.Is(err, context.Canceled) {
-		return err
-	}
-	return nil
-}
-
-// gone returns an error if the database file is no longer where it was: SQLite
-// would go on with one that nobody will find again.
-func (s *SQLiteStore) gone() error {
-	if s.path == "" {
-		return nil
-	}
-	now, err := os.Stat(s.path)
-	if err == nil && !os.SameFile(now, s.file) {
-		err = fmt.Errorf("%s is another file by now", s.path)
-	}
-	if err != nil {
-		return fmt.Errorf("the database was removed while it was open: %w", err)
-	}
-	return nil
-}
-
-// retry calls f until it succeeds or the deadline has passed.
-func retry(deadline time.Time, f func() error) error {
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		err := f()
-		if err == nil || time.Until(deadline) < wait {
-			return err
-		}
-		time.Sleep(wait)
+		s.writeEach(deadline, writes[:end])
+		writes = writes[end+1:]
 	}
 }
 
@@ -854,12 +426,12 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		args = append(args, f.Name)
 	}
 	if f.Before != "" {
-		where = append(where, `rowid < (SELECT rowid FROM tasks WHERE id IN (?, CAST(? AS BLOB)) LIMIT 1)`)
-		args = append(args, f.Before, f.Before)
+		where = append(where, `rowid < (SELECT rowid FROM tasks WHERE id = ?)`)
+		args = append(args, f.Before)
 	}
 	if len(f.States) > 0 {
 		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
-		where, args = whereState(f.States, where, args, last)
+		where, args = whereState(f, where, args, last)
 	}
 	query := `SELECT ` + columns + ` FROM tasks`
 	if len(where) > 0 {
@@ -872,27 +444,43 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	return ops, err
 }
 
-// whereState has the last rows found that are in one of those states, and for
-// which where holds. Each state has a query of its own, because only so is
-// each answered in the order of the index.
-func whereState(states []State, where []string, args []any, last int64) ([]string, []any) {
+// whereState returns a condition that holds for the last rows that are in one
+// of the filter's states and for which where holds. Each state has a query of
+// its own, because only so the index answers each in its order.
+func whereState(f Filter, where []string, args []any, last int64) ([]string, []any) {
 	var queries []string
 	var all []any
-	for _, state := range states {
-		terms := append([]string{`state = ?`}, where...)
+	add := func(format, term string, own ...any) {
+		queries = append(queries, fmt.Sprintf(format, strings.Join(append([]string{term}, where...), ` AND `)))
+		all = append(append(all, own...), args...)
+	}
+	for _, state := range f.States {
+		term, own := `state = ?`, []any{string(state)}
 		if state != StateDone {
-			terms = append(terms, `state <> 'DONE'`)
+			term += ` AND state <> 'DONE'`
 		}
-		queries = append(queries, `SELECT rowid FROM (SELECT rowid FROM tasks WHERE `+strings.Join(terms, ` AND `)+
-			` ORDER BY rowid DESC LIMIT ?)`)
-		all = append(append(append(all, string(state)), args...), last)
+		if state.live() && len(f.Exclude) > 0 {
+			term += ` AND id NOT IN (SELECT value FROM json_each(?))`
+			own = append(own, jsonArray(f.Exclude))
+		}
+		add(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE %s ORDER BY rowid DESC LIMIT ?)`, term, own...)
+		all = append(all, last)
+	}
+	if len(f.Include) > 0 {
+		add(`SELECT rowid FROM tasks WHERE %s`, `id IN (SELECT value FROM json_each(?)) AND state IN ('PENDING', 'RUNNING')`,
+			jsonArray(f.Include))
 	}
 	return []string{`rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`}, all
 }
 
+func jsonArray[T any](all []T) string {
+	raw, _ := json.Marshal(all) // which can't fail
+	return string(raw)
+}
+
 // Get implements [Persistence].
 func (s *SQLiteStore) Get(id string) (*Operation, error) {
-	ops, err := s.query(`SELECT `+columns+` FROM tasks WHERE id IN (?, CAST(? AS BLOB)) LIMIT 1`, id, id)
+	ops, err := s.query(`SELECT `+columns+` FROM tasks WHERE id = ?`, id)
 	if err != nil {
 		return nil, err
 	}
@@ -904,37 +492,31 @@ func (s *SQLiteStore) Get(id string) (*Operation, error) {
 
 // query returns the operations that a query selects.
 func (s *SQLiteStore) query(query string, args ...any) (ops []*Operation, err error) {
-	err = s.read(func() error {
-		rows, err := s.db.Query(query, args...)
-		if err != nil {
-			return err
-		}
-		ops, err = scanAll(rows)
-		return err
+	err = s.db.Read(func(c *sql.Conn) error {
+		ops = nil
+		return scan(c, func(r *row) { ops = append(ops, r.operation()) }, query, args...)
 	})
 	return ops, err
 }
 
-func scanAll(rows *sql.Rows) ([]*Operation, error) {
-	defer rows.Close()
-	var ops []*Operation
-	for rows.Next() {
-		op, err := scan(rows)
-		if err != nil {
-			return nil, err
-		}
-		ops = append(ops, op)
+// scan calls f with each row that a query of columns returns.
+func scan(c *sql.Conn, f func(*row), query string, args ...any) error {
+	rows, err := c.QueryContext(context.Background(), query, args...)
+	if err != nil {
+		return err
 	}
-	return ops, rows.Err()
+	defer rows.Close()
+	for rows.Next() {
+		var r row
+		err := rows.Scan(&r.rowid, &r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result, &r.err,
+			&r.createdAt, &r.updatedAt, &r.startedAt)
+		if err != nil {
+			return err
+		}
+		f(&r)
+	}
+	return rows.Err()
 }
-
-// read calls f, which only reads, until the database is not locked.
-func (s *SQLiteStore) read(f func() error) error {
-	return s.unlocked(time.Now().Add(writeTimeout), f)
-}
-
-// unfinished repeats the index's own term.
-const unfinished = `state <> 'DONE' AND state IN ('PENDING', 'RUNNING', CAST('PENDING' AS BLOB), CAST('RUNNING' AS BLOB))`
 
 // recoverChunk is how many operations one transaction of Recover changes, so
 // that the writes of the living are not held up by a long history of the dead.
@@ -949,55 +531,44 @@ func (s *SQLiteStore) Recover(reason string) iter.Seq2[*Operation, error] {
 			yield(nil, err)
 			return
 		}
-		for _, o := range owners {
-			done, dead := s.owner.Dead(o.String)
-			if !dead {
-				continue
-			}
-			ok := s.recoverFrom(o, reason, yield)
-			done(ok)
-			if !ok {
+		for _, id := range owners {
+			if !s.recoverFrom(id, reason, yield) {
 				return
 			}
 		}
 	}
 }
 
+// ownerText is "" for a row without an owner.
+const ownerText = `ifnull(CAST(owner AS TEXT), '')`
+
 // owners returns the owners of unfinished operations, and those that have left
 // nothing but a file.
-func (s *SQLiteStore) owners() ([]sql.NullString, error) {
-	var owners []sql.NullString
-	err := s.read(func() error {
-		owners = nil
-		rows, err := s.db.Query(`SELECT DISTINCT CAST(owner AS TEXT) FROM tasks WHERE ` + unfinished)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var o sql.NullString
-			if err := rows.Scan(&o); err != nil {
-				return err
-			}
-			owners = append(owners, o)
-		}
-		return rows.Err()
+func (s *SQLiteStore) owners() (ids []string, err error) {
+	err = s.db.Read(func(c *sql.Conn) (err error) {
+		ids, err = sqlitefile.Strings(c, `SELECT DISTINCT `+ownerText+` FROM tasks WHERE `+unfinished)
+		return err
 	})
 	for _, id := range s.owner.Others() {
-		if o := (sql.NullString{String: id, Valid: true}); !slices.Contains(owners, o) {
-			owners = append(owners, o)
+		if !slices.Contains(ids, id) {
+			ids = append(ids, id)
 		}
 	}
-	return owners, err
+	return ids, err
 }
 
-// recoverFrom yields what it has recovered from a dead owner, and reports
-// whether to go on.
-func (s *SQLiteStore) recoverFrom(o sql.NullString, reason string, yield func(*Operation, error) bool) bool {
-	for {
+// recoverFrom yields what it has recovered from an owner, if that is dead, and
+// reports whether to go on. If nobody knows whether it is, recoverFrom yields
+// one of its operations, the first time.
+func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, error) bool) (goOn bool) {
+	done, dead, unknown := s.owner.Dead(id)
+	if dead {
+		defer func() { done(goOn) }()
+	}
+	for n := recoverChunk; dead && n == recoverChunk; {
 		var ops []*Operation
-		err := s.transact(func(c *sql.Conn) (err error) {
-			ops, err = failOrphans(c, o, reason)
+		err := s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+			ops, err = failOrphans(c, id, reason)
 			return err
 		})
 		if err != nil {
@@ -1009,138 +580,132 @@ func (s *SQLiteStore) recoverFrom(o sql.NullString, reason string, yield func(*O
 				return false
 			}
 		}
-		if len(ops) < recoverChunk {
-			return true
-		}
+		n = len(ops)
 	}
+	if _, again := s.reported.Load(id); unknown == nil || again {
+		return true
+	}
+	ops, err := s.query(`SELECT `+columns+ofOwner, id, 1)
+	if err != nil || len(ops) == 0 {
+		return err == nil || yield(nil, err)
+	}
+	s.reported.Store(id, true)
+	return yield(ops[0], fmt.Errorf("can't tell whether the process that runs it is alive: %w: "+
+		"its operations stay as they are; if it is dead, remove that file", unknown))
 }
+
+// ofOwner selects unfinished operations of an owner.
+const ofOwner = ` FROM tasks WHERE ` + unfinished + ` AND ` + ownerText + ` = ? LIMIT ?`
 
 // failOrphans marks some operations of a dead owner as failed. It touches no
 // cell that this does not concern: other code may have written it.
-func failOrphans(c *sql.Conn, o sql.NullString, reason string) ([]*Operation, error) {
-	ctx := context.Background()
+func failOrphans(c *sql.Conn, id, reason string) (ops []*Operation, err error) {
+	var rows []*row
+	err = scan(c, func(r *row) { rows = append(rows, r) }, `SELECT `+columns+ofOwner, id, recoverChunk)
+	if err != nil {
+		return nil, err
+	}
 	now := time.Now().UTC().Truncate(time.Microsecond)
-	rows, err := c.QueryContext(ctx, `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = max(updated_at, ?)
-		WHERE rowid IN (SELECT rowid FROM tasks WHERE `+unfinished+` AND CAST(owner AS TEXT) IS ? LIMIT ?)
-		RETURNING `+columns, reason, formatTime(now), o, recoverChunk)
-	if err != nil {
-		return nil, err
-	}
-	ops, err := scanAll(rows)
-	if err != nil {
-		return nil, err
-	}
-	for _, op := range ops {
-		// In timeFormat that max is all; other layouts take a closer look.
-		updated := latest(now, op.UpdatedAt, op.StartedAt, op.CreatedAt)
-		if updated.Equal(op.UpdatedAt) {
-			continue
-		}
-		op.UpdatedAt = updated
-		// Other code may have stored two IDs that read the same.
-		if _, err := c.ExecContext(ctx, `UPDATE tasks SET updated_at = ? WHERE id IN (?, CAST(? AS BLOB)) AND state = 'FAILED' AND error = ?`,
-			formatTime(updated), op.ID, op.ID, reason); err != nil {
+	for _, r := range rows {
+		op := r.operation()
+		op.State, op.Error = StateFailed, reason
+		op.UpdatedAt = latest(now, op.UpdatedAt, op.StartedAt, op.CreatedAt)
+		n, err := changes(c, `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ? WHERE rowid = ?`,
+			reason, formatTime(op.UpdatedAt), r.rowid)
+		if err != nil {
 			return nil, err
+		}
+		if n > 0 { // else a trigger has ignored it
+			ops = append(ops, op)
 		}
 	}
 	return ops, nil
 }
 
-// pruneChunk is how many rows Prune looks at, and at most deletes, at a time.
+// pruneChunk is how many rows Prune deletes at most at a time.
 const pruneChunk = 100
+
+// pruneSlack is by how much a text in a foreign layout may be behind its place
+// in the order of time: zones go up to 14 hours, and a T sorts behind a space.
+const pruneSlack = 38 * time.Hour
+
+// A pruneCursor is a place in the index that Prune reads. Should a VACUUM give
+// rows new rowids meanwhile, some of those that finished in the very
+// microsecond at the cursor are left for the next Prune.
+type pruneCursor struct {
+	finish string
+	rowid  int64
+}
 
 // Prune implements [Pruner]. The file does not get smaller, but what is deleted
 // makes room in it.
 func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
-		var after sql.NullString // the ID of the last row that stays
-		for {
-			ids, old, err := s.oldest(after, before)
-			if err != nil {
-				yield(0, err)
-				return
-			}
-			if len(ids) == 0 {
-				return
-			}
+		at := pruneCursor{finish: "0"} // behind those without a time
+		for more := true; more; {
+			var n int
+			var next pruneCursor
 			start := time.Now()
-			n, err := s.delete(old)
+			err := s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+				next, n, err = at.prune(c, before)
+				return err
+			})
+			more, at = next != at, next
 			if !yield(n, err) || err != nil {
 				return
-			}
-			for _, id := range ids {
-				if !old[id] {
-					after = sql.NullString{String: id, Valid: true}
-				}
 			}
 			time.Sleep(time.Since(start)) // in which others may write
 		}
 	}
 }
 
-const finished = `state IN ('DONE', 'FAILED', 'CANCELLED')`
-
-// oldest returns the IDs of the first rows after one, or of all if there is no
-// such row, and which of them Prune may delete.
-func (s *SQLiteStore) oldest(after sql.NullString, before time.Time) (ids []string, old map[string]bool, err error) {
-	err = s.read(func() error {
-		ids, old = nil, make(map[string]bool)
-		rows, err := s.db.Query(`SELECT id, coalesce(`+finished+`, 0), coalesce(CAST(updated_at AS TEXT), '') FROM tasks
-			WHERE rowid > coalesce((SELECT rowid FROM tasks WHERE id = ?), -9223372036854775808) AND typeof(id) = 'text'
-			ORDER BY rowid LIMIT ?`, after, pruneChunk)
-		if err != nil {
-			return err
+// prune deletes some operations behind the cursor that have finished before a
+// time, and returns a cursor behind those that it has looked at. Only texts
+// count as times.
+func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
+	next = at
+	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
+	if before.Add(pruneSlack).After(last) {
+		before = last.Add(-pruneSlack)
+	}
+	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
+		at.finish, formatTime(before.Add(pruneSlack)), formatTime(before), pruneChunk, pruneChunk)
+	if err != nil {
+		return next, 0, err
+	}
+	defer rows.Close()
+	var old []int64
+	for rows.Next() {
+		if err := rows.Scan(&next.finish, &next.rowid); err != nil {
+			return next, 0, err
 		}
-		defer rows.Close()
-		for rows.Next() {
-			var id, updated string
-			var finished bool
-			if err := rows.Scan(&id, &finished, &updated); err != nil {
-				return err
-			}
-			ids = append(ids, id)
-			if at := cellTime(updated); finished && !at.IsZero() && at.Before(before) {
-				old[id] = true
-			}
+		if t := cellTime(next.finish); !t.IsZero() && t.Before(before) {
+			old = append(old, next.rowid)
 		}
-		return rows.Err()
-	})
-	return ids, old, err
+	}
+	if err := cmp.Or(rows.Err(), rows.Close()); err != nil || len(old) == 0 {
+		return next, 0, err
+	}
+	deleted, err = changes(c, `DELETE FROM tasks WHERE rowid IN (SELECT value FROM json_each(?))`, jsonArray(old))
+	return next, deleted, err
 }
 
-// delete deletes finished operations, and takes out of ids those that stay,
-// because a trigger of the database wants it so.
-func (s *SQLiteStore) delete(ids map[string]bool) (n int, err error) {
-	if len(ids) == 0 {
-		return 0, nil
+// pruneQuery continues after the cursor's row: first those with the same time,
+// then those with a later one, up to a bound.
+const (
+	pruneFrom  = `SELECT * FROM (SELECT ` + finishTime + `, rowid FROM tasks INDEXED BY tasks_finished WHERE ` + finished
+	pruneQuery = pruneFrom + ` AND ` + finishTime + ` = ? AND rowid > ? ORDER BY rowid LIMIT ?) UNION ALL ` +
+		pruneFrom + ` AND ` + finishTime + ` > ? AND ` + finishTime + ` < ?
+		AND (` + finishTime + ` < ? OR ` + finishTime + ` NOT GLOB '????-??-?? ??:??:??.??????')
+		ORDER BY ` + finishTime + `, rowid LIMIT ?) ORDER BY 1, 2 LIMIT ?`
+)
+
+// changes executes a statement and returns how many rows it has changed.
+func changes(c *sql.Conn, query string, args ...any) (int, error) {
+	res, err := c.ExecContext(context.Background(), query, args...)
+	if err != nil {
+		return 0, err
 	}
-	var stay []string
-	err = s.transact(func(c *sql.Conn) error {
-		n, stay = 0, nil
-		for id := range ids {
-			res, err := c.ExecContext(context.Background(), `DELETE FROM tasks WHERE id = ? AND `+finished, id)
-			if err != nil {
-				return err
-			}
-			deleted, err := res.RowsAffected()
-			if err != nil {
-				return err
-			}
-			if n += int(deleted); deleted > 0 {
-				continue
-			}
-			var left int
-			if err := c.QueryRowContext(context.Background(), `SELECT count(*) FROM tasks WHERE id = ?`, id).Scan(&left); err != nil {
-				return err
-			}
-			if left > 0 {
-				stay = append(stay, id)
-			}
-		}
-		return nil
-	})
-	for _, id := range stay {
-		delete(ids, id)
-	}
-	return n, err
+	n, err := res.RowsAffected()
+	return int(n), err
 }

@@ -29,12 +29,12 @@
 // # States
 //
 // An operation is PENDING until its function starts, RUNNING until its final
-// state is stored, and then DONE, FAILED or CANCELLED for ever.
+// state is stored, and then DONE, FAILED or CANCELLED for good.
 //
 // # What callers hold
 //
-// Every *Operation that the package hands out is a snapshot: a value of its
-// own that never changes. To see news, ask again with [Manager.Get] or
+// Every *Operation that the package returns is a snapshot: a value of its own
+// that never changes. To see what has changed, ask again with [Manager.Get] or
 // [Manager.List], wait with [Manager.Wait], or follow with [Manager.Watch].
 //
 // # Several managers
@@ -48,8 +48,16 @@ package task
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"runtime/debug"
+	"runtime/pprof"
+	"runtime/trace"
+	"slices"
+	"sync/atomic"
 	"time"
+
+	"github.com/mynt-nas/task/internal/queue"
 )
 
 // A State says where an operation is in its life.
@@ -79,17 +87,18 @@ func (s State) live() bool {
 //
 // It should return soon after ctx is done; [context.Cause] then says why,
 // [ErrCancelled] or [ErrClosed]. It reports progress in percent by calling
-// update, from any goroutine and as often as it likes: a call costs about a
-// hundred nanoseconds, never waits for the database and never fails. Values
-// outside 0..100 are clamped, and calls after the function's return do nothing.
+// update, from any goroutine and as often as it likes: a call takes some
+// nanoseconds, never waits for the database and never fails. Values outside
+// 0..100 are clamped, and calls after the function has returned do nothing.
 //
-// The returned value becomes [Operation.Result] by way of JSON; one that JSON
-// can't hold is dropped, and [Operation.Error] says why. A value returned with
-// an error is kept beside it. A panic fails the operation, not the program.
+// The returned value becomes [Operation.Result] by way of JSON. A value that
+// JSON can't hold, or that takes more than 16 MiB as JSON, is dropped, and
+// [Operation.Error] says why. A value returned with an error is kept beside it.
+// A panic fails the operation, not the program.
 //
 // A Func must not call [Manager.Close] or [Manager.Shutdown] of its own
 // manager: both wait for it to return. Nor must it wait for an operation that
-// needs its own place (see [WithLimit]) or key (see [WithLock]).
+// needs its own slot (see [WithLimit]) or key (see [WithLock]).
 type Func func(ctx context.Context, update func(progress int)) (interface{}, error)
 
 // Errors to test for with [errors.Is]. What the package returns wraps them.
@@ -102,53 +111,312 @@ var (
 	// ErrClosed is returned by Submit after Close or Shutdown was called. It is
 	// also the cause of the contexts that Close cancels, what Wait returns for
 	// an operation whose final state Close could not store, and the last thing
-	// that Watch says.
+	// that Watch yields.
 	ErrClosed = errors.New("manager closed")
 
 	// ErrCancelled is the cause of a context that Cancel cancelled.
 	ErrCancelled = errors.New("operation cancelled")
 
-	// ErrLagged is the last thing that Watch says to a receiver that is too
+	// ErrLagged is the last thing that Watch yields to a receiver that is too
 	// slow.
-	ErrLagged = errors.New("too slow: news of operations was lost")
+	ErrLagged = errors.New("watcher too slow: events were dropped")
 )
 
-// The texts in Operation.Error of operations that ended with their process.
+// The texts in Operation.Error of operations that ended with their process or
+// their manager.
 const (
 	errTextRestart  = "Task failed due to system restart"
 	errTextShutdown = "Task failed due to system shutdown"
 )
 
 // An Option configures a [Manager].
-type Option func(*Manager)
+type Option func(*options)
+
+type options struct {
+	log       *slog.Logger
+	limit     int           // how many functions may run at once; 0 for any number
+	retention time.Duration // how long to keep the history; 0 for ever
+}
 
 // WithLogger makes the manager log to l instead of [slog.Default]. It logs
-// what nobody else is told: recovered operations, panics with their stacks,
+// what nobody else reports: recovered operations, panics with their stacks,
 // results that could not be kept, and the beginning and end of trouble with
 // the database.
 func WithLogger(l *slog.Logger) Option {
-	return func(m *Manager) {
+	return func(o *options) {
 		if l != nil {
-			m.log = l
+			o.log = l
 		}
 	}
 }
 
-// WithRetention makes the manager delete operations from the history when they
-// finished longer ago than age: at the start, and then again and again, every
-// tenth of age, but not more often than every second nor less than every hour.
-// An age of 0 or less keeps them for ever, as is the default. See
-// [Manager.Prune].
+// WithLimit makes the manager run at most n functions at once. The operations
+// beyond that are PENDING, without a goroutine of their own, and start in the
+// order of their submission. A limit of 0 or less is none, as is the default.
+func WithLimit(n int) Option {
+	return func(o *options) { o.limit = max(n, 0) }
+}
+
+// WithRetention makes the manager delete operations from the history once they
+// finished longer ago than age: at the start, and then every tenth of age, but
+// at most once a second and at least once an hour. An age of 0 or less keeps
+// them for good, as is the default. See [Manager.Prune].
 func WithRetention(age time.Duration) Option {
-	return func(m *Manager) { m.retention = max(age, 0) }
+	return func(o *options) { o.retention = max(age, 0) }
 }
 
 // A SubmitOption configures one operation.
 type SubmitOption func(*task) error
 
-// WithMetadata gives the operation metadata, which is anything that JSON can
-// hold: the name of a pool, the user who asked. Submit returns an error if
-// JSON can't hold v. A Func can replace it with [SetMetadata].
+// WithMetadata gives the operation metadata: any value that JSON can hold in
+// 16 MiB, such as the name of a pool, or of the user who asked. Submit returns
+// an error for any other value. A Func can replace it with [SetMetadata].
 func WithMetadata(v any) SubmitOption {
-	return func(t *task) error { return t.op.setMetadata(v) }
+	return func(t *task) error {
+		metadata, err := encode(v)
+		if err != nil {
+			return fmt.Errorf("metadata: %w", err)
+		}
+		t.op.Metadata = metadata
+		return nil
+	}
+}
+
+// WithLock makes the operation wait, PENDING, for all operations that were
+// submitted before it to the same manager with the same key: of one key, one
+// runs at a time, in the order of submission. It holds back no other: with
+// [WithLimit], a free slot goes to the oldest operation whose key is free. The
+// key is free again when the function has returned.
+//
+// Given several times, it takes several keys, all at once: no two operations
+// ever wait for each other. While an operation waits for one of its keys, later
+// ones that need another of them wait behind it.
+//
+// Submit returns an error if the key is empty.
+func WithLock(key string) SubmitOption {
+	return func(t *task) error {
+		if key == "" {
+			return errors.New("the lock's key is empty")
+		}
+		t.ticket.Require(key)
+		return nil
+	}
+}
+
+// A ListOption says which operations [Manager.List] returns. Of several that
+// say the same, the last one counts.
+type ListOption func(*Filter)
+
+// ByState lets List return only operations in one of those states, or in any
+// if none is given.
+func ByState(states ...State) ListOption {
+	return func(f *Filter) { f.States = slices.Compact(slices.Sorted(slices.Values(states))) }
+}
+
+// ByName lets List return only operations with exactly that name, or with any
+// if it is empty. No index helps with that: in a long history a rare name
+// takes a while.
+func ByName(name string) ListOption {
+	return func(f *Filter) { f.Name = validUTF8(name) }
+}
+
+// Before restricts List to operations submitted before the one with that ID,
+// or to none if it is empty. With the last operation of a page it leads to the
+// next page, whatever has been submitted meanwhile, and with SQLite as fast as
+// to the first one.
+func Before(id string) ListOption {
+	return func(f *Filter) { f.Before = id }
+}
+
+// A life is what Wait and Watch see of an operation. The manager's mutex guards
+// it until done is closed; then it never changes.
+type life struct {
+	op     *Operation    // what it points to never changes
+	stored State         // as the database has it; "" until the first row is stored
+	err    error         // why there will be no final state
+	done   chan struct{} // closed once the final state is stored, or err is set
+}
+
+// newLife returns the life of an operation of which a row is stored.
+func newLife(row *Operation) life {
+	l := life{op: row, stored: row.State, done: make(chan struct{})}
+	if !row.State.live() {
+		close(l.done)
+	}
+	return l
+}
+
+// visible reports whether others may see it.
+func (l *life) visible() bool { return l.stored != "" || l.err != nil }
+
+// A task is an operation that this manager runs: from Submit until its final
+// state is stored. Its manager's mutex guards what is not marked otherwise.
+type task struct {
+	// Immutable.
+	id, name string
+	fn       Func
+	created  time.Time  // with its monotonic reading
+	inserted chan error // gets the outcome of storing the first row
+
+	word atomic.Uint64 // see report
+
+	life
+	final  *Operation // how it ended, once that is decided; what it points to never changes
+	cancel context.CancelCauseFunc
+	ticket queue.Ticket[*task]
+
+	listed  bool  // in backlog.changed
+	refused error // why the store did not take final
+}
+
+// The word of a task holds what a function changes without the mutex: its
+// progress and two flags.
+const (
+	progressBits = 1<<7 - 1
+	wordReported = 1 << 7 // the manager knows of a report that it has yet to take over
+	wordReturned = 1 << 8 // the function has returned, or will never be called
+)
+
+// report is what update does. It returns true if the manager has to know: once,
+// until takeOver.
+func (t *task) report(progress int) (first bool) {
+	progress = min(max(progress, 0), 100)
+	for {
+		word := t.word.Load()
+		if word&wordReturned != 0 || int(word&progressBits) == progress {
+			return false
+		}
+		next := word&^progressBits | uint64(progress) | wordReported
+		if t.word.CompareAndSwap(word, next) {
+			return word&wordReported == 0
+		}
+	}
+}
+
+// takeOver makes reported progress part of what is shown. The manager has
+// to know of the next report.
+func (t *task) takeOver() {
+	word := t.word.And(^uint64(wordReported))
+	if progress := int(word & progressBits); progress != t.op.Progress && t.final == nil {
+		t.change(func(op *Operation) { op.Progress = progress })
+	}
+}
+
+// change changes what is shown.
+func (t *task) change(f func(op *Operation)) {
+	op := *t.op
+	op.UpdatedAt = t.now()
+	f(&op)
+	t.op = &op
+}
+
+// now returns the time for StartedAt and UpdatedAt: the wall clock's, or a
+// later one if that has been set back since the operation was submitted.
+func (t *task) now() time.Time {
+	return latest(
+		wall(),
+		t.op.CreatedAt.Add(time.Since(t.created)).Truncate(time.Microsecond),
+		t.op.StartedAt,
+		t.op.UpdatedAt,
+	)
+}
+
+// wall returns the time of the wall clock in the form in which it is stored.
+func wall() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
+
+func latest(times ...time.Time) time.Time {
+	return slices.MaxFunc(times, time.Time.Compare)
+}
+
+// An outcome is how a function ended.
+type outcome struct {
+	state  State
+	result any // nil or a json.RawMessage
+	err    string
+}
+
+// finish decides how the operation ends, and reports whether that was still
+// open. Every terminal transition comes through here.
+func (t *task) finish(end outcome) bool {
+	if t.final != nil {
+		return false
+	}
+	t.word.Or(wordReturned)
+	t.takeOver()
+	final := *t.op
+	final.State = end.state
+	if end.state == StateDone {
+		final.Progress = 100
+	}
+	final.Result = end.result
+	final.Error = validUTF8(end.err)
+	final.UpdatedAt = t.now()
+	t.final = &final
+	return true
+}
+
+// run calls the function and sets end, also if runtime.Goexit ends the
+// goroutine. All the code that the user supplies runs in here: the function,
+// its error's Error, its value's MarshalJSON.
+func (t *task) run(ctx context.Context, update func(int), log *slog.Logger, end *outcome) {
+	*end = outcome{state: StateFailed, err: "the function called runtime.Goexit"}
+	defer func() {
+		if r := recover(); r != nil {
+			*end = outcome{state: StateFailed, err: fmt.Sprint("panic: ", r)}
+			log.Error("task: function panicked", "id", t.id, "name", t.name,
+				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+		}
+	}()
+	ctx, region := trace.NewTask(ctx, t.name)
+	defer region.End()
+	pprof.Do(ctx, pprof.Labels("task", t.name, "task_id", t.id), func(ctx context.Context) {
+		value, err := t.fn(ctx, update)
+		t.word.Or(wordReturned)
+		*end = ending(context.Cause(ctx), err)
+		if err := end.setResult(value); err != nil {
+			log.Error("task: result not kept", "id", t.id, "name", t.name, "err", err)
+		}
+	})
+}
+
+// ending returns how a function ended that has returned err after its context
+// was cancelled for cause, or without that if cause is nil.
+func ending(cause, err error) outcome {
+	if err == nil {
+		return outcome{state: StateDone}
+	}
+	end := outcome{state: StateFailed, err: err.Error()}
+	switch {
+	case errors.Is(cause, ErrCancelled):
+		end.state = StateCancelled
+	case errors.Is(cause, ErrClosed):
+		if own := err == cause || err == context.Canceled; own || end.err == "" {
+			end.err = errTextShutdown
+		} else {
+			end.err = errTextShutdown + ": " + end.err
+		}
+	case end.err == "":
+		end.err = fmt.Sprintf("the function returned an error without a text (%T)", err)
+	}
+	return end
+}
+
+// setResult encodes the value that the function returned. If it can't be kept, the
+// outcome says why.
+func (o *outcome) setResult(value any) error {
+	text := o.err
+	o.err = joinText(text, "result not kept: encoding it did not return") // should it call runtime.Goexit
+	result, err := encode(value)
+	o.result, o.err = result, text
+	if err != nil {
+		o.err = joinText(text, "result not kept: "+err.Error())
+	}
+	return err
+}
+
+func joinText(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a + " (" + b + ")"
 }

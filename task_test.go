@@ -1,23 +1,112 @@
-package task_test
+package task
 
 import (
 	"testing"
-
-	"github.com/mynt-nas/task"
+	"time"
 )
 
 func TestStateFinished(t *testing.T) {
-	for state, want := range map[task.State]bool{
-		task.StatePending:   false,
-		task.StateRunning:   false,
-		task.StateDone:      true,
-		task.StateFailed:    true,
-		task.StateCancelled: true,
-		"":                  false,
-		"done":              false,
+	for state, want := range map[State]bool{
+		StatePending:   false,
+		StateRunning:   false,
+		StateDone:      true,
+		StateFailed:    true,
+		StateCancelled: true,
+		"":             false,
+		"done":         false,
 	} {
 		if got := state.Finished(); got != want {
 			t.Errorf("State(%q).Finished() = %v, want %v", state, got, want)
 		}
+	}
+}
+
+// TestClock checks when an operation finishes that was submitted a minute ago,
+// by the monotonic clock, whatever the wall clock has shown meanwhile.
+func TestClock(t *testing.T) {
+	const passed = time.Minute
+	now := wall()
+	for _, tt := range []struct {
+		name             string
+		created, updated time.Time
+		want             time.Time
+	}{
+		{"steady", now.Add(-passed), now.Add(-passed), now},
+		{"started in 1970, then set right", time.Unix(100, 0).UTC(), time.Unix(100, 0).UTC(), now},
+		{"set back by an hour", now.Add(time.Hour - passed), now.Add(time.Hour - passed), now.Add(time.Hour)},
+		{"set back after the start", now.Add(-passed), now.Add(time.Hour), now.Add(time.Hour)},
+		{"asleep for hours", now.Add(-5 * time.Hour), now.Add(-5 * time.Hour), now},
+	} {
+		op := &Operation{CreatedAt: tt.created, UpdatedAt: tt.updated, State: StateRunning}
+		task := &task{created: time.Now().Add(-passed), life: life{op: op}}
+		if !task.finish(outcome{state: StateDone}) {
+			t.Fatal("finished already")
+		}
+		got := task.final.UpdatedAt
+		if d := got.Sub(tt.want); d < -time.Millisecond || d > time.Second {
+			t.Errorf("%s: finished at %v, want %v", tt.name, got, tt.want)
+		}
+		if got.Before(tt.created) || got.Before(tt.updated) || got.Before(now) {
+			t.Errorf("%s: finished at %v, before it was created, updated, or now", tt.name, got)
+		}
+	}
+}
+
+// TestRetentionAfterClockSetRight checks that what has just finished is not old,
+// even if it was submitted while the clock was in 1970.
+func TestRetentionAfterClockSetRight(t *testing.T) {
+	store := NewMemoryStore()
+	op := &Operation{ID: "x", Name: "x", State: StatePending, CreatedAt: time.Unix(100, 0).UTC(), UpdatedAt: time.Unix(100, 0).UTC()}
+	if err := store.Save(op); err != nil {
+		t.Fatal(err)
+	}
+	task := &task{created: time.Now(), life: life{op: op}}
+	task.finish(outcome{state: StateDone})
+	if err := store.Update(task.final); err != nil {
+		t.Fatal(err)
+	}
+	for n, err := range store.Prune(time.Now().Add(-time.Hour)) {
+		if n != 0 || err != nil {
+			t.Errorf("Prune took %d, %v", n, err)
+		}
+	}
+}
+
+// TestReport checks when a report has to be taken over, and that nothing is
+// reported after the function has returned.
+func TestReport(t *testing.T) {
+	op := &Operation{State: StateRunning}
+	task := &task{life: life{op: op}}
+	for i, tt := range []struct {
+		progress int
+		first    bool
+		shown    int // after takeOver, if not negative
+	}{
+		{0, false, -1}, // unchanged
+		{-5, false, -1},
+		{10, true, -1},
+		{20, false, -1},
+		{20, false, 20},
+		{20, false, 20},
+		{300, true, 100},
+		{0, true, 0},
+	} {
+		if first := task.report(tt.progress); first != tt.first {
+			t.Errorf("%d: report(%d) = %v, want %v", i, tt.progress, first, tt.first)
+		}
+		if tt.shown < 0 {
+			continue
+		}
+		if task.takeOver(); task.op.Progress != tt.shown {
+			t.Errorf("%d: progress %d, want %d", i, task.op.Progress, tt.shown)
+		}
+	}
+	if op.Progress != 0 {
+		t.Error("takeOver has changed an operation that others hold")
+	}
+	task.report(30)
+	task.finish(outcome{state: StateFailed})
+	if task.report(40) || task.final.Progress != 30 {
+		t.Errorf("finished at %d %%, and a late report counts", task.final.Progress)
 	}
 }

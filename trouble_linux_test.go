@@ -1,9 +1,11 @@
 package task_test
 
 import (
+	"bufio"
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 	"github.com/mynt-nas/task/internal/testos"
 )
 
@@ -33,10 +36,10 @@ func diskFull(t *testing.T, dir string) {
 	defer syscall.Unmount(dir, syscall.MNT_DETACH)
 	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
 	store, err := task.OpenSQLite(path)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	fullDisk(t, store, func() {
 		f, err := os.Create(filler)
-		recoveryMust(t, err)
+		testkit.Must(t, err)
 		defer f.Close()
 		for err == nil {
 			_, err = f.Write(make([]byte, 1<<12))
@@ -45,9 +48,9 @@ func diskFull(t *testing.T, dir string) {
 			t.Fatal(err)
 		}
 	}, func() {
-		recoveryMust(t, os.Remove(filler))
+		testkit.Must(t, os.Remove(filler))
 	})
-	recoveryMust(t, store.Close())
+	testkit.Must(t, store.Close())
 	if ok := sqliteText(t, path, "PRAGMA integrity_check"); ok != "ok" {
 		t.Error(ok)
 	}
@@ -60,11 +63,11 @@ func TestPermissionsTakenAway(t *testing.T) {
 		return
 	}
 	dir := filepath.Join(testos.Dir(t), "d")
-	recoveryMust(t, os.Mkdir(dir, 0o700))
+	testkit.Must(t, os.Mkdir(dir, 0o700))
 	cmd := anew(t, dir)
 	if os.Getuid() == 0 { // whom no permissions hold
 		const nobody = 65534
-		recoveryMust(t, os.Chown(dir, nobody, nobody))
+		testkit.Must(t, os.Chown(dir, nobody, nobody))
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 		cmd.Path = copyExecutable(t)
 	}
@@ -72,6 +75,80 @@ func TestPermissionsTakenAway(t *testing.T) {
 	if err != nil {
 		t.Errorf("%v: %s", err, out)
 	}
+}
+
+// TestTwoUsers: a process of another user tells whether one that shares the
+// database with it is alive. Where it can't, it says so and goes on.
+func TestTwoUsers(t *testing.T) {
+	if dir := os.Getenv(again); dir != "" {
+		oneOfTwoUsers(t, filepath.Join(dir, "tasks.db"), os.Getenv("TASK_TEST_USER"))
+		return
+	}
+	if os.Getuid() != 0 {
+		t.Skip("only root can act for two users")
+	}
+	dir := filepath.Join(testos.Dir(t), "d")
+	path := filepath.Join(dir, "tasks.db")
+	testkit.Must(t, errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o777), openSQLite(t, path).Close(), os.Chmod(path, 0o666)))
+	executable := copyExecutable(t)
+	as := func(user string, uid uint32) *exec.Cmd {
+		cmd := anew(t, dir)
+		cmd.Path = executable
+		cmd.Env = append(cmd.Env, "TASK_TEST_USER="+user)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		return cmd
+	}
+	runner := as("runner", 65532)
+	out, err := runner.StdoutPipe()
+	testkit.Must(t, err)
+	testkit.Must(t, runner.Start())
+	for lines := bufio.NewScanner(out); lines.Scan() && lines.Text() != "ready"; {
+	}
+	files, err := filepath.Glob(path + "-owner-*")
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	recovers := func(when, want string) {
+		t.Helper()
+		out, err := as("recoverer", 65533).Output()
+		if err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("%s: %v, %s, want %q", when, err, out, want)
+		}
+	}
+	recovers("while it lives", "recovered 0, told of 0\n")
+	testkit.Must(t, os.Chmod(files[0], 0o600)) // as earlier versions made it
+	recovers("while nobody can tell", "recovered 0, told of 1: "+files[0])
+	testkit.Must(t, os.Chmod(files[0], 0o666))
+	testkit.Must(t, runner.Process.Kill())
+	runner.Wait()
+	recovers("when it is dead", "recovered 1, told of 0\n")
+}
+
+// oneOfTwoUsers runs an operation until it is killed, or recovers.
+func oneOfTwoUsers(t *testing.T, path, user string) {
+	store, err := task.OpenSQLite(path)
+	testkit.Must(t, err)
+	if user == "runner" {
+		testkit.Must(t, store.Save(&task.Operation{ID: "a", Name: "a", State: task.StateRunning}))
+		fmt.Println("ready")
+		select {}
+	}
+	recovered, told, text := 0, 0, ""
+	for op, err := range store.Recover("gone") {
+		switch {
+		case op == nil:
+			t.Fatal(err)
+		case err == nil:
+			recovered++
+		default:
+			told++
+			text = ": " + strings.TrimPrefix(err.Error()[strings.Index(err.Error(), "open "):], "open ")
+		}
+	}
+	fmt.Printf("recovered %d, told of %d%s\n", recovered, told, text)
+	m, err := task.New(store, quiet) // which goes on
+	testkit.Must(t, err)
+	testkit.Must(t, errors.Join(m.Close(), store.Close()))
 }
 
 // copyExecutable puts the test binary where everybody may run it.
@@ -87,14 +164,14 @@ func copyExecutable(t *testing.T) string {
 func permissionsTakenAway(t *testing.T, dir string) {
 	path := filepath.Join(dir, "tasks.db")
 	store, err := task.OpenSQLite(path)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	m, err := task.New(store, quiet)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	fn, started, release := blocker(nil)
 	held := submit(t, m, fn)
 	<-started
 
-	recoveryMust(t, errors.Join(os.Chmod(path, 0), os.Chmod(dir, 0o500)))
+	testkit.Must(t, errors.Join(os.Chmod(path, 0), os.Chmod(dir, 0o500)))
 	if _, err := task.OpenSQLite(path); err == nil || !strings.Contains(err.Error(), "read-only") {
 		t.Errorf("OpenSQLite: %v", err)
 	}
@@ -106,7 +183,7 @@ func permissionsTakenAway(t *testing.T, dir string) {
 	release()
 	m.Get(held.ID)
 
-	recoveryMust(t, errors.Join(os.Chmod(dir, 0o700), os.Chmod(path, 0o600)))
+	testkit.Must(t, errors.Join(os.Chmod(dir, 0o700), os.Chmod(path, 0o600)))
 	if got := wait(t, m, held.ID); got.State != task.StateDone {
 		t.Errorf("the operation that ran is %+v", got)
 	}
@@ -115,14 +192,14 @@ func permissionsTakenAway(t *testing.T, dir string) {
 			t.Errorf("the operation submitted meanwhile is %+v", got)
 		}
 	}
-	recoveryMust(t, errors.Join(m.Close(), store.Close()))
+	testkit.Must(t, errors.Join(m.Close(), store.Close()))
 }
 
 func sqliteText(t *testing.T, path, query string) (text string) {
 	t.Helper()
 	db, err := sql.Open("sqlite3", path)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	defer db.Close()
-	recoveryMust(t, db.QueryRow(query).Scan(&text))
+	testkit.Must(t, db.QueryRow(query).Scan(&text))
 	return text
 }

@@ -15,8 +15,10 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // What follows is real trouble, with real files. The rules are always the same:
@@ -27,24 +29,24 @@ import (
 // reports just as it does a full disk.
 func TestDatabaseFull(t *testing.T) {
 	db, err := sql.Open("sqlite3", filepath.Join(t.TempDir(), "app.db")+"?_journal_mode=WAL")
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	t.Cleanup(func() { db.Close() })
 	db.SetMaxOpenConns(1) // or the PRAGMA would reach only one of them
 	store, err := task.NewSQLiteStore(db)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	limit := func(pages int) {
 		_, err := db.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages))
-		recoveryMust(t, err)
+		testkit.Must(t, err)
 	}
 	fullDisk(t, store, func() { limit(100) }, func() { limit(1 << 30) })
-	recoveryMust(t, store.Close())
+	testkit.Must(t, store.Close())
 }
 
 // fullDisk fills the disk under a store while an operation runs, and makes room
 // again.
 func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	m, err := task.New(store, quiet)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	defer m.Close()
 	large := strings.Repeat("large ", 100_000)
 	release := make(chan struct{})
@@ -70,7 +72,7 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 		}
 	}
 	close(release)
-	recoveryMust(t, recoveryUntil(func() bool {
+	testkit.Must(t, testkit.Until(func() bool {
 		op, ok := m.Get(held.ID)
 		return ok && op.Error != ""
 	}))
@@ -90,7 +92,7 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 		t.Errorf("in the end it is %s, a result of %d bytes, %q", op.State, len(fmt.Sprint(op.Result)), op.Error)
 	}
 	acknowledged = append(acknowledged, submit(t, m, nothing).ID)
-	recoveryMust(t, m.Shutdown(t.Context()))
+	testkit.Must(t, m.Shutdown(t.Context()))
 	for _, id := range acknowledged {
 		if op, err := store.Get(id); err != nil || op.State != task.StateDone {
 			t.Errorf("%s: %+v, %v", id, op, err)
@@ -102,26 +104,25 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 }
 
 // TestLockedForLong: another process keeps the database locked for longer than
-// the busy timeout, while an operation finishes and one is submitted.
+// a write waits, while an operation finishes and one is submitted.
 func TestLockedForLong(t *testing.T) {
-	if testing.Short() {
-		t.Skip("waits for 9 seconds")
-	}
 	path := filepath.Join(t.TempDir(), "tasks.db")
-	m := newManager(t, openSQLite(t, path))
+	store := openSQLite(t, path)
+	task.SetTimeout(store, 50*time.Millisecond)
+	m := newManager(t, store)
 	fn, started, release := blocker(nil)
 	held := submit(t, m, fn)
 	<-started
 	waiting := submit(t, m, untilCancelled)
 
 	other, err := sql.Open("sqlite3", path)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	defer other.Close()
 	c, err := other.Conn(t.Context())
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	defer c.Close()
 	_, err = c.ExecContext(t.Context(), "BEGIN IMMEDIATE")
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 
 	release()
 	if _, err := m.Submit("refused", func(context.Context, func(int)) (any, error) {
@@ -130,7 +131,7 @@ func TestLockedForLong(t *testing.T) {
 	}); err == nil || !strings.Contains(err.Error(), "locked") {
 		t.Errorf("Submit: %v", err)
 	}
-	recoveryMust(t, recoveryUntil(func() bool {
+	testkit.Must(t, testkit.Until(func() bool {
 		op, _ := m.Get(held.ID)
 		return strings.Contains(op.Error, "DONE, which can't be stored yet")
 	}))
@@ -138,7 +139,7 @@ func TestLockedForLong(t *testing.T) {
 		t.Error(err)
 	}
 	_, err = c.ExecContext(t.Context(), "ROLLBACK")
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	if op := wait(t, m, held.ID); op.State != task.StateDone || op.Error != "" {
 		t.Errorf("in the end it is %+v", op)
 	}
@@ -170,7 +171,7 @@ func TestDatabaseTakenAway(t *testing.T) {
 			fn, started, release := blocker(nil)
 			held := submit(t, m, fn)
 			<-started
-			recoveryMust(t, take(path))
+			testkit.Must(t, take(path))
 			release()
 			if _, err := m.Submit("refused", nothing); err == nil || !strings.Contains(err.Error(), "while it was open") {
 				t.Errorf("Submit: %v", err)
@@ -234,8 +235,8 @@ func TestSIGTERM(t *testing.T) {
 	dir := t.TempDir()
 	cmd := anew(t, dir)
 	out, err := cmd.StdoutPipe()
-	recoveryMust(t, err)
-	recoveryMust(t, cmd.Start())
+	testkit.Must(t, err)
+	testkit.Must(t, cmd.Start())
 	var said strings.Builder
 	for buf := make([]byte, 1); !strings.HasSuffix(said.String(), "ready\n"); {
 		if _, err := out.Read(buf); err != nil {
@@ -243,13 +244,13 @@ func TestSIGTERM(t *testing.T) {
 		}
 		said.Write(buf)
 	}
-	recoveryMust(t, cmd.Process.Signal(syscall.SIGTERM))
+	testkit.Must(t, cmd.Process.Signal(syscall.SIGTERM))
 	rest, err := io.ReadAll(out)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v: %s%s", err, &said, rest)
 	}
-	if n := procOwnerFiles(t, filepath.Join(dir, "tasks.db")); n > 0 {
+	if n := testkit.OwnerFiles(t, filepath.Join(dir, "tasks.db")); n > 0 {
 		t.Errorf("%d owner files are left", n)
 	}
 	ops, err := openSQLite(t, filepath.Join(dir, "tasks.db")).List(10, 0)
@@ -262,7 +263,7 @@ func TestSIGTERM(t *testing.T) {
 		err      string
 	}{
 		{task.StateFailed, 0, "Task failed due to system shutdown"}, // it never started
-		{task.StateFailed, 70, "Task failed due to system shutdown: manager closed"},
+		{task.StateFailed, 70, "Task failed due to system shutdown"},
 		{task.StateDone, 100, ""},
 	} {
 		if ops[i].State != want.state || ops[i].Progress != want.progress || ops[i].Error != want.err {
@@ -276,9 +277,9 @@ func daemon(t *testing.T, path string) {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	store, err := task.OpenSQLite(path)
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	m, err := task.New(store, quiet, task.WithLimit(1))
-	recoveryMust(t, err)
+	testkit.Must(t, err)
 	wait(t, m, submit(t, m, nothing).ID)
 	reported := make(chan struct{})
 	submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
@@ -290,5 +291,5 @@ func daemon(t *testing.T, path string) {
 	submit(t, m, untilCancelled) // which waits for its turn
 	fmt.Println("ready")
 	<-ctx.Done()
-	recoveryMust(t, errors.Join(m.Close(), store.Close()))
+	testkit.Must(t, errors.Join(m.Close(), store.Close()))
 }

@@ -465,7 +465,7 @@ func TestWatchNeverReads(t *testing.T) {
 	var all sync.WaitGroup
 	for range 64 {
 		all.Go(func() {
-			for range 400 {
+			for range 180 {
 				submit(t, m, nothing)
 			}
 		})
@@ -548,7 +548,7 @@ func TestWatchNothingOld(t *testing.T) {
 			}
 		}()
 	}
-	for range 300 {
+	for range 100 {
 		old := submit(t, m, nothing)
 		wait(t, m, old.ID)
 		changes := m.Watch(ctx)
@@ -627,5 +627,38 @@ func TestWatchBody(t *testing.T) {
 	cancel()
 	for op, err := range m.Watch(ctx) {
 		t.Errorf("after the end: %v, %v", op, err)
+	}
+}
+
+// A failingSave passes on the ID of what it saves, and fails when told to.
+type failingSave struct {
+	*task.MemoryStore
+	ids  chan string
+	fail chan struct{}
+}
+
+func (s failingSave) Save(op *task.Operation) error {
+	s.ids <- op.ID
+	<-s.fail
+	return errors.New("disk full")
+}
+
+// An operation whose first row can't be stored ends the sequence of whoever has
+// named it.
+func TestWatchFailedSubmit(t *testing.T) {
+	s := failingSave{task.NewMemoryStore(), make(chan string), make(chan struct{})}
+	m := task.NewManager(s)
+	defer m.Close()
+	go m.Submit("x", func(context.Context, func(int)) (any, error) { return nil, nil })
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	changes := m.Watch(ctx, <-s.ids)
+	close(s.fail)
+	var last error
+	for _, err := range changes {
+		last = err
+	}
+	if last == nil || !strings.Contains(last.Error(), "disk full") {
+		t.Errorf("the sequence ended with %v, want the error of Save", last)
 	}
 }

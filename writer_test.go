@@ -73,9 +73,6 @@ func TestFinalStateFails(t *testing.T) {
 		"finals":     testkit.FailFinals,
 	} {
 		t.Run(name, func(t *testing.T) {
-			if name == "finals" && !testkit.NewCore {
-				t.Skip("the old core drops the result after some failures")
-			}
 			synctest.Test(t, func(t *testing.T) { finalStateFails(t, fault, name == "all writes") })
 		})
 	}
@@ -544,5 +541,84 @@ func TestRetryUnderLoad(t *testing.T) {
 		}
 		stop()
 		load.Wait()
+	})
+}
+
+// TestSubmitWhileStoreFails: rows that were stored although Submit returned an
+// error become FAILED. However many Submits fail, the next is tried.
+func TestSubmitWhileStoreFails(t *testing.T) {
+	never := func(context.Context, func(int)) (any, error) { panic("the function was called") }
+	for name, n := range map[string]int{"some": 300, "more than are remembered": 20_100} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db := testkit.NewFake(nil)
+				m := newManager(t, testkit.Bare(db))
+				db.Before(func(c *testkit.Call) error {
+					if c.Method == "Update" {
+						return errDisk
+					}
+					return nil
+				})
+				db.After(func(c *testkit.Call) {
+					if c.Method == "Save" { // which has stored the row
+						c.Err = errDisk
+					}
+				})
+				for range n {
+					if _, err := m.Submit("never", never); !errors.Is(err, errDisk) {
+						t.Fatalf("Submit: %v, want %v", err, errDisk)
+					}
+				}
+				db.Before(nil)
+				db.After(nil)
+				if op := wait(t, m, submit(t, m, nothing).ID); op.State != task.StateDone {
+					t.Errorf("once the store works again: %+v", op)
+				}
+				time.Sleep(10 * time.Second)
+				failed, err := m.List(n+1, 0, task.ByState(task.StateFailed))
+				if err != nil || n == 300 && len(failed) != n || len(failed) < 300 {
+					t.Errorf("%d of %d operations have failed, %v", len(failed), n, err)
+				}
+				must(t, m.Close())
+				_, l := testkit.NewLogged(t, testkit.Bare(db)) // recovers the others
+				if _, recovered := l.Recovered(); len(failed)+recovered != n {
+					t.Errorf("%d have failed and %d were recovered, want %d in all", len(failed), recovered, n)
+				}
+			})
+		})
+	}
+}
+
+// TestCloseInsertInFlight closes a manager while one insert is written, for
+// longer than Close waits, and another one waits: none is left unfinished.
+func TestCloseInsertInFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		memory := task.NewMemoryStore()
+		db := testkit.NewFake(memory)
+		db.Before(func(c *testkit.Call) error {
+			if c.Method == "WriteBatch" || c.Method == "Save" {
+				time.Sleep(6 * time.Second)
+			}
+			return nil
+		})
+		m := newManager(t, db)
+		var all sync.WaitGroup
+		for range 2 {
+			all.Go(func() { m.Submit("x", nothing) })
+			time.Sleep(100 * time.Millisecond)
+		}
+		if err := m.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		all.Wait()
+		ops, err := memory.List(10, 0)
+		for _, op := range ops {
+			if !op.State.Finished() {
+				t.Errorf("left %s: %s", op.State, op.Error)
+			}
+		}
+		if err != nil || len(ops) == 0 {
+			t.Errorf("List: %d operations, %v", len(ops), err)
+		}
 	})
 }

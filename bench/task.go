@@ -34,7 +34,7 @@ func openTask(e env) (session, error) {
 			return nil, err
 		}
 		// The store does not export its pool, whose settings are read here.
-		s.db = (*sql.DB)(reflect.ValueOf(s.store).Elem().FieldByName("db").UnsafePointer())
+		s.db = (*sql.DB)(reflect.ValueOf(s.store).Elem().FieldByName("db").Elem().FieldByName("DB").UnsafePointer())
 	} else {
 		s.db, err = e.openSQLite(max(4, runtime.NumCPU()))
 		if err != nil {

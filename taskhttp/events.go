@@ -7,185 +7,115 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"net/http"
 	"net/url"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/eventlog"
 )
 
 const (
-	heartbeat = 15 * time.Second       // between signs of life
-	pause     = 100 * time.Millisecond // between events: progress is conflated meanwhile
-	retry     = 2 * time.Second        // before a browser connects again
-	idle      = time.Minute            // for which a recorder goes on without listeners
+	heartbeat = 15 * time.Second       // between heartbeats of an idle stream
+	pause     = 100 * time.Millisecond // between batches, in which progress is conflated
+	retry     = 2 * time.Second        // before a browser reconnects
+	idle      = time.Minute            // for which a recorder continues without streams
 
-	// The bounds of what a recorder remembers. A client that is further behind
-	// is told to load anew.
+	// The bounds of a recorder's history. A client that is further behind gets the
+	// event "reload".
 	maxRecent = 10_000
 	maxBytes  = 8 << 20
 
-	// The bounds of what is sent at once.
+	// The bounds of one batch, of a snapshot, and of one write.
 	maxBatch      = 256
 	maxBatchBytes = 256 << 10
 	maxSnapshot   = 1000
-	maxPiece      = 64 << 10 // that a client has to take before the deadline
+	maxPiece      = 64 << 10 // which the client has to receive before the deadline
 )
 
-// A recorder watches operations and remembers what happened to them recently,
-// for any number of listeners. It waits for none of them.
+// A recorder follows the changes of operations and keeps the recent ones, for any
+// number of streams. It waits for none of them.
 type recorder struct {
-	epoch string        // tells its event IDs from those of other recorders
-	ready chan struct{} // closed once the present states are recorded
+	epoch string // distinguishes its event IDs from those of other recorders
 	stop  context.CancelFunc
+	log   *eventlog.Log[entry]
 
-	mu        sync.Mutex // guards what follows
-	recent    []entry    // by seq
-	bytes     int        // of data in recent
-	dead      int        // how many in recent are superseded
-	seq       uint64     // of the last entry
-	forgotten uint64     // the seq of the last entry that had to be dropped
-	latest    map[string]uint64
-	live      map[string]*task.Operation
-	changed   chan struct{} // closed, and replaced, when something happens
-	ended     bool
-	err       error // why it has ended; immutable then
+	mu    sync.Mutex                 // guards what follows
+	live  map[string]*task.Operation // after the last event of log
+	ended bool                       // log is closed
 
-	// These belong to the handler, and are guarded by its mu.
-	listeners int
-	expiry    *time.Timer
+	// Guarded by the handler's mu.
+	streams int
+	expiry  *time.Timer
 }
 
-// An entry is what became of an operation. One that says the same state anew,
-// with other progress, supersedes the one before: then that has no data.
+// An entry is the new state of an operation.
 type entry struct {
-	seq   uint64
-	id    string
 	state task.State
 	data  []byte // the operation as JSON
 }
 
-// record starts a recorder of the operations with those IDs, or of all.
-func record(m *task.Manager, ids ...string) *recorder {
-	ctx, stop := context.WithCancel(context.Background())
-	rec := &recorder{
-		epoch:   rand.Text()[:10],
-		ready:   make(chan struct{}),
-		stop:    stop,
-		latest:  make(map[string]uint64),
-		live:    make(map[string]*task.Operation),
-		changed: make(chan struct{}),
+// errFinished ends the log of a recorder when all its operations have finished.
+var errFinished = errors.New("finished")
+
+// record starts a recorder of the changes that follow the given live operations.
+func record(live []*task.Operation, changes iter.Seq2[*task.Operation, error], stop context.CancelFunc) *recorder {
+	rec := newRecorder(stop)
+	for _, op := range live {
+		rec.live[op.ID] = op
 	}
-	go rec.run(m, ctx, ids)
+	go rec.run(changes)
 	return rec
 }
 
-func (rec *recorder) run(m *task.Manager, ctx context.Context, ids []string) {
-	ready := sync.OnceFunc(func() { close(rec.ready) })
-	defer ready()
-	watching := &idleContext{Context: ctx, idle: func() {}}
-	changes := m.Watch(watching, ids...)
-	watching.idle = ready
+func newRecorder(stop context.CancelFunc) *recorder {
+	rec := &recorder{
+		epoch: rand.Text()[:10],
+		stop:  stop,
+		log:   eventlog.New[entry](maxRecent, maxBytes),
+		live:  make(map[string]*task.Operation),
+	}
+	rec.log.Read() // never reads, so that the log holds as many events as its bounds allow
+	return rec
+}
+
+func (rec *recorder) run(changes iter.Seq2[*task.Operation, error]) {
+	end := errFinished
 	for op, err := range changes {
+		if err == nil {
+			err = rec.put(op)
+		}
 		if err != nil {
-			rec.end(err)
-			return
+			end = err
+			break
 		}
-		rec.put(op)
 	}
-	rec.end(nil)
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	rec.ended = true
+	rec.log.Close(end)
 }
 
-// An idleContext notices when the loop over Watch begins to wait, which it does
-// when it has told all present states: looking at Done is how it waits. Watch
-// itself looks at Done too, when it is called and when the loop has ended.
-type idleContext struct {
-	context.Context
-	idle func()
-}
-
-func (c *idleContext) Done() <-chan struct{} {
-	c.idle()
-	return c.Context.Done()
-}
-
-// put records what an operation has become.
-func (rec *recorder) put(op *task.Operation) {
+// put records the new state of an operation.
+func (rec *recorder) put(op *task.Operation) error {
 	data, err := json.Marshal(op)
-	if err != nil { // it was JSON before
-		rec.end(err)
-		rec.stop()
-		return
+	if err != nil {
+		return err
 	}
 	rec.mu.Lock()
 	defer rec.mu.Unlock()
-	if i, ok := rec.find(rec.latest[op.ID]); ok && rec.recent[i].state == op.State {
-		rec.bytes -= len(rec.recent[i].data)
-		rec.recent[i].data = nil
-		rec.dead++
-	}
-	rec.seq++
-	rec.recent = append(rec.recent, entry{rec.seq, op.ID, op.State, data})
-	rec.bytes += len(data)
-	rec.latest[op.ID] = rec.seq
-	if op.State.Finished() {
+	before := rec.live[op.ID]
+	rec.log.Append(op.ID, entry{op.State, data}, len(data), before != nil && before.State == op.State)
+	if rec.live[op.ID] = op; op.State.Finished() {
 		delete(rec.live, op.ID)
-	} else {
-		rec.live[op.ID] = op
 	}
-	rec.tidy()
-	rec.signal()
-}
-
-// find returns where in recent the entry with that seq is.
-func (rec *recorder) find(seq uint64) (int, bool) {
-	return slices.BinarySearchFunc(rec.recent, seq, func(e entry, seq uint64) int { return cmp.Compare(e.seq, seq) })
-}
-
-// tidy drops what is superseded, now and then, and what is too much, except
-// the last entry. The caller holds rec.mu.
-func (rec *recorder) tidy() {
-	if rec.dead > 64 && rec.dead > len(rec.recent)/2 {
-		rec.recent = slices.DeleteFunc(rec.recent, func(e entry) bool { return e.data == nil })
-		rec.dead = 0
-	}
-	for len(rec.recent) > 1 && (len(rec.recent)-rec.dead > maxRecent || rec.bytes > maxBytes) {
-		first := rec.recent[0]
-		rec.recent[0] = entry{}
-		rec.recent = rec.recent[1:]
-		if first.data == nil {
-			rec.dead--
-			continue
-		}
-		rec.bytes -= len(first.data)
-		rec.forgotten = first.seq
-		if rec.latest[first.id] == first.seq {
-			delete(rec.latest, first.id)
-		}
-	}
-}
-
-// signal wakes the listeners. The caller holds rec.mu.
-func (rec *recorder) signal() {
-	close(rec.changed)
-	rec.changed = make(chan struct{})
-}
-
-// end records that there will be no more.
-func (rec *recorder) end(err error) {
-	rec.mu.Lock()
-	defer rec.mu.Unlock()
-	if rec.ended {
-		return
-	}
-	rec.ended, rec.err = true, err
-	rec.signal()
+	return nil
 }
 
 func (rec *recorder) over() bool {
@@ -194,95 +124,74 @@ func (rec *recorder) over() bool {
 	return rec.ended
 }
 
-// errForgotten says that a listener is too far behind.
-var errForgotten = errors.New("what happened meanwhile is forgotten")
+// errExpired means that a stream is too far behind.
+var errExpired = errors.New("event history expired")
 
-// after returns entries that come after the one with that seq, or, if there are
-// none now, a channel that is closed when there may be. ended says that there
-// will never be any, and err why.
-func (rec *recorder) after(seq uint64) (batch []entry, changed <-chan struct{}, ended bool, err error) {
-	rec.mu.Lock()
-	defer rec.mu.Unlock()
-	if seq < rec.forgotten {
-		return nil, nil, true, errForgotten
-	}
-	size := 0
-	start := sort.Search(len(rec.recent), func(i int) bool { return rec.recent[i].seq > seq })
-	for _, e := range rec.recent[start:] {
-		if len(batch) == maxBatch || size > maxBatchBytes {
-			break
-		}
-		if e.data != nil {
-			batch = append(batch, e)
-			size += len(e.data)
-		}
-	}
-	if len(batch) > 0 {
-		return batch, nil, false, nil
-	}
-	return nil, rec.changed, rec.ended, rec.err
-}
-
-// present returns the live operations, those that run first, and the seq at
-// which they were so. There may be more than it returns.
-func (rec *recorder) present() (ops []*task.Operation, more bool, at uint64) {
+// snapshot returns the live operations, running ones first, and a reader of the
+// events after that. With more, there are other live operations.
+func (rec *recorder) snapshot() (ops []*task.Operation, more bool, r *eventlog.Reader[entry]) {
 	rec.mu.Lock()
 	ops = slices.AppendSeq(make([]*task.Operation, 0, len(rec.live)), maps.Values(rec.live))
-	at = rec.seq
+	r = rec.log.Read()
 	rec.mu.Unlock()
 	slices.SortFunc(ops, func(a, b *task.Operation) int {
 		// "RUNNING" comes after "PENDING", IDs by order of submission.
 		return cmp.Or(cmp.Compare(b.State, a.State), cmp.Compare(a.ID, b.ID))
 	})
-	return ops[:min(len(ops), maxSnapshot)], len(ops) > maxSnapshot, at
+	return ops[:min(len(ops), maxSnapshot)], len(ops) > maxSnapshot, r
 }
 
-// eventID returns the ID of the event that tells of the entry with that seq.
+// eventID returns the ID of the event with that seq.
 func (rec *recorder) eventID(seq uint64) string {
 	return rec.epoch + "-" + strconv.FormatUint(seq, 10)
 }
 
-// resume returns the seq that an event ID stands for, if this recorder knows
-// all that came after it.
-func (rec *recorder) resume(eventID string) (seq uint64, ok bool) {
+// resume returns a reader of the events after the one with that ID. It reports
+// false if this recorder does not have them all.
+func (rec *recorder) resume(eventID string) (r *eventlog.Reader[entry], ok bool) {
 	digits, ok := strings.CutPrefix(eventID, rec.epoch+"-")
 	if !ok {
-		return 0, false
+		return nil, false
 	}
 	seq, err := strconv.ParseUint(digits, 10, 64)
 	if err != nil {
-		return 0, false
+		return nil, false
 	}
-	rec.mu.Lock()
-	defer rec.mu.Unlock()
-	return seq, rec.forgotten <= seq && seq <= rec.seq
+	return rec.log.ReadFrom(seq)
 }
 
-// listen returns the recorder of all operations. Call leave in the end.
-func (h *handler) listen() (rec *recorder, leave func()) {
+// listen returns the recorder of all operations. The caller must call leave.
+func (h *handler) listen() (rec *recorder, leave func(), err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.recorder == nil || h.recorder.over() {
-		h.recorder = record(h.manager)
+		ctx, stop := context.WithCancel(context.Background())
+		live, changes, err := h.manager.Subscribe(ctx)
+		if err != nil {
+			stop()
+			return nil, nil, err
+		}
+		h.recorder = record(live, changes, stop)
 	}
 	rec = h.recorder
-	if rec.listeners++; rec.expiry != nil {
+	if rec.streams++; rec.expiry != nil {
 		rec.expiry.Stop()
 	}
-	return rec, func() { h.leave(rec) }
+	return rec, func() { h.leave(rec) }, nil
 }
 
-// leave has a recorder end after some time without listeners.
+// leave ends a stream's use of a recorder. A recorder ends after some time without
+// streams.
 func (h *handler) leave(rec *recorder) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if rec.listeners--; rec.listeners > 0 {
+	if rec.streams--; rec.streams > 0 {
 		return
 	}
 	rec.expiry = time.AfterFunc(idle, func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		if rec.listeners > 0 {
+		if rec.streams > 0 {
 			return
 		}
 		rec.stop()
@@ -292,51 +201,50 @@ func (h *handler) leave(rec *recorder) {
 	})
 }
 
-// events tells of all operations of the manager.
+// events streams the changes of all operations of the manager.
 func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	ctx, cancel := h.context(r)
 	defer cancel()
-	rec, leave := h.listen()
+	rec, leave, err := h.listen()
+	if err != nil {
+		return err
+	}
 	defer leave()
-	select {
-	case <-rec.ready:
-	case <-ctx.Done():
-		return nil
-	}
-	if rec.over() { // as long as the manager is closed
-		return cmp.Or(rec.err, task.ErrClosed)
-	}
 	if r.Method == http.MethodHead {
 		streamHeader(w)
 		return nil
 	}
-	s, err := newStream(ctx, w, rec)
+	s, err := newStream(ctx, w)
 	if err != nil {
 		return err
 	}
 	defer s.unblock()()
-	at, known := rec.resume(r.Header.Get("Last-Event-ID"))
+	last := r.Header.Get("Last-Event-ID")
+	reader, known := rec.resume(last)
 	if !known {
-		if r.Header.Get("Last-Event-ID") != "" {
-			s.reload(errForgotten)
+		if last != "" {
+			s.reload(errExpired)
 		}
-		at = s.snapshot()
+		var ops []*task.Operation
+		var more bool
+		ops, more, reader = rec.snapshot()
+		s.snapshot(rec.eventID(reader.Start), ops, more)
 	}
-	s.tell(at, func(e entry) string { return rec.eventID(e.seq) })
+	s.follow(reader, func(e eventlog.Event[entry]) string { return rec.eventID(e.Seq) })
 	return nil
 }
 
-// eventsOf tells of one operation, first what it is, which is all that somebody
-// can have missed, and ends when it has finished. The IDs of its events are
-// states, so that somebody who comes back knowing a final one can be told to
-// stop asking.
+// eventsOf streams the changes of one operation, and ends when it has finished. The
+// first event is its present state, which is all that a client can have missed.
+// The IDs of the events are states, so that a client that reconnects with a final
+// one gets a response that makes it stop.
 func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	id := r.PathValue("id")
 	if _, err := h.look(id); err != nil {
 		return err
 	}
 	if task.State(r.Header.Get("Last-Event-ID")).Finished() {
-		w.WriteHeader(http.StatusNoContent) // EventSource gives up on that
+		w.WriteHeader(http.StatusNoContent) // EventSource does not reconnect after that
 		return nil
 	}
 	if r.Method == http.MethodHead {
@@ -345,37 +253,40 @@ func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values)
 	}
 	ctx, cancel := h.context(r)
 	defer cancel()
-	rec := record(h.manager, id)
-	defer rec.stop()
-	s, err := newStream(ctx, w, rec)
+	s, err := newStream(ctx, w)
 	if err != nil {
 		return err
 	}
 	defer s.unblock()()
-	s.tell(0, func(e entry) string { return string(e.state) })
+	watching, stop := context.WithCancel(context.Background())
+	defer stop()
+	changes := h.manager.Watch(watching, id)
+	rec := newRecorder(stop)
+	reader := rec.log.Read()
+	go rec.run(changes)
+	s.follow(reader, func(e eventlog.Event[entry]) string { return string(e.Value.state) })
 	return nil
 }
 
-// A stream is an answer made of server-sent events.
+// A stream is a response that consists of server-sent events.
 type stream struct {
-	ctx context.Context // done when it is to end
+	ctx context.Context // done when the stream must end
 	w   http.ResponseWriter
 	c   *http.ResponseController
-	rec *recorder
-	err error // why nothing can be sent any more
+	err error // the first error of writing
 }
 
 func streamHeader(w http.ResponseWriter) {
 	header := w.Header()
 	header.Set("Content-Type", "text/event-stream")
-	header.Set("X-Accel-Buffering", "no") // nginx would wait for more
+	header.Set("X-Accel-Buffering", "no") // or nginx would buffer
 }
 
-// newStream begins an answer. It returns an error, and nothing is sent, if w
-// can't send what is written before all of it is.
-func newStream(ctx context.Context, w http.ResponseWriter, rec *recorder) (*stream, error) {
+// newStream begins a response. If w can't flush, it returns an error and writes
+// nothing.
+func newStream(ctx context.Context, w http.ResponseWriter) (*stream, error) {
 	streamHeader(w)
-	s := &stream{ctx: ctx, w: w, c: http.NewResponseController(w), rec: rec}
+	s := &stream{ctx: ctx, w: w, c: http.NewResponseController(w)}
 	s.setDeadline()
 	if err := s.c.Flush(); err != nil {
 		return nil, fmt.Errorf("flush: %v", err)
@@ -391,34 +302,29 @@ func (s *stream) event(name, id string, data []byte) {
 	s.write([]byte("\n\n"))
 }
 
-// reload writes the event that tells to load anew. It makes the receiver forget
-// its last event ID.
+// reload writes the event "reload". Its empty ID resets the client's last event
+// ID.
 func (s *stream) reload(why error) {
 	data, _ := json.Marshal(map[string]string{"detail": why.Error()})
 	s.event("reload", "", data)
 }
 
-// A snapshot is the first that is told of all operations.
+// A snapshot is the first event of a stream of all operations.
 type snapshot struct {
-	Tasks     []*task.Operation `json:"tasks"`               // those that are not finished
+	Tasks     []*task.Operation `json:"tasks"`               // unfinished ones
 	Truncated bool              `json:"truncated,omitempty"` // there are more
 }
 
-// snapshot writes the event that tells which operations are live, and returns
-// the seq at which they are.
-func (s *stream) snapshot() uint64 {
-	ops, more, at := s.rec.present()
+// snapshot writes the event "snapshot".
+func (s *stream) snapshot(id string, ops []*task.Operation, more bool) {
 	data, err := json.Marshal(snapshot{ops, more})
-	if err != nil {
-		s.err = err
-	}
-	s.event("snapshot", s.rec.eventID(at), data)
-	return at
+	s.err = cmp.Or(s.err, err)
+	s.event("snapshot", id, data)
 }
 
-// write writes p, piece by piece: a client has to take each in time. The deadline
-// is that of the next heartbeat, as one that passes while nothing is sent would
-// end a HTTP/2 stream.
+// write writes p in pieces, each with its own deadline. The deadline is after the
+// next heartbeat: one that passes while the stream is idle would end an HTTP/2
+// stream.
 func (s *stream) write(p []byte) {
 	for len(p) > 0 && s.err == nil {
 		n := min(len(p), maxPiece)
@@ -435,9 +341,8 @@ func (s *stream) setDeadline() {
 	}
 }
 
-// shortenDeadline allows little time for what is being sent: the server is shut
-// down.
-func (s *stream) shortenDeadline() { s.c.SetWriteDeadline(time.Now().Add(farewell)) }
+// shortenDeadline limits the time of a write during the server's shutdown.
+func (s *stream) shortenDeadline() { s.c.SetWriteDeadline(time.Now().Add(shutdownGrace)) }
 
 // unblock shortens the deadline of a write that is blocked when s.ctx is done.
 // The handler calls stop before it returns: stop waits for shortenDeadline, since
@@ -456,36 +361,33 @@ func (s *stream) unblock() (stop func()) {
 	}
 }
 
-// flush sends what was written.
+// flush sends the data that was written.
 func (s *stream) flush() {
 	s.setDeadline()
 	s.err = cmp.Or(s.err, s.c.Flush())
 }
 
-// tell sends what comes after the entry with that seq, until there is no more
-// to come, s.ctx is done, or the client doesn't take it any more.
-func (s *stream) tell(at uint64, eventID func(entry) string) {
+// follow sends the events of a reader until the log is closed, s.ctx is done, or
+// a write fails.
+func (s *stream) follow(r *eventlog.Reader[entry], eventID func(eventlog.Event[entry]) string) {
+	defer r.Close()
 	timer := time.NewTimer(heartbeat)
 	defer timer.Stop()
 	s.flush()
 	for s.err == nil && s.ctx.Err() == nil {
-		batch, changed, ended, err := s.rec.after(at)
-		if ended {
+		sent, err := s.batch(r, eventID)
+		if err != nil {
 			s.end(err)
 			return
 		}
-		for _, e := range batch {
-			s.event("operation", eventID(e), e.data)
-			at = e.seq
-		}
-		if len(batch) > 0 {
+		if sent {
 			s.flush()
 			timer.Reset(heartbeat)
 			sleep(s.ctx, pause)
 			continue
 		}
 		select {
-		case <-changed:
+		case <-r.Ready():
 		case <-timer.C:
 			s.write([]byte(": still here\n\n"))
 			s.flush()
@@ -495,10 +397,29 @@ func (s *stream) tell(at uint64, eventID func(entry) string) {
 	}
 }
 
-// end sends why there will be no more events.
+// batch writes the next events, and reports whether there were any.
+func (s *stream) batch(r *eventlog.Reader[entry], eventID func(eventlog.Event[entry]) string) (sent bool, err error) {
+	for n, size := 0, 0; n < maxBatch && size < maxBatchBytes && s.err == nil; n++ {
+		e, ok, err := r.Next()
+		if err != nil && !sent {
+			return false, err
+		}
+		if !ok {
+			break
+		}
+		s.event("operation", eventID(e), e.Value.data)
+		size += len(e.Value.data)
+		sent = true
+	}
+	return sent, nil
+}
+
+// end sends the reason why there will be no more events.
 func (s *stream) end(err error) {
 	switch {
-	case err == nil: // the operation has finished
+	case errors.Is(err, errFinished):
+	case errors.Is(err, eventlog.ErrLagged):
+		s.reload(errExpired)
 	case errors.Is(err, task.ErrClosed):
 		data, _ := json.Marshal(map[string]string{"detail": err.Error()})
 		s.write(fmt.Appendf(nil, "event: closed\ndata: %s\n\n", data))

@@ -39,7 +39,7 @@ func TestEvents(t *testing.T) {
 			must(t, err)
 			if e.String() == "operation a RUNNING 99" {
 				if n > 3 {
-					t.Errorf("%d events tell of a tenth of a second", n)
+					t.Errorf("%d events in a tenth of a second", n)
 				}
 				break
 			}
@@ -51,7 +51,7 @@ func TestEvents(t *testing.T) {
 		run(t, m, "d", nil, errors.New("no"))
 		r.want("operation d PENDING 0", "operation d RUNNING 0", "operation d FAILED 0")
 
-		// A second one is told what is, not what was.
+		// A second stream begins with the present state.
 		second := s.listen(t.Context(), "/events")
 		second.want("snapshot a RUNNING 99")
 		a.end(nil, nil)
@@ -98,7 +98,7 @@ func TestEventsResume(t *testing.T) {
 		first.want("operation a RUNNING 10")
 		first.body.Close()
 
-		// What was missed, and no more.
+		// Only the missed events.
 		a.update(20)
 		a.update(30)
 		run(t, m, "b", nil, nil)
@@ -118,15 +118,30 @@ func TestEventsResume(t *testing.T) {
 		c.update(5)
 		again.want("operation c RUNNING 5")
 		again.body.Close()
+		m.Close()
+	})
+}
 
-		// What this handler does not know.
+// TestEventsReload: a client that can't resume gets "reload" and a snapshot.
+func TestEventsReload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		s := newPipeSite(t, mount(m))
+		c := newPuppet(t, m, "c")
+		first := s.listen(t.Context(), "/events")
+		first.want("snapshot c RUNNING 0")
+		c.update(5)
+		first.want("operation c RUNNING 5")
+		first.body.Close()
+
+		// Unknown event IDs.
 		for _, id := range []string{"nonsense", "-1", first.lastID + "0000", first.lastID[:len(first.lastID)-1] + "x", "DONE"} {
 			r := s.listen(t.Context(), "/events", "Last-Event-ID", id)
 			r.want("reload", "snapshot c RUNNING 5")
 			r.body.Close()
 		}
 
-		// Too much was missed: what came first is no longer known.
+		// Too many events were missed: the history has expired.
 		r := s.listen(t.Context(), "/events")
 		r.want("snapshot c RUNNING 5")
 		r.body.Close()
@@ -147,7 +162,8 @@ func TestEventsResume(t *testing.T) {
 	})
 }
 
-// A client that doesn't read loses its connection, and nobody else notices.
+// TestEventsStuckClient: a client that doesn't read loses its connection, and no
+// other client is delayed.
 func TestEventsStuckClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -170,13 +186,13 @@ func TestEventsStuckClient(t *testing.T) {
 		op.end(nil, nil)
 		reads.want("operation op DONE 100")
 		if passed := time.Since(start); passed > time.Second {
-			t.Errorf("the others waited for %v", passed)
+			t.Errorf("other clients waited for %v", passed)
 		}
 		for range stuck {
 			<-returned
 		}
 		if passed := time.Since(start); passed > 30*time.Second {
-			t.Errorf("they were given up after %v", passed)
+			t.Errorf("the stuck streams ended after %v", passed)
 		}
 		reads.body.Close()
 		<-returned
@@ -184,7 +200,7 @@ func TestEventsStuckClient(t *testing.T) {
 	})
 }
 
-// A client that reads, but too slowly, is told that it has missed something.
+// TestEventsSlowClient: a client that reads too slowly gets "reload".
 func TestEventsSlowClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -279,7 +295,7 @@ func TestEventsOfOne(t *testing.T) {
 	})
 }
 
-// unflushable is a [http.ResponseWriter] of a middleware that thinks too short.
+// unflushable is the [http.ResponseWriter] of a middleware that hides Flush.
 type unflushable struct{ http.ResponseWriter }
 
 func TestEventsWithoutFlush(t *testing.T) {
@@ -292,13 +308,13 @@ func TestEventsWithoutFlush(t *testing.T) {
 	}
 }
 
-// What is live in the list after the snapshot has an end that is told, however
-// early it comes after the first request for events.
+// TestEventsMissNoEnd: the stream contains the final state of each operation that
+// is live after the snapshot, however soon after the first request it ends.
 func TestEventsMissNoEnd(t *testing.T) {
 	m := newManager(t, nil)
 	for i := range 100 {
 		func() {
-			s := newSite(t, mount(m)) // a handler that has not watched before
+			s := newSite(t, mount(m)) // a handler without a recorder
 			defer s.server.Close()
 			op := newPuppet(t, m, fmt.Sprint("op ", i))
 			ended := make(chan bool)
@@ -329,7 +345,8 @@ func TestEventsMissNoEnd(t *testing.T) {
 	}
 }
 
-// However often a client loses its connection, it learns how everything ended.
+// TestEventsReconnecting: a client that often loses its connection gets all final
+// states.
 func TestEventsReconnecting(t *testing.T) {
 	m := newManager(t, nil, task.WithLimit(20))
 	s := newSite(t, mount(m))
@@ -362,7 +379,7 @@ func TestEventsReconnecting(t *testing.T) {
 	all.Wait()
 }
 
-// follow reads n events and notes what has ended, as the page does.
+// follow reads n events and records the finished operations, as the page does.
 func (s *site) follow(lastID *string, n int, ended map[string]bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -411,8 +428,8 @@ func (s *site) follow(lastID *string, n int, ended map[string]bool) {
 	*lastID = events.lastID
 }
 
-// Nobody who is slow, and nobody who listens, keeps Submit waiting; a thousand
-// streams end with their clients.
+// TestEventsMany: hundreds of stuck streams do not delay Submit, and end when their
+// clients disconnect.
 func TestEventsMany(t *testing.T) {
 	m := newManager(t, nil)
 	h := taskhttp.Handler(m)
@@ -439,7 +456,7 @@ func TestEventsMany(t *testing.T) {
 	all.Wait()
 }
 
-// A slowWriter writes to a connection that nobody reads.
+// A slowWriter writes to a connection whose peer does not read.
 type slowWriter struct {
 	header http.Header
 	conn   net.Conn
@@ -451,8 +468,7 @@ func (w *slowWriter) Write(p []byte) (int, error)        { return w.conn.Write(p
 func (w *slowWriter) FlushError() error                  { return nil }
 func (w *slowWriter) SetWriteDeadline(t time.Time) error { return w.conn.SetWriteDeadline(t) }
 
-// TestEventsStuckShutdown: a client that doesn't take what it is sent does not
-// hold up Shutdown.
+// TestEventsStuckShutdown: a client that does not read does not delay Shutdown.
 func TestEventsStuckShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)

@@ -58,8 +58,8 @@ func ExampleAccepted() {
 	// 200
 }
 
-// Who may see and cancel tasks is the application's to say: it wraps the
-// handler. Browsers send cookies and passwords to event streams too.
+// The application decides who may see and cancel tasks: it wraps the handler.
+// Browsers send cookies and passwords with requests for event streams, too.
 func ExampleHandler_authentication() {
 	manager := task.NewManager(nil)
 	defer manager.Close()
@@ -69,7 +69,7 @@ func ExampleHandler_authentication() {
 			user, password, _ := r.BasicAuth()
 			if user != "admin" || subtle.ConstantTimeCompare([]byte(password), []byte("secret")) != 1 {
 				w.Header().Set("WWW-Authenticate", `Basic realm="NAS"`)
-				http.Error(w, "who are you?", http.StatusUnauthorized)
+				http.Error(w, "unauthorized", http.StatusUnauthorized)
 				return
 			}
 			h.ServeHTTP(w, r)

@@ -2,8 +2,7 @@ package taskhttp
 
 import "strings"
 
-// Routes returns what the handler serves and the query parameters it knows, by
-// "GET /path".
+// Routes returns the query parameters of each route, by "GET /path".
 func Routes() map[string][]string {
 	all := make(map[string][]string)
 	for _, rt := range new(handler).routes() {

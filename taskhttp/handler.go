@@ -1,32 +1,37 @@
 // Package taskhttp serves the operations of a [task.Manager] over HTTP: as
 // JSON, as server-sent events, and as a page for the browser.
 //
-//	GET  /               the history, newest first, by state and name, page by page
-//	GET  /{id}           one operation
-//	POST /{id}/cancel    cancels it
-//	GET  /{id}/wait      answers once it has finished
-//	GET  /events         what happens to all operations, as it happens
-//	GET  /{id}/events    what happens to one
-//	GET  /ui             the page
-//	GET  /openapi.json   the description of all this
+//	GET  /               lists the history, newest first, by state and name, in pages
+//	GET  /{id}           returns one operation
+//	POST /{id}/cancel    cancels one operation
+//	GET  /{id}/wait      waits until one operation has finished
+//	GET  /events         streams the changes of all operations
+//	GET  /{id}/events    streams the changes of one operation
+//	GET  /ui             serves the page
+//	GET  /openapi.json   serves the description of this interface
 //
-// Errors are told as problem details (RFC 9457).
+// Errors are problem details (RFC 9457).
 //
-// A stream of events begins with "snapshot", the operations that are live, and
-// goes on with an "operation" whenever one changes: in every state that it gets
-// to, while progress is conflated to the latest. Whoever comes back with
-// Last-Event-ID, as browsers do by themselves, gets what was missed; "reload"
-// says that this is no longer known, or that the client was too slow, and that
-// the list has to be read anew. "closed" says that the manager is. So nobody
-// misses a final state without being told. An event may come twice, and what
-// GET returns may be newer than the next event: updated_at tells, and what has
-// finished never changes.
+// Cancel does not wait until the operation has ended. Its response has the status
+// 202 and the operation as it is then: a PENDING operation will not start, but
+// becomes CANCELLED only when that is stored. Wait returns it after that.
+//
+// A stream of events begins with the event "snapshot", which holds the live
+// operations, and continues with an event "operation" for each change. No change
+// of state is left out; of progress, only the latest is sent. A client that
+// reconnects with Last-Event-ID, as browsers do, gets the events that it has
+// missed. The event "reload" means that events are missing, because the history
+// of events has expired or because the client was too slow: the client must load
+// the list again. The event "closed" means that the manager is closed. A client
+// therefore never misses a final state without a notice. An event may come twice,
+// and GET may return a newer state than the next event: compare updated_at. A
+// finished operation never changes.
 //
 //	curl -N localhost:8080/api/tasks/events
 //
-// Whoever may reach the [Handler] may see everything and cancel everything:
-// wrap it in the application's own authentication, as the package's example
-// does.
+// Every client that reaches the [Handler] can see and cancel every operation.
+// Wrap the handler in the application's own authentication, as the package's
+// example does.
 package taskhttp
 
 import (
@@ -55,11 +60,12 @@ const (
 	defaultTimeout = 30 * time.Second // of a wait
 	maxTimeout     = 10 * time.Minute
 
-	// grace is how long a client may take to receive what is written to it.
+	// grace is how long a client may take to receive a piece of a stream.
 	grace = 10 * time.Second
 
-	// farewell is how long streams and waits go on when the server is shut down.
-	farewell = 500 * time.Millisecond
+	// shutdownGrace is how long streams and waits continue after the start of the
+	// server's shutdown.
+	shutdownGrace = 500 * time.Millisecond
 )
 
 // Handler returns a handler that serves m. Mount it under any prefix, with a
@@ -67,15 +73,15 @@ const (
 //
 //	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(m)))
 //
-// It refuses requests that change something and come from the pages of other
-// origins. A reverse proxy in front has to pass the Host header on, by which
-// that is told. It sets its own deadlines where an answer may take longer than
-// [http.Server] would allow. Event streams and waits end when the client goes,
-// when m is closed, and when the http.Server that serves them is shut down:
-// they don't hold up its Shutdown.
+// It refuses cross-origin requests that change something. It compares the Origin
+// header with the Host header, which a reverse proxy must therefore pass on. It
+// sets its own deadlines where a response may take longer than [http.Server]
+// allows. Event streams and waits end when the client disconnects, when m is
+// closed, and when the http.Server that serves them is shut down: they do not
+// delay its Shutdown.
 //
-// It needs no closing: what it keeps for event streams goes with m, or a minute
-// after the last one.
+// The handler needs no closing: it releases the event history when m is closed,
+// or a minute after the last stream has ended.
 func Handler(m *task.Manager) http.Handler {
 	h := &handler{manager: m, servers: make(map[*http.Server]context.Context)}
 	for _, rt := range h.routes() {
@@ -99,15 +105,15 @@ type handler struct {
 	guard   http.CrossOriginProtection
 
 	mu       sync.Mutex // guards what follows
-	recorder *recorder  // nil until somebody listens
+	recorder *recorder  // nil until the first stream
 	servers  map[*http.Server]context.Context
 }
 
-// A route is one line of the table above. It serves a request by answering it
-// or by returning an error, not both.
+// A route is one line of the table above. serve either writes a response or
+// returns an error.
 type route struct {
 	method, path string
-	query        []string // the parameters that it knows
+	query        []string // the names of its parameters
 	serve        func(w http.ResponseWriter, r *http.Request, query url.Values) error
 }
 
@@ -125,8 +131,8 @@ func (h *handler) routes() []route {
 	}
 }
 
-// parse reads the query of a request for a route with parameters. Those that it
-// doesn't know may be meant for whatever wraps the handler, and don't matter.
+// parse parses the query of a request for a route with parameters. It ignores
+// unknown parameters, which may be meant for a wrapper of the handler.
 func (rt route) parse(query string) (url.Values, error) {
 	if len(rt.query) == 0 {
 		return nil, nil
@@ -143,7 +149,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
-	if r.URL.Path == "" { // mounted without the slash
+	if r.URL.Path == "" { // mounted without the trailing slash
 		r = r.Clone(r.Context())
 		r.URL.Path = "/"
 	}
@@ -156,24 +162,24 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.mux.ServeHTTP(w, r)
 		return
 	}
-	// The mux knows which methods there would be, but answers in plain text.
+	// The mux knows the allowed methods, but its response is plain text.
 	var refused refusal
 	mux.ServeHTTP(&refused, r)
 	allow := refused.Header().Get("Allow")
 	switch {
 	case allow == "":
-		Problem(w, r, http.StatusNotFound, errors.New("there is nothing at this path"))
+		Problem(w, r, http.StatusNotFound, errors.New("not found"))
 	case r.Method == http.MethodOptions:
 		header.Set("Allow", allow+", OPTIONS")
 		w.WriteHeader(http.StatusNoContent)
 	default:
 		header.Set("Allow", allow+", OPTIONS")
-		Problem(w, r, http.StatusMethodNotAllowed, fmt.Errorf("%.20q is not a method of this path", r.Method))
+		Problem(w, r, http.StatusMethodNotAllowed, fmt.Errorf("method %.20q not allowed", r.Method))
 	}
 }
 
-// clean reports whether the mux would serve p as it is. It would redirect
-// others, without knowing the prefix under which it is mounted.
+// clean reports whether the mux serves p without a redirect. Its redirects would
+// lack the prefix under which the handler is mounted.
 func clean(p string) bool {
 	c := path.Clean(p)
 	return p == "/" || c != "/" && (c == p || c+"/" == p)
@@ -191,10 +197,10 @@ func (f *refusal) Header() http.Header {
 func (f *refusal) Write(p []byte) (int, error) { return len(p), nil }
 func (f *refusal) WriteHeader(int)             {}
 
-// A page is what the list answers with.
+// A page is the response body of the list.
 type page struct {
 	Tasks      []*task.Operation `json:"tasks"`
-	NextCursor string            `json:"next_cursor,omitempty"` // leads to the next page, if there is one
+	NextCursor string            `json:"next_cursor,omitempty"` // of the next page; empty on the last one
 }
 
 func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values) error {
@@ -207,10 +213,10 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 		return err
 	}
 	cursor := query.Get("cursor")
-	ops, err := h.manager.List(limit+1, 0, // one more tells whether there are more
+	ops, err := h.manager.List(limit+1, 0, // one more shows whether there is a next page
 		task.ByState(states...), task.ByName(query.Get("name")), task.Before(cursor))
 	if cursor != "" && errors.Is(err, task.ErrNotFound) {
-		return badParameter("cursor", "there is no operation %.64q any more: start with the first page", cursor)
+		return badParameter("cursor", "operation %.64q not found, start with the first page", cursor)
 	}
 	if err != nil {
 		return err
@@ -227,8 +233,8 @@ var allStates = []task.State{
 	task.StatePending, task.StateRunning, task.StateDone, task.StateFailed, task.StateCancelled,
 }
 
-// parseStates reads the parameter state, which may be repeated and may hold
-// several, separated by commas.
+// parseStates parses the parameter state. It may be repeated, and each value may
+// hold several states, separated by commas.
 func parseStates(values []string) (states []task.State, err error) {
 	for name := range strings.SplitSeq(strings.Join(values, ","), ",") {
 		if name == "" {
@@ -236,7 +242,7 @@ func parseStates(values []string) (states []task.State, err error) {
 		}
 		state := task.State(name)
 		if !slices.Contains(allStates, state) {
-			return nil, badParameter("state", "%.64q is none of %v", name, allStates)
+			return nil, badParameter("state", "%.64q is not one of %v", name, allStates)
 		}
 		states = append(states, state)
 	}
@@ -262,9 +268,9 @@ func (h *handler) get(w http.ResponseWriter, r *http.Request, _ url.Values) erro
 	return writeJSON(w, http.StatusOK, op)
 }
 
-// look returns an operation as it is now. Manager.Get would not tell an error
-// of the database from an unknown operation; Wait does, and this one doesn't
-// wait.
+// look returns the present state of an operation. Unlike Manager.Get, Wait
+// distinguishes an error of the database from an unknown operation; with a context
+// that is done it does not wait.
 func (h *handler) look(id string) (*task.Operation, error) {
 	done, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -296,7 +302,7 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, _ url.Values) e
 		return lookErr
 	case err != nil && !op.State.Finished():
 		return err
-	case err != nil: // it has finished before
+	case err != nil: // it had finished before
 		status = http.StatusOK
 	}
 	return writeJSON(w, status, op)
@@ -318,9 +324,9 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 		return err
 	}
 	if server, ok := r.Context().Value(http.ServerContextKey).(*http.Server); ok && server.WriteTimeout > 0 {
-		c.SetWriteDeadline(time.Now().Add(server.WriteTimeout)) // as for any other answer
+		c.SetWriteDeadline(time.Now().Add(server.WriteTimeout)) // as for any other response
 	}
-	return writeJSON(w, http.StatusOK, op) // as it is, if the time is up
+	return writeJSON(w, http.StatusOK, op) // in its present state, if the time is up
 }
 
 func parseTimeout(value string) (time.Duration, error) {
@@ -334,9 +340,9 @@ func parseTimeout(value string) (time.Duration, error) {
 	return d, nil
 }
 
-// context returns the request's context, which is also done soon after the
-// server that serves it is shut down. Nothing of the request is used after
-// cancel but the context itself.
+// context returns the request's context, which is also done soon after the start
+// of the server's shutdown. After cancel, nothing of the request is used except
+// the context itself.
 func (h *handler) context(r *http.Request) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(r.Context())
 	server, ok := ctx.Value(http.ServerContextKey).(*http.Server)
@@ -347,9 +353,9 @@ func (h *handler) context(r *http.Request) (context.Context, context.CancelFunc)
 	return ctx, func() { stop(); cancel() }
 }
 
-// serving returns a context that is done soon after server is shut down. A
-// manager that was closed just before has until then to send its last events,
-// which tell how operations ended.
+// serving returns a context that is done shutdownGrace after the start of the
+// server's shutdown. The delay lets final events reach clients if the manager was
+// closed just before.
 func (h *handler) serving(server *http.Server) context.Context {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -357,15 +363,15 @@ func (h *handler) serving(server *http.Server) context.Context {
 	if ctx == nil {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(context.Background())
-		server.RegisterOnShutdown(func() { time.AfterFunc(farewell, cancel) })
+		server.RegisterOnShutdown(func() { time.AfterFunc(shutdownGrace, cancel) })
 		h.servers[server] = ctx
 	}
 	return ctx
 }
 
-// Accepted answers a request that has started op: with the status 202, the
-// operation as body, and in the header Location where to find it. base is the
-// path under which the [Handler] is mounted, as in "/api/tasks".
+// Accepted writes the response to a request that has started op: the status 202,
+// the operation as the body, and its path as the header Location. base is the
+// path under which the [Handler] is mounted, for example "/api/tasks".
 func Accepted(w http.ResponseWriter, base string, op *task.Operation) {
 	header := w.Header()
 	header.Set("Location", strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID))
@@ -376,7 +382,7 @@ func Accepted(w http.ResponseWriter, base string, op *task.Operation) {
 	}
 }
 
-// writeJSON answers with v, or returns an error if that can't be encoded.
+// writeJSON writes v as the response, or returns an error if v can't be encoded.
 func writeJSON(w http.ResponseWriter, status int, v any) error {
 	var body bytes.Buffer
 	if err := json.NewEncoder(&body).Encode(v); err != nil {
@@ -384,6 +390,6 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	w.Write(body.Bytes()) // nobody is left to be told of an error
+	w.Write(body.Bytes()) // an error means that the client has disconnected
 	return nil
 }

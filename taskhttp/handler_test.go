@@ -30,6 +30,29 @@ func (l listing) names() (names []string) {
 	return names
 }
 
+var listTests = []struct {
+	query string
+	want  []string // the first names
+	count int
+	more  bool
+}{
+	{"", []string{"live", "scrub", "scrub", "task 119"}, 50, true},
+	{"?limit=1", []string{"live"}, 1, true},
+	{"?limit=123", []string{"live"}, 123, false},
+	{"?limit=122", []string{"live"}, 122, true},
+	{"?limit=500", []string{"live"}, 123, false},
+	{"?state=RUNNING", []string{"live"}, 1, false},
+	{"?state=FAILED", []string{"scrub"}, 1, false},
+	{"?state=FAILED,RUNNING", []string{"live", "scrub"}, 2, false},
+	{"?state=FAILED&state=RUNNING", []string{"live", "scrub"}, 2, false},
+	{"?state=", []string{"live", "scrub"}, 50, true},
+	{"?state=PENDING", nil, 0, false},
+	{"?name=scrub", []string{"scrub", "scrub"}, 2, false},
+	{"?name=scrub&state=DONE", []string{"scrub"}, 1, false},
+	{"?name=task+7&token=x", []string{"task 7"}, 1, false},
+	{"?name=%3Cb%3E", nil, 0, false},
+}
+
 func TestList(t *testing.T) {
 	store, err := task.OpenSQLite(filepath.Join(t.TempDir(), "tasks.db"))
 	must(t, err)
@@ -52,29 +75,7 @@ func TestList(t *testing.T) {
 	live := newPuppet(t, m, "live")
 	live.update(40)
 
-	tests := []struct {
-		query string
-		want  []string // the first names
-		count int
-		more  bool
-	}{
-		{"", []string{"live", "scrub", "scrub", "task 119"}, 50, true},
-		{"?limit=1", []string{"live"}, 1, true},
-		{"?limit=123", []string{"live"}, 123, false},
-		{"?limit=122", []string{"live"}, 122, true},
-		{"?limit=500", []string{"live"}, 123, false},
-		{"?state=RUNNING", []string{"live"}, 1, false},
-		{"?state=FAILED", []string{"scrub"}, 1, false},
-		{"?state=FAILED,RUNNING", []string{"live", "scrub"}, 2, false},
-		{"?state=FAILED&state=RUNNING", []string{"live", "scrub"}, 2, false},
-		{"?state=", []string{"live", "scrub"}, 50, true},
-		{"?state=PENDING", nil, 0, false},
-		{"?name=scrub", []string{"scrub", "scrub"}, 2, false},
-		{"?name=scrub&state=DONE", []string{"scrub"}, 1, false},
-		{"?name=task+7&token=x", []string{"task 7"}, 1, false},
-		{"?name=%3Cb%3E", nil, 0, false},
-	}
-	for _, test := range tests {
+	for _, test := range listTests {
 		var got listing
 		answer := s.do("GET", "/"+test.query, 200, &got)
 		if names := got.names(); len(names) != test.count || !slices.Equal(names[:len(test.want)], test.want) {
@@ -88,7 +89,12 @@ func TestList(t *testing.T) {
 		}
 	}
 
-	// Page by page, while there are new submissions.
+	listPages(t, m, s)
+}
+
+// listPages reads the history page by page, while there are new submissions.
+func listPages(t *testing.T, m *task.Manager, s *site) {
+	t.Helper()
 	var names []string
 	var got listing
 	for cursor := ""; ; cursor = got.Cursor {
@@ -112,9 +118,9 @@ func TestListBadParameters(t *testing.T) {
 		"limit=-1":           "parameter limit",
 		"limit=501":          "parameter limit",
 		"limit=many":         `parameter limit: "many"`,
-		"state=running":      `parameter state: "running" is none of [PENDING`,
+		"state=running":      `parameter state: "running" is not one of [PENDING`,
 		"state=DONE,%FF":     `parameter state: "\xff"`,
-		"cursor=nonsense":    `parameter cursor: there is no operation "nonsense"`,
+		"cursor=nonsense":    `parameter cursor: operation "nonsense" not found`,
 		"state=DONE;limit=1": "semicolon",
 		"name=%zz":           "invalid URL escape",
 	} {
@@ -172,7 +178,7 @@ func TestCancel(t *testing.T) {
 		status int
 		states []task.State
 	}{
-		{"pending", waiting.ID, 202, []task.State{task.StateCancelled}},
+		{"pending", waiting.ID, 202, []task.State{task.StatePending, task.StateCancelled}},
 		{"pending again", waiting.ID, 200, []task.State{task.StateCancelled}},
 		{"running", running.ID, 202, []task.State{task.StateRunning, task.StateCancelled}},
 	}
@@ -183,21 +189,54 @@ func TestCancel(t *testing.T) {
 			if got.ID != test.path || !slices.Contains(test.states, got.State) {
 				t.Errorf("got %+v, want a state of %v", got, test.states)
 			}
+			var end task.Operation
+			s.do("GET", "/"+test.path+"/wait", 200, &end)
+			if end.State != task.StateCancelled {
+				t.Errorf("wait answers with the state %s", end.State)
+			}
 		})
 	}
-	_, err := m.Wait(t.Context(), running.ID)
-	must(t, err)
 	answer := s.request(t.Context(), "POST", "/"+running.ID+"/cancel", strings.NewReader(strings.Repeat("ignored", 1<<20)))
 	answer.Body.Close()
 	if answer.StatusCode != 200 {
-		t.Errorf("cancel of a cancelled one, with a body: %s", answer.Status)
+		t.Errorf("cancel of a cancelled operation, with a body: %s", answer.Status)
 	}
 
 	s.fails("POST", "/nonsense/cancel", 404, "operation not found")
 	s.fails("POST", "/"+others.ID+"/cancel", 409, "another manager runs it")
 	if op, _ := m.Get(others.ID); op.State.Finished() {
-		t.Errorf("another's is %s", op.State)
+		t.Errorf("the other manager's operation is %s", op.State)
 	}
+}
+
+// TestCancelPending: the response does not wait until CANCELLED is stored.
+func TestCancelPending(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newBrokenStore()
+		m := newManager(t, store, task.WithLimit(1))
+		s := newPipeSite(t, mount(m))
+		newPuppet(t, m, "running")
+		op := newPuppet(t, m, "pending")
+		synctest.Wait()
+		store.fail(true)
+		for _, path := range []string{"POST /cancel", "POST /cancel", "GET /wait?timeout=1s"} {
+			method, path, _ := strings.Cut(path, " ")
+			status := map[string]int{"POST": 202, "GET": 200}[method]
+			var got task.Operation
+			s.do(method, "/"+op.ID+path, status, &got)
+			if got.State.Finished() {
+				t.Errorf("%s %s answers with %s, which is not stored", method, path, got.State)
+			}
+		}
+		store.fail(false)
+		var got task.Operation
+		s.do("GET", "/"+op.ID+"/wait?timeout=1m", 200, &got)
+		if got.State != task.StateCancelled {
+			t.Errorf("wait answers with the state %s", got.State)
+		}
+		s.do("POST", "/"+op.ID+"/cancel", 200, &got)
+		m.Close()
+	})
 }
 
 func TestCrossOrigin(t *testing.T) {
@@ -211,10 +250,10 @@ func TestCrossOrigin(t *testing.T) {
 		{"Origin", "null"},
 	} {
 		s.fails("POST", "/"+op.ID+"/cancel", 403, "cross-origin", header...)
-		s.do("GET", "/", 200, nil, header...) // which the browser doesn't show them
+		s.do("GET", "/", 200, nil, header...) // the browser hides the response from other origins
 	}
 	if op, _ := m.Get(op.ID); op.State.Finished() {
-		t.Errorf("it is %s", op.State)
+		t.Errorf("state %s after a refused cancel", op.State)
 	}
 	s.do("POST", "/"+op.ID+"/cancel", 202, nil, "Origin", strings.TrimSuffix(s.url, prefix))
 }
@@ -228,7 +267,7 @@ func TestWait(t *testing.T) {
 
 		tests := []struct {
 			id, query string
-			end       time.Duration // when it ends; 0 for not
+			end       time.Duration // when the operation ends; 0 for never
 			state     task.State
 			after     time.Duration
 		}{
@@ -261,7 +300,7 @@ func TestWaitStops(t *testing.T) {
 	tests := []struct {
 		name string
 		stop func(s *site, gone context.CancelFunc, m *task.Manager, op *puppet)
-		want string // the state, or nothing at all
+		want string // the state in the response; empty without a response
 	}{
 		{"client gone", func(_ *site, gone context.CancelFunc, _ *task.Manager, _ *puppet) { gone() }, ""},
 		{"server shut down", func(s *site, _ context.CancelFunc, _ *task.Manager, _ *puppet) {
@@ -294,7 +333,7 @@ func TestWaitStops(t *testing.T) {
 					body = string(raw)
 				}
 				if passed := (<-returned).Sub(start).Truncate(time.Second); passed != 3*time.Second {
-					t.Errorf("it took %v", passed)
+					t.Errorf("the wait took %v", passed)
 				}
 				if test.want == "" && err == nil || !strings.Contains(body, test.want) {
 					t.Errorf("error %v, body %q, want %q", err, body, test.want)
@@ -323,7 +362,7 @@ func TestWaitForStoring(t *testing.T) {
 	})
 }
 
-// A server's own limits are meant for ordinary answers.
+// TestServerTimeouts: the server's timeouts do not end streams and waits.
 func TestServerTimeouts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -390,7 +429,7 @@ func TestMethods(t *testing.T) {
 	}
 }
 
-// Not every application mounts the handler on a http.ServeMux.
+// TestPaths: the handler may be mounted without a http.ServeMux.
 func TestPaths(t *testing.T) {
 	m := newManager(t, nil)
 	h := taskhttp.Handler(m)
@@ -451,8 +490,8 @@ func TestAccepted(t *testing.T) {
 	}
 }
 
-// TestWaitDeadline: a deadline that something in front has set ends a wait with
-// an answer, and a body that never comes does not keep it from being sent.
+// TestWaitDeadline: if a wrapper's deadline ends a wait, there is a response, also
+// if the request body never arrives.
 func TestWaitDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)

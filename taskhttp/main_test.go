@@ -145,13 +145,13 @@ func (s *site) do(method, path string, status int, v any, header ...string) *htt
 	return answer
 }
 
-// A problem is what an error is told as.
+// A problem is the response body of an error.
 type problem struct {
 	Type, Title, Detail, Instance string
 	Status                        int
 }
 
-// fails makes a request and checks that it is answered with that problem.
+// fails makes a request and checks that the response is that problem.
 func (s *site) fails(method, path string, status int, detail string, header ...string) {
 	s.t.Helper()
 	var p problem
@@ -176,7 +176,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// An event is one of a stream; a comment has only data.
+// An event is an event of a stream, or a comment, which has only data.
 type event struct{ name, id, data string }
 
 // A reader reads a stream of events.
@@ -242,8 +242,7 @@ func (r *reader) any() (e event, err error) {
 	}
 }
 
-// want checks that the next events are these: "snapshot" with the names, states
-// and progress of its tasks, "operation" with the like, or only names.
+// want checks the next events, in the format of event.String.
 func (r *reader) want(want ...string) {
 	r.t.Helper()
 	for _, want := range want {
@@ -265,6 +264,7 @@ func (r *reader) wantEnd() {
 	}
 }
 
+// String returns the event's name, and the names, states and progress of its tasks.
 func (e event) String() string {
 	var ops []task.Operation
 	switch e.name {
@@ -283,7 +283,7 @@ func (e event) String() string {
 	return text
 }
 
-// A puppet is an operation whose function does what it is told.
+// A puppet is an operation whose function the test controls.
 type puppet struct {
 	*task.Operation
 	do chan func(update func(int)) (any, error, bool)
@@ -317,7 +317,7 @@ func (p *puppet) end(result any, err error) {
 	p.do <- func(func(int)) (any, error, bool) { return result, err, true }
 }
 
-// run has an operation run to its end.
+// run submits an operation and waits for its end.
 func run(t testing.TB, m *task.Manager, name string, result any, err error) *task.Operation {
 	t.Helper()
 	op, submitErr := m.Submit(name, func(context.Context, func(int)) (any, error) { return result, err })
@@ -327,7 +327,7 @@ func run(t testing.TB, m *task.Manager, name string, result any, err error) *tas
 	return op
 }
 
-// A brokenStore fails to read, once it is told so.
+// A brokenStore fails to read and to update while fails is set.
 type brokenStore struct {
 	*task.MemoryStore
 	mu    sync.Mutex

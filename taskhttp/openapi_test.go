@@ -21,7 +21,7 @@ import (
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-// The document, as far as the tests look at it.
+// A document is the part of openapi.json that the tests check.
 type document struct {
 	Paths      map[string]map[string]json.RawMessage
 	Components map[string]map[string]json.RawMessage
@@ -94,8 +94,8 @@ func (d *document) operations(t *testing.T) map[string]operationDoc {
 	return all
 }
 
-// Every path, method and parameter of the document is one of the handler, and
-// the other way round.
+// TestOpenAPIRoutes: the document and the handler have the same paths, methods and
+// parameters.
 func TestOpenAPIRoutes(t *testing.T) {
 	documented := readDocument(t).operations(t)
 	routes := taskhttp.Routes()
@@ -125,8 +125,8 @@ func TestOpenAPIRoutes(t *testing.T) {
 	}
 }
 
-// Every response of the document can be had, and every response that can be
-// had is as in the document.
+// TestOpenAPIResponses: the handler gives every response of the document, and every
+// response of the handler is as documented.
 func TestOpenAPIResponses(t *testing.T) {
 	d := readDocument(t)
 	documented := d.operations(t)
@@ -158,73 +158,37 @@ func TestOpenAPIResponses(t *testing.T) {
 			d.checkEvents(t, name, string(body))
 		}
 	}
-	synctest.Test(t, func(t *testing.T) { askForEverything(t, check) })
+	synctest.Test(t, func(t *testing.T) { requestAll(t, check) })
 
 	for name, op := range documented {
 		for code := range op.Responses {
 			if !seen[name+" "+code] {
-				t.Errorf("%s is answered with %s in the document only", name, code)
+				t.Errorf("%s: no response with the documented status %s", name, code)
 			}
 		}
 	}
 }
 
-// askForEverything has every operation give each answer that it has.
-func askForEverything(t *testing.T, check func(t *testing.T, operation string, answer *http.Response)) {
+// requestAll makes requests that lead to every response of every operation.
+func requestAll(t *testing.T, check func(t *testing.T, operation string, answer *http.Response)) {
 	store := newBrokenStore()
 	m, other := newManager(t, store), newManager(t, store)
 	h := mount(m)
-	s := newPipeSite(t, h)
-	ask := func(operation, id, query string, header ...string) {
-		t.Helper()
-		method, path, _ := strings.Cut(operation, " ")
-		r, err := http.NewRequest(method, s.url+strings.ReplaceAll(path, "{id}", id)+query, nil)
-		must(t, err)
-		for i := 0; i+1 < len(header); i += 2 {
-			r.Header.Set(header[i], header[i+1])
-		}
-		answer, err := s.client.Transport.RoundTrip(r) // which follows no redirect
-		must(t, err)
-		check(t, operation, answer)
-		answer.Body.Close()
-	}
+	a := asker{newPipeSite(t, h), check}
 	done := run(t, m, "done", map[string]any{"disks": 4}, nil).ID
 	run(t, m, "failed", []int{1}, errors.New("no"))
-	live := newPuppet(t, m, "live", task.WithMetadata("tank"))
-	others := newPuppet(t, other, "another's")
+	live := newPuppet(t, m, "live", task.WithMetadata("tank")).ID
+	others := newPuppet(t, other, "another's").ID
 	synctest.Wait()
 
-	ask("GET /", "", "?state=DONE,FAILED&state=RUNNING&limit=2&name=")
-	ask("GET /", "", "?limit=none")
-	ask("GET /{id}", done, "")
-	ask("GET /{id}", live.ID, "")
-	ask("GET /{id}", "nonsense", "")
-	ask("GET /{id}/wait", done, "?timeout=1s")
-	ask("GET /{id}/wait", live.ID, "?timeout=1s")
-	ask("GET /{id}/wait", live.ID, "?timeout=soon")
-	ask("GET /{id}/wait", "nonsense", "")
-	ask("GET /{id}/events", done, "")
-	ask("GET /{id}/events", done, "", "Last-Event-ID", "DONE")
-	ask("GET /{id}/events", "nonsense", "")
-	ask("POST /{id}/cancel", done, "")
-	ask("POST /{id}/cancel", "nonsense", "")
-	ask("POST /{id}/cancel", others.ID, "")
-	ask("POST /{id}/cancel", live.ID, "", "Origin", "https://evil.example")
-	ask("GET /ui", "", "")
-	ask("GET /ui", "", "", "If-None-Match", s.do("GET", "/ui", 200, nil).Header.Get("ETag"))
-	ask("GET /ui/", "", "")
-	ask("GET /openapi.json", "", "")
-	ask("GET /openapi.json", "", "", "If-None-Match", s.do("GET", "/openapi.json", 200, nil).Header.Get("ETag"))
-
+	a.askHealthy(done, live, others)
 	other.Close()
 	store.fail(true)
-	ask("GET /", "", "")
-	ask("GET /{id}", done, "")
-	ask("GET /{id}/wait", done, "")
-	ask("GET /{id}/events", done, "")
-	ask("POST /{id}/cancel", done, "")
+	for _, operation := range []string{"GET /", "GET /{id}", "GET /{id}/wait", "GET /{id}/events", "POST /{id}/cancel"} {
+		a.ask(operation, done, "")
+	}
 	store.fail(false)
-	ask("POST /{id}/cancel", live.ID, "")
+	a.ask("POST /{id}/cancel", live, "")
 
 	time.AfterFunc(time.Second, func() {
 		run(t, m, "later", nil, nil)
@@ -233,25 +197,71 @@ func askForEverything(t *testing.T, check func(t *testing.T, operation string, a
 		store.fail(true)
 		m.Close()
 	})
-	ask("GET /events", "", "", "Last-Event-ID", "nonsense") // reload, snapshot, operations, closed
+	a.ask("GET /events", "", "", "Last-Event-ID", "nonsense") // reload, snapshot, operations, closed
 	m.Close()
-	ask("GET /events", "", "")
+	a.ask("GET /events", "", "")
 	for _, op := range list(t, store, m) {
 		if !op.State.Finished() {
-			ask("GET /{id}/wait", op.ID, "")
+			a.ask("GET /{id}/wait", op.ID, "")
 		}
 	}
 
-	// What is around the handler hides that it could flush.
-	s = newPipeSite(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(unflushable{w}, r) }))
-	ask("GET /{id}/events", done, "")
+	// A wrapper of the handler hides Flush.
+	a.site = newPipeSite(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(unflushable{w}, r) }))
+	a.ask("GET /{id}/events", done, "")
 	again := newManager(t, nil)
 	defer again.Close()
 	h = mount(again)
-	ask("GET /events", "", "")
+	a.ask("GET /events", "", "")
 }
 
-// list returns all operations of a store that can be read again.
+// An asker makes requests to a site, and checks the responses.
+type asker struct {
+	*site
+	check func(t *testing.T, operation string, answer *http.Response)
+}
+
+func (a asker) ask(operation, id, query string, header ...string) {
+	t := a.t.(*testing.T)
+	t.Helper()
+	method, path, _ := strings.Cut(operation, " ")
+	r, err := http.NewRequest(method, a.url+strings.ReplaceAll(path, "{id}", id)+query, nil)
+	must(t, err)
+	for i := 0; i+1 < len(header); i += 2 {
+		r.Header.Set(header[i], header[i+1])
+	}
+	answer, err := a.client.Transport.RoundTrip(r) // does not follow redirects
+	must(t, err)
+	a.check(t, operation, answer)
+	answer.Body.Close()
+}
+
+// askHealthy makes the requests for which the store has to work.
+func (a asker) askHealthy(done, live, others string) {
+	a.ask("GET /", "", "?state=DONE,FAILED&state=RUNNING&limit=2&name=")
+	a.ask("GET /", "", "?limit=none")
+	a.ask("GET /{id}", done, "")
+	a.ask("GET /{id}", live, "")
+	a.ask("GET /{id}", "nonsense", "")
+	a.ask("GET /{id}/wait", done, "?timeout=1s")
+	a.ask("GET /{id}/wait", live, "?timeout=1s")
+	a.ask("GET /{id}/wait", live, "?timeout=soon")
+	a.ask("GET /{id}/wait", "nonsense", "")
+	a.ask("GET /{id}/events", done, "")
+	a.ask("GET /{id}/events", done, "", "Last-Event-ID", "DONE")
+	a.ask("GET /{id}/events", "nonsense", "")
+	a.ask("POST /{id}/cancel", done, "")
+	a.ask("POST /{id}/cancel", "nonsense", "")
+	a.ask("POST /{id}/cancel", others, "")
+	a.ask("POST /{id}/cancel", live, "", "Origin", "https://evil.example")
+	a.ask("GET /ui", "", "")
+	a.ask("GET /ui", "", "", "If-None-Match", a.do("GET", "/ui", 200, nil).Header.Get("ETag"))
+	a.ask("GET /ui/", "", "")
+	a.ask("GET /openapi.json", "", "")
+	a.ask("GET /openapi.json", "", "", "If-None-Match", a.do("GET", "/openapi.json", 200, nil).Header.Get("ETag"))
+}
+
+// list returns all operations, after it has made the store work again.
 func list(t *testing.T, store *brokenStore, m *task.Manager) []*task.Operation {
 	t.Helper()
 	store.fail(false)
@@ -294,11 +304,11 @@ type schema struct {
 	Default              any
 }
 
-// validate returns what is not as the schema says.
+// validate returns the differences between a value and the schema.
 func (d *document) validate(raw json.RawMessage, v any) (errs []error) {
 	var s schema
 	decoder := json.NewDecoder(strings.NewReader(string(raw)))
-	decoder.DisallowUnknownFields() // rather than ignore a rule
+	decoder.DisallowUnknownFields() // an unknown keyword is an error
 	if err := decoder.Decode(&s); err != nil {
 		return []error{fmt.Errorf("schema %s: %w", raw, err)}
 	}
@@ -314,7 +324,7 @@ func (d *document) validate(raw json.RawMessage, v any) (errs []error) {
 		wrong("%v is %s, not %s", v, typeOf(v), s.Type)
 	}
 	if s.Enum != nil && !slices.Contains(s.Enum, v) {
-		wrong("%v is none of %v", v, s.Enum)
+		wrong("%v is not one of %v", v, s.Enum)
 	}
 	switch v := v.(type) {
 	case float64:
@@ -332,17 +342,22 @@ func (d *document) validate(raw json.RawMessage, v any) (errs []error) {
 			}
 		}
 	case map[string]any:
-		for _, name := range s.Required {
-			if _, ok := v[name]; !ok {
-				wrong("%q is missing", name)
-			}
+		errs = append(errs, d.validateObject(s, v)...)
+	}
+	return errs
+}
+
+func (d *document) validateObject(s schema, object map[string]any) (errs []error) {
+	for _, name := range s.Required {
+		if _, ok := object[name]; !ok {
+			errs = append(errs, fmt.Errorf("%q is missing", name))
 		}
-		for name, value := range v {
-			if property, ok := s.Properties[name]; ok {
-				errs = append(errs, d.validate(property, value)...)
-			} else if s.AdditionalProperties != nil && !*s.AdditionalProperties {
-				wrong("%q is too much", name)
-			}
+	}
+	for name, value := range object {
+		if property, ok := s.Properties[name]; ok {
+			errs = append(errs, d.validate(property, value)...)
+		} else if s.AdditionalProperties != nil && !*s.AdditionalProperties {
+			errs = append(errs, fmt.Errorf("unexpected property %q", name))
 		}
 	}
 	return errs
@@ -368,17 +383,17 @@ func typeOf(v any) string {
 	return "number"
 }
 
-// The checker itself finds what is wrong.
+// TestOpenAPIValidate: validate finds differences.
 func TestOpenAPIValidate(t *testing.T) {
 	d := readDocument(t)
 	const good = `{"id":"1","name":"n","state":"DONE","progress":100,"created_at":"2026-01-01T00:00:00Z","updated_at":"2026-01-01T00:00:00.5Z"}`
 	for edit, want := range map[string]string{
 		"":                     "",
-		`"DONE"|"WELL"`:        "none of",
+		`"DONE"|"WELL"`:        "not one of",
 		`100|101`:              "out of bounds",
 		`100|1.5`:              "not integer",
 		`"id":"1",|`:           `"id" is missing`,
-		`"id"|"colour":1,"id"`: `"colour" is too much`,
+		`"id"|"colour":1,"id"`: `unexpected property "colour"`,
 		`00.5Z|00.5`:           "parsing time",
 		`"n"|null`:             "not string",
 	} {

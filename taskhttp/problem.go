@@ -20,7 +20,7 @@ type problemDetails struct {
 	Instance string `json:"instance,omitempty"`
 }
 
-// badRequest is an error that is the client's fault.
+// badRequest is an error in a request.
 type badRequest struct{ error }
 
 func (e badRequest) Unwrap() error { return e.error }
@@ -29,12 +29,11 @@ func badParameter(name, format string, args ...any) error {
 	return badRequest{fmt.Errorf("parameter "+name+": "+format, args...)}
 }
 
-// Error answers with err as problem details ([RFC 9457]) and with the status
-// that fits: 404 for [task.ErrNotFound], 503 for [task.ErrClosed], 501 for
+// Error writes err as problem details ([RFC 9457]) with the matching status: 404 for [task.ErrNotFound], 503 for [task.ErrClosed], 501 for
 // [errors.ErrUnsupported], 504 for [context.DeadlineExceeded], 413 for a body
-// beyond the limit of [http.MaxBytesReader], and else 500.
+// beyond the limit of [http.MaxBytesReader], and 500 for any other error.
 //
-// The client is told the error's text.
+// The response contains the error's text.
 //
 // [RFC 9457]: https://www.rfc-editor.org/rfc/rfc9457
 func Error(w http.ResponseWriter, r *http.Request, err error) {
@@ -64,27 +63,27 @@ func statusOf(err error) int {
 	}
 }
 
-// Problem does what [Error] does, with a status of the caller's choice.
+// Problem is like [Error] with a status of the caller's choice.
 func Problem(w http.ResponseWriter, r *http.Request, status int, err error) {
 	p := problemDetails{
-		Type:   "about:blank", // the title says it all
+		Type:   "about:blank", // means that the title is that of the status
 		Title:  http.StatusText(status),
 		Status: status,
 		Detail: err.Error(),
 	}
 	if r != nil {
-		// Not r.URL, which may have been stripped of a prefix, and no query,
-		// which may hold what is nobody's business.
+		// Not r.URL, from which a prefix may have been stripped. Without the query,
+		// which may hold secrets.
 		if u, err := url.ParseRequestURI(r.RequestURI); err == nil {
 			p.Instance = u.EscapedPath()
 		}
 	}
-	body, _ := json.Marshal(p) // strings and numbers: can't fail
+	body, _ := json.Marshal(p) // can't fail with strings and numbers
 	header := w.Header()
 	header.Set("Content-Type", "application/problem+json")
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
-	header.Del("Content-Length") // of the answer that it was to be
+	header.Del("Content-Length") // of the intended response
 	header.Del("ETag")
 	w.WriteHeader(status)
 	w.Write(append(body, '\n'))

@@ -133,7 +133,7 @@ func (s *strictWriter) SetWriteDeadline(deadline time.Time) error {
 	return s.c.SetWriteDeadline(deadline)
 }
 
-// An exchange is a request and what is expected of its response. In the path,
+// An exchange is a request and the expected response. In the path,
 // DONE, LIVE and STOP stand for the IDs of operations.
 type exchange struct {
 	route       string // as in Routes, or only a method
@@ -172,9 +172,9 @@ var exchanges = []exchange{
 	{route: "GET /ui", path: "/ui", status: 200, contentType: "text/html; charset=utf-8", body: "<html"},
 	{route: "GET /ui/", path: "/ui/", status: 308},
 	{route: "GET /openapi.json", path: "/openapi.json", status: 200, contentType: jsonType, body: `"openapi"`},
-	{route: "DELETE", path: "/DONE", status: 405, contentType: problemType, body: "not a method"},
+	{route: "DELETE", path: "/DONE", status: 405, contentType: problemType, body: "not allowed"},
 	{route: "OPTIONS", path: "/DONE", status: 204},
-	{route: "GET", path: "/DONE/nothing", status: 404, contentType: problemType, body: "nothing at this path"},
+	{route: "GET", path: "/DONE/nothing", status: 404, contentType: problemType, body: "not found"},
 }
 
 // TestProtocols requests every endpoint over every protocol, also with HEAD.
@@ -291,7 +291,7 @@ func pathsOf(op *puppet) []string {
 }
 
 // visit opens a stream, reads some lines, and closes it. It reports whether
-// there was a response. With no lines to read it may leave before that.
+// there was a response. With no lines to read it may disconnect before the response.
 func (s *site) visit(path string, lines int) (served bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -338,7 +338,7 @@ func shutDown(t *testing.T, s *site, limit time.Duration) {
 	}
 }
 
-// TestStreamsEnded ends a hundred open streams and waits from the server's side.
+// TestStreamsEnded ends a hundred open streams and waits on the server.
 func TestStreamsEnded(t *testing.T) {
 	tests := []struct {
 		name string

@@ -2,112 +2,180 @@ package taskhttp
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
+	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/eventlog"
 )
 
-func newTestRecorder() *recorder {
-	return &recorder{
-		epoch:   "epoch",
-		stop:    func() {},
-		latest:  make(map[string]uint64),
-		live:    make(map[string]*task.Operation),
-		changed: make(chan struct{}),
+func put(t testing.TB, rec *recorder, op task.Operation) {
+	t.Helper()
+	if err := rec.put(&op); err != nil {
+		t.Fatal(err)
 	}
+}
+
+// recorded returns what can be resumed after an event.
+func recorded(t *testing.T, rec *recorder, seq uint64) (events []eventlog.Event[entry], bytes int) {
+	t.Helper()
+	r, ok := rec.resume(rec.eventID(seq))
+	if !ok {
+		t.Fatalf("can't resume after event %d", seq)
+	}
+	defer r.Close()
+	for {
+		e, ok, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ok {
+			return events, bytes
+		}
+		events = append(events, e)
+		bytes += len(e.Value.data)
+	}
+}
+
+// oldest returns the oldest event after which a client can resume.
+func oldest(rec *recorder, last uint64) uint64 {
+	for seq := uint64(0); seq <= last; seq++ {
+		if r, ok := rec.resume(rec.eventID(seq)); ok {
+			r.Close()
+			return seq
+		}
+	}
+	return last + 1
 }
 
 func TestRecorderBounds(t *testing.T) {
-	rec := newTestRecorder()
-	long := strings.Repeat("x", 1000)
-	check := func(what string) {
-		t.Helper()
-		bytes, dead := 0, 0
-		for _, e := range rec.recent {
-			bytes += len(e.data)
-			if e.data == nil {
-				dead++
-			}
-		}
-		if bytes != rec.bytes || dead != rec.dead {
-			t.Errorf("%s: %d bytes and %d dead, counted as %d and %d", what, bytes, dead, rec.bytes, rec.dead)
-		}
-		if rec.bytes > maxBytes || len(rec.recent)-rec.dead > maxRecent || len(rec.recent) > 2*maxRecent+100 || len(rec.latest) > maxRecent {
-			t.Errorf("%s: %d bytes, %d entries, %d latest", what, rec.bytes, len(rec.recent), len(rec.latest))
-		}
-	}
+	rec := newRecorder(func() {})
+	stuck := rec.log.Read()
 
-	// Progress supersedes progress: nothing is forgotten.
 	for i := range 20_000 {
-		rec.put(&task.Operation{ID: fmt.Sprint(i % 100), State: task.StateRunning, Progress: i % 101})
+		put(t, rec, task.Operation{ID: fmt.Sprint(i % 100), State: task.StateRunning, Progress: i % 101})
 	}
-	check("progress")
-	if rec.forgotten != 0 || len(rec.recent)-rec.dead != 100 {
-		t.Errorf("%d entries, forgotten up to %d", len(rec.recent)-rec.dead, rec.forgotten)
-	}
-	batch, _, _, err := rec.after(0)
-	if err != nil || len(batch) != 100 {
-		t.Errorf("a batch of %d, %v", len(batch), err)
+	if events, _ := recorded(t, rec, 0); len(events) != 100 {
+		t.Errorf("progress of 100 operations: %d events", len(events))
 	}
 
-	// Small and big ones.
 	for i := range 12_000 {
-		rec.put(&task.Operation{ID: fmt.Sprint("small ", i), State: task.StateDone})
+		put(t, rec, task.Operation{ID: fmt.Sprint("small ", i), State: task.StateDone})
 	}
-	check("many")
+	last := uint64(12_100)
+	if events, _ := recorded(t, rec, oldest(rec, last)); len(events) != maxRecent {
+		t.Errorf("12,000 small operations: %d events", len(events))
+	}
+	expectReload(t, rec, stuck)
+
 	for i := range 12_000 {
-		rec.put(&task.Operation{ID: fmt.Sprint("big ", i), State: task.StateDone, Result: long})
+		put(t, rec, task.Operation{ID: fmt.Sprint("big ", i), State: task.StateDone, Result: strings.Repeat("x", 1000)})
 	}
-	check("much")
-	if len(rec.live) != 100 {
-		t.Errorf("%d are live", len(rec.live))
-	}
-
-	// A batch is bounded, and they follow each other without a gap.
-	at := rec.forgotten
-	for n := 0; at < rec.seq; n++ {
-		batch, _, _, err := rec.after(at)
-		if err != nil || len(batch) == 0 || len(batch) > maxBatch || batch[0].seq != at+1 {
-			t.Fatalf("batch %d after %d: %d entries, %v", n, at, len(batch), err)
-		}
-		at = batch[len(batch)-1].seq
-	}
-	if _, _, _, err := rec.after(rec.forgotten - 1); err != errForgotten {
-		t.Errorf("after what is forgotten: %v", err)
-	}
-	for seq, want := range map[uint64]bool{0: false, rec.forgotten - 1: false, rec.forgotten: true, rec.seq: true, rec.seq + 1: false} {
-		if _, ok := rec.resume(rec.eventID(seq)); ok != want {
-			t.Errorf("resume after %d: %v (forgotten up to %d of %d)", seq, ok, rec.forgotten, rec.seq)
-		}
+	last += 12_000
+	if events, bytes := recorded(t, rec, oldest(rec, last)); bytes > maxBytes || bytes < maxBytes-2000 {
+		t.Errorf("12,000 big operations: %d events of %d bytes", len(events), bytes)
 	}
 
-	// One that is too big alone is kept until the next one.
-	rec.put(&task.Operation{ID: "huge", State: task.StateDone, Result: strings.Repeat("x", maxBytes)})
-	if batch, _, _, err := rec.after(rec.seq - 1); len(batch) != 1 || err != nil {
-		t.Errorf("huge: a batch of %d, %v", len(batch), err)
+	put(t, rec, task.Operation{ID: "huge", State: task.StateDone, Result: strings.Repeat("x", maxBytes)})
+	if events, _ := recorded(t, rec, last); len(events) != 1 || events[0].Key != "huge" {
+		t.Errorf("a huge operation: %d events", len(events))
 	}
-	rec.put(&task.Operation{ID: "next", State: task.StateDone})
-	check("after a huge one")
+	put(t, rec, task.Operation{ID: "next", State: task.StateDone})
+	if _, ok := rec.resume(rec.eventID(last)); ok {
+		t.Error("a huge operation is kept although there is a newer event")
+	}
+	if ops, _, r := rec.snapshot(); len(ops) != 100 || r.Start != last+2 {
+		t.Errorf("snapshot of %d live operations after event %d", len(ops), r.Start)
+	}
 }
 
-func TestRecorderPresent(t *testing.T) {
-	rec := newTestRecorder()
+// expectReload checks that a stream with a reader that lags sends "reload".
+func expectReload(t *testing.T, rec *recorder, r *eventlog.Reader[entry]) {
+	t.Helper()
+	if body := follow(t, rec, r); !strings.HasSuffix(body, "event: reload\nid: \ndata: {\"detail\":\"event history expired\"}\n\n") {
+		t.Errorf("a stream that lags ends with %.200q", body)
+	}
+}
+
+// follow returns what a stream sends until it ends.
+func follow(t *testing.T, rec *recorder, r *eventlog.Reader[entry]) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	w := httptest.NewRecorder()
+	s, err := newStream(ctx, w)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.follow(r, func(e eventlog.Event[entry]) string { return rec.eventID(e.Seq) })
+	if ctx.Err() != nil {
+		t.Error("the stream does not end")
+	}
+	return w.Body.String()
+}
+
+func TestRecorderResume(t *testing.T) {
+	rec := newRecorder(func() {})
+	for i := range 3 {
+		put(t, rec, task.Operation{ID: fmt.Sprint(i), State: task.StateDone})
+	}
+	tests := []struct {
+		id   string
+		want int // events, or -1 if it can't be resumed
+	}{
+		{rec.epoch + "-0", 3},
+		{rec.epoch + "-2", 1},
+		{rec.epoch + "-3", 0},
+		{rec.epoch + "-4", -1},
+		{rec.epoch + "-18446744073709551615", -1},
+		{rec.epoch + "-18446744073709551616", -1},
+		{rec.epoch + "--1", -1},
+		{rec.epoch + "-", -1},
+		{rec.epoch, -1},
+		{newRecorder(func() {}).epoch + "-2", -1},
+		{"2", -1},
+		{"-2", -1},
+		{"", -1},
+		{"RUNNING", -1},
+	}
+	for _, test := range tests {
+		r, ok := rec.resume(test.id)
+		got := -1
+		if ok {
+			for got = 0; ; got++ {
+				if _, ok, _ := r.Next(); !ok {
+					break
+				}
+			}
+		}
+		if got != test.want {
+			t.Errorf("resume after %q: %d events, want %d", test.id, got, test.want)
+		}
+	}
+}
+
+func TestRecorderSnapshot(t *testing.T) {
+	rec := newRecorder(func() {})
 	for i := range 2 * maxSnapshot {
 		state := task.StatePending
 		if i%500 == 499 {
 			state = task.StateRunning
 		}
-		rec.put(&task.Operation{ID: fmt.Sprintf("%05d", i), State: state})
+		put(t, rec, task.Operation{ID: fmt.Sprintf("%05d", i), State: state})
 	}
-	ops, more, at := rec.present()
-	if len(ops) != maxSnapshot || !more || at != rec.seq {
-		t.Errorf("%d operations, more: %v, at %d", len(ops), more, at)
+	ops, more, r := rec.snapshot()
+	if len(ops) != maxSnapshot || !more || r.Start != 2*maxSnapshot {
+		t.Errorf("%d operations, more: %v, after event %d", len(ops), more, r.Start)
 	}
 	for i, want := range []string{"00499", "00999", "01499", "01999", "00000", "00001"} {
 		if ops[i].ID != want {
@@ -116,9 +184,8 @@ func TestRecorderPresent(t *testing.T) {
 	}
 }
 
-// A listener that the recorder itself was too slow for is told so.
 func TestRecorderEnd(t *testing.T) {
-	for _, test := range []struct {
+	tests := []struct {
 		err  error
 		want string
 	}{
@@ -126,26 +193,228 @@ func TestRecorderEnd(t *testing.T) {
 		{fmt.Errorf("task: watch: %w", task.ErrClosed), "event: closed\ndata: {\"detail\":"},
 		{errors.New("other"), "event: reload\nid: \ndata: {\"detail\":\"other\"}\n\n"},
 		{nil, ""},
-	} {
-		rec := newTestRecorder()
-		rec.put(&task.Operation{ID: "1", State: task.StateDone})
-		rec.end(test.err)
-		rec.end(errors.New("too late"))
-		w := httptest.NewRecorder()
-		s, err := newStream(context.Background(), w, rec)
-		if err != nil {
-			t.Fatal(err)
+	}
+	for _, test := range tests {
+		rec := newRecorder(func() {})
+		r := rec.log.Read()
+		rec.run(sequence(&task.Operation{ID: "1", State: task.StateDone}, test.err))
+		if !rec.over() {
+			t.Errorf("%v: the recorder is not over", test.err)
 		}
-		s.tell(0, func(e entry) string { return "id" })
-		_, told, ok := strings.Cut(w.Body.String(), "retry: 2000\n\nevent: operation\nid: id\ndata: {\"id\":\"1\"")
-		_, told, _ = strings.Cut(told, "\n\n")
-		if !ok || !strings.HasPrefix(told, test.want) || test.want == "" && told != "" {
-			t.Errorf("%v: told %q, want %q", test.err, w.Body, test.want)
+		body := follow(t, rec, r)
+		_, end, ok := strings.Cut(body, "retry: 2000\n\nevent: operation\nid: "+rec.eventID(1)+"\ndata: {\"id\":\"1\"")
+		_, end, _ = strings.Cut(end, "\n\n")
+		if !ok || !strings.HasPrefix(end, test.want) || test.want == "" && end != "" {
+			t.Errorf("%v: the stream is %q, want %q", test.err, body, test.want)
 		}
 	}
 }
 
-// Without listeners, a recorder ends after a while.
+// sequence yields an operation, and then an error if there is one.
+func sequence(op *task.Operation, err error) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		if yield(op, nil) && err != nil {
+			yield(nil, err)
+		}
+	}
+}
+
+func TestRecorderEncodingError(t *testing.T) {
+	rec := newRecorder(func() {})
+	r := rec.log.Read()
+	rec.run(sequence(&task.Operation{ID: "1", Result: func() {}}, nil))
+	if body := follow(t, rec, r); !strings.Contains(body, "event: reload\n") || !strings.Contains(body, "unsupported type") {
+		t.Errorf("the stream is %q", body)
+	}
+}
+
+// TestRecorderReplay takes snapshots while operations start and finish. Each
+// snapshot with the events after it leads to the state of the manager.
+func TestRecorderReplay(t *testing.T) {
+	m := task.NewManager(nil, task.WithLimit(8))
+	h := Handler(m).(*handler)
+	var l load
+	var all sync.WaitGroup
+	submitted := make(chan bool)
+	go func() { l.submit(t, m, 400); close(submitted) }()
+	var replays []*replay
+	for i := range 40 {
+		rec, leave, err := h.listen()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer leave()
+		p := &replay{t: t, ops: make(map[string]*task.Operation), finished: make(map[string]bool)}
+		live, _, r := rec.snapshot()
+		before := l.submitted()
+		p.begin(m, live, before)
+		replays = append(replays, p)
+		all.Go(func() { p.read(r) })
+		time.Sleep(time.Millisecond)
+		if i%10 == 9 { // the next one begins with a new recorder
+			h.mu.Lock()
+			h.recorder = nil
+			h.mu.Unlock()
+			defer rec.stop()
+		}
+	}
+	<-submitted
+	m.Close()
+	all.Wait()
+	for _, p := range replays {
+		p.compare(m, l.submitted())
+	}
+}
+
+// A load submits operations, some of which it cancels.
+type load struct {
+	mu  sync.Mutex // guards ids
+	ids []string
+}
+
+func (l *load) submit(t *testing.T, m *task.Manager, n int) {
+	for i := range n {
+		op, err := m.Submit("op", work(i))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		l.mu.Lock()
+		l.ids = append(l.ids, op.ID)
+		l.mu.Unlock()
+		if i%10 == 9 {
+			m.Cancel(op.ID)
+		}
+	}
+}
+
+func (l *load) submitted() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.ids)
+}
+
+// work returns a function that reports progress and ends in some way.
+func work(i int) task.Func {
+	return func(ctx context.Context, update func(int)) (any, error) {
+		for p := range i % 5 {
+			update(20 * p)
+			time.Sleep(time.Duration(i%3) * 100 * time.Microsecond)
+		}
+		if i%7 == 0 {
+			return nil, errors.New("no")
+		}
+		return i, nil
+	}
+}
+
+// A replay is what a client makes of a snapshot and the events after it.
+type replay struct {
+	t        *testing.T
+	ops      map[string]*task.Operation
+	finished map[string]bool // soon after the snapshot, which doesn't have them
+}
+
+// begin takes over a snapshot. An operation that was submitted before and is not
+// in it has either finished, or its first event is yet to come: the recorder may
+// be behind the manager.
+func (p *replay) begin(m *task.Manager, live []*task.Operation, before []string) {
+	for _, op := range live {
+		p.ops[op.ID] = op
+	}
+	for _, id := range before {
+		if p.ops[id] == nil {
+			op, ok := m.Get(id)
+			p.finished[id] = ok && op.State.Finished()
+		}
+	}
+}
+
+// read applies the events. None is missing: states follow each other.
+func (p *replay) read(r *eventlog.Reader[entry]) {
+	for {
+		e, ok, err := r.Next()
+		if err != nil {
+			if !errors.Is(err, task.ErrClosed) {
+				p.t.Error(err)
+			}
+			return
+		}
+		if !ok {
+			<-r.Ready()
+			continue
+		}
+		op := new(task.Operation)
+		if err := json.Unmarshal(e.Value.data, op); err != nil {
+			p.t.Error(err)
+			return
+		}
+		var before task.State
+		if known := p.ops[op.ID]; known != nil {
+			before = known.State
+		}
+		if before.Finished() || !slices.Contains(following[before], op.State) {
+			p.t.Errorf("%s is %s after %q", op.ID, op.State, before)
+		}
+		p.ops[op.ID] = op
+	}
+}
+
+var following = map[task.State][]task.State{
+	"":                {task.StatePending},
+	task.StatePending: {task.StateRunning, task.StateFailed, task.StateCancelled},
+	task.StateRunning: {task.StateRunning, task.StateDone, task.StateFailed, task.StateCancelled},
+}
+
+func (p *replay) compare(m *task.Manager, ids []string) {
+	for _, id := range ids {
+		want, ok := m.Get(id)
+		if !ok {
+			p.t.Fatalf("there is no %s", id)
+		}
+		got := p.ops[id]
+		if got == nil && p.finished[id] {
+			continue
+		}
+		if got == nil {
+			p.t.Errorf("%s is missing in a replay, and had not finished before", id)
+			continue
+		}
+		gotJSON, _ := json.Marshal(got)
+		wantJSON, _ := json.Marshal(want)
+		if string(gotJSON) != string(wantJSON) {
+			p.t.Errorf("replay ends with %s, want %s", gotJSON, wantJSON)
+		}
+	}
+}
+
+func TestRecorderClosedManager(t *testing.T) {
+	m := task.NewManager(nil)
+	op, err := m.Submit("op", work(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := Handler(m).(*handler)
+	get := func(path string) int {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+		return w.Code
+	}
+	m.Close()
+	for range 2 {
+		if code := get("/events"); code != http.StatusServiceUnavailable {
+			t.Errorf("GET /events: status %d", code)
+		}
+	}
+	if _, _, err := h.listen(); !errors.Is(err, task.ErrClosed) || h.recorder != nil {
+		t.Errorf("listen: %v, recorder %v", err, h.recorder)
+	}
+	if code := get("/" + op.ID + "/events"); code != http.StatusOK {
+		t.Errorf("GET /{id}/events of a finished operation: status %d", code)
+	}
+}
+
+// TestRecorderExpiry: without streams, a recorder ends after a while.
 func TestRecorderExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := task.NewManager(nil)
@@ -172,12 +441,12 @@ func TestRecorderExpiry(t *testing.T) {
 		leave()
 		time.Sleep(time.Hour)
 		if recorderNow() != first || first.over() {
-			t.Error("the recorder ended while somebody listened")
+			t.Error("the recorder ended although there was a stream")
 		}
 		leaveToo()
 		time.Sleep(idle + time.Second)
 		if recorderNow() != nil || !first.over() {
-			t.Error("the recorder goes on without listeners")
+			t.Error("the recorder goes on without streams")
 		}
 		defer listen()()
 		if now := recorderNow(); now == nil || now == first {

@@ -30,7 +30,7 @@ func etag(body []byte) string {
 }
 
 // policy returns a Content-Security-Policy under which the page may use its
-// own script and style and talk to its own origin, and nothing else.
+// own script and style and connect to its own origin, and nothing else.
 func policy(page []byte) string {
 	return strings.Join([]string{
 		"default-src 'none'",
@@ -41,12 +41,12 @@ func policy(page []byte) string {
 		"frame-ancestors 'none'",
 		"base-uri 'none'",
 		"form-action 'none'",
-		"require-trusted-types-for 'script'", // whoever writes innerHTML by mistake gets an exception
+		"require-trusted-types-for 'script'", // an assignment to innerHTML throws
 		"trusted-types 'none'",
 	}, "; ")
 }
 
-// hashes returns the sources that allow the inline elements of that name.
+// hashes returns the policy's sources for the inline elements of that name.
 func hashes(page []byte, element string) string {
 	var b strings.Builder
 	for _, m := range regexp.MustCompile(`(?s)<`+element+`>(.*?)</`+element+`>`).FindAllSubmatch(page, -1) {
@@ -66,8 +66,8 @@ func serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	return nil
 }
 
-// redirectUI leads to the page without the slash, where its relative links
-// are right. http.Redirect would leave out the prefix.
+// redirectUI redirects to the path without the slash, for which the page's
+// relative links are written. http.Redirect would lack the prefix.
 func redirectUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	w.Header().Set("Location", "../ui")
 	w.WriteHeader(http.StatusPermanentRedirect)
@@ -79,7 +79,7 @@ func serveOpenAPI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	return nil
 }
 
-// serveStatic serves what changes only with the program.
+// serveStatic serves a file that changes only with the program.
 func serveStatic(w http.ResponseWriter, r *http.Request, contentType, tag string, body []byte) {
 	header := w.Header()
 	header.Set("Cache-Control", "no-cache")

@@ -276,7 +276,7 @@ func recoversNoLiving(s *session) {
 var filterChecks = []check{
 	{
 		name: "filtered",
-		rule: "ListFiltered does what List does, with the operations that match the filter; Before an unknown ID is an error that wraps task.ErrNotFound.",
+		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID is an error that wraps task.ErrNotFound.",
 		has:  has[task.FilteredLister],
 		test: filters,
 	},
@@ -289,6 +289,16 @@ func filters(s *session) {
 		}
 	}
 	middle := s.want[len(s.want)/2].ID
+	var include, exclude []string // every other operation, in whatever state
+	for i, op := range s.want {
+		if i%2 == 0 {
+			include = append(include, op.ID)
+		} else {
+			exclude = append(exclude, op.ID)
+		}
+	}
+	slices.Sort(include)
+	slices.Sort(exclude)
 	for _, f := range []task.Filter{
 		{},
 		{States: []task.State{task.StateFailed}},
@@ -299,6 +309,10 @@ func filters(s *session) {
 		{Before: middle},
 		{Before: s.want[0].ID},
 		{States: []task.State{task.StatePending, task.StateCancelled}, Name: "replicate", Before: middle},
+		{States: []task.State{task.StateRunning}, Include: include},
+		{States: []task.State{task.StateDone, task.StatePending, task.StateRunning}, Exclude: exclude},
+		{States: []task.State{task.StatePending}, Include: include, Exclude: exclude, Before: middle},
+		{Include: include, Exclude: exclude},
 	} {
 		for _, page := range [][2]int{{100, 0}, {2, 0}, {2, 1}, {0, 0}, {5, 100}} {
 			want := s.filtered(f, page[0], page[1])
@@ -327,7 +341,7 @@ func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Opera
 	}
 	for _, op := range s.page(n, n, 0) {
 		switch {
-		case len(f.States) > 0 && !slices.Contains(f.States, op.State), f.Name != "" && f.Name != op.Name:
+		case len(f.States) > 0 && !inStates(f, op), f.Name != "" && f.Name != op.Name:
 		case offset > 0:
 			offset--
 		case len(page) < limit:
@@ -335,6 +349,20 @@ func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Opera
 		}
 	}
 	return page
+}
+
+// inStates reports whether an operation is in one of a filter's states, or
+// counts as if it were.
+func inStates(f task.Filter, op *task.Operation) bool {
+	if op.State == task.StatePending || op.State == task.StateRunning {
+		if slices.Contains(f.Include, op.ID) {
+			return true
+		}
+		if slices.Contains(f.Exclude, op.ID) {
+			return false
+		}
+	}
+	return slices.Contains(f.States, op.State)
 }
 
 var pruneChecks = []check{

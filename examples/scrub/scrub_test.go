@@ -426,7 +426,7 @@ func TestProgram(t *testing.T) {
 		{"no history yet", []string{"-db", db, "-history"}, 1, "", "scrub a directory first"},
 		{"missing", []string{"-db", db, filepath.Join(dir, "gone")}, 1, "", "DIR must be a directory that you may read"},
 		{"not a directory", []string{"-db", db, filepath.Join(tree, "a")}, 1, "", "DIR must be a directory that you may read"},
-		{"database in a missing directory", []string{"-db", filepath.Join(dir, "gone", "db"), tree}, 1, "", "create it first"},
+		{"database in a missing directory", []string{"-db", filepath.Join(dir, "gone", "db"), tree}, 1, "", "create it"},
 		{"scrub", []string{"-db", db, tree}, 0, "SHA-256: " + digest("a", "a"), ""},
 		{"history", []string{"-db", db, "-history"}, 0, "DONE   100%", ""},
 		{"history in the tree", []string{"-db", filepath.Join(tree, "scrub.db"), tree}, 0, "SHA-256: " + digest("a", "a"), ""},

@@ -10,3 +10,5 @@ import (
 const canLock = false
 
 func lock(*os.File, bool) error { return errors.ErrUnsupported }
+
+func share(*os.File, os.FileInfo) {}

@@ -29,3 +29,14 @@ func lock(f *os.File, shared bool) error {
 		}
 	}
 }
+
+// share lets those who may write the database lock the owner's file f. What
+// the process may not set stays as it is, and then that class of users gets no
+// right to it.
+func share(f *os.File, database os.FileInfo) {
+	mode := database.Mode().Perm() & 0o222
+	if want, ok := database.Sys().(*syscall.Stat_t); ok && f.Chown(int(want.Uid), int(want.Gid)) != nil && f.Chown(-1, int(want.Gid)) != nil {
+		mode &^= 0o020 // or another group would get it
+	}
+	f.Chmod(0o600 | mode | mode<<1)
+}

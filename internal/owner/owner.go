@@ -31,6 +31,12 @@ type Owner struct {
 // New returns a new owner of the database in the file with that path, which
 // need not exist. With an empty path, and on systems that can't lock files, it
 // returns one that takes itself to be the only one.
+//
+// The owner's file gets the owner and group of the database file, as far as
+// this process may set them, and can be read and written by those classes of
+// users that may write the database: each of them must be able to tell whether
+// the owner lives, and nobody else should be able to lock the file, which would
+// keep a dead owner alive.
 func New(database string) (*Owner, error) {
 	if database == "" || !canLock {
 		return &Owner{ID: uuid.NewString()}, nil
@@ -45,9 +51,12 @@ func New(database string) (*Owner, error) {
 		err = lock(f, false)
 		if err == nil && names(o.Path(), f) {
 			o.file = f
+			if info, err := os.Stat(database); err == nil {
+				share(f, info)
+			}
 			return o, nil
 		}
-		// Before it was locked, somebody took it for the file of a dead owner.
+		// Before it was locked, another owner took it for that of a dead one.
 		f.Close()
 		if err != nil && !errors.Is(err, errLocked) {
 			os.Remove(f.Name())
@@ -102,31 +111,37 @@ func (o *Owner) Others() []string {
 // The lock is shared because several may find the same owner dead at the same
 // time. None of them may take another one's lock for the owner's.
 //
-// Whatever is no ID of an owner is dead; o itself is not. In doubt, the owner
-// is alive.
-func (o *Owner) Dead(id string) (done func(forget bool), dead bool) {
+// Whatever is no ID of an owner is dead; o itself is not. An owner whose file
+// can't be looked at counts as alive; err names the file.
+func (o *Owner) Dead(id string) (done func(forget bool), dead bool, err error) {
 	if id == o.ID {
-		return nil, false
+		return nil, false, nil
 	}
 	nothing := func(bool) {}
 	if o.prefix == "" || !valid(id) {
-		return nothing, true
+		return nothing, true, nil
 	}
 	path := o.prefix + id
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return nothing, errors.Is(err, fs.ErrNotExist)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nothing, true, nil
 	}
-	if lock(f, true) != nil {
+	if err != nil {
+		return nil, false, err
+	}
+	if err := lock(f, true); err != nil {
 		f.Close()
-		return nil, false
+		if errors.Is(err, errLocked) {
+			err = nil
+		}
+		return nil, false, err
 	}
 	return func(forget bool) {
 		if forget && names(path, f) {
 			os.Remove(path)
 		}
 		f.Close()
-	}, true
+	}, true, nil
 }
 
 // valid reports whether id is one that New has made. Only such an ID may

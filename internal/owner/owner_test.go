@@ -50,12 +50,21 @@ func exists(path string) bool {
 
 func wantDead(t *testing.T, o *Owner, id string, want bool) {
 	t.Helper()
-	done, dead := o.Dead(id)
-	if dead != want {
-		t.Errorf("Dead(%q) = %v, want %v", id, dead, want)
+	done, dead, err := o.Dead(id)
+	if dead != want || err != nil {
+		t.Errorf("Dead(%q) = %v, %v, want %v", id, dead, err, want)
 	}
 	if dead {
 		done(false)
+	}
+}
+
+// wantUnknown checks that an owner counts as alive because its file can't be
+// looked at.
+func wantUnknown(t *testing.T, o *Owner, id string) {
+	t.Helper()
+	if _, dead, err := o.Dead(id); dead || err == nil || !strings.Contains(err.Error(), "-owner-"+id) {
+		t.Errorf("Dead(%q) = %v, %v, want an error that names the file", id, dead, err)
 	}
 }
 
@@ -80,6 +89,24 @@ func TestNew(t *testing.T) {
 	}
 	if exists(database) {
 		t.Error("New has touched the database")
+	}
+}
+
+// The file belongs to those who may write the database.
+func TestShare(t *testing.T) {
+	needLocks(t)
+	for mode, want := range map[os.FileMode]os.FileMode{0o600: 0o600, 0o644: 0o600, 0o664: 0o660, 0o666: 0o666, 0o660: 0o660, 0o640: 0o600, 0o200: 0o600} {
+		database := filepath.Join(t.TempDir(), "x.db")
+		if err := errors.Join(os.WriteFile(database, nil, 0o600), os.Chmod(database, mode)); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(newOwner(t, database).Path())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Mode() != want {
+			t.Errorf("beside a database of mode %v: %v, want %v", mode, info.Mode(), want)
+		}
 	}
 }
 
@@ -169,10 +196,10 @@ func TestDead(t *testing.T) {
 		{"file without a lock", leave(t, database), true},
 		{"no file", uuid.NewString(), true},
 		{"owner of another database", elsewhere.ID, true},
-		{"directory in place of the file", folder, false},
 	} {
 		t.Run(test.name, func(t *testing.T) { wantDead(t, o, test.id, test.want) })
 	}
+	wantUnknown(t, o, folder)
 	if !exists(living.Path()) || !exists(o.Path()) || !exists(elsewhere.Path()) {
 		t.Error("the file of an owner that lives is gone")
 	}
@@ -199,7 +226,7 @@ func TestDeadIsNoPath(t *testing.T) {
 		id[:35], id + "0", "x" + id[1:],
 	} {
 		t.Run(id, func(t *testing.T) {
-			done, dead := o.Dead(id)
+			done, dead, _ := o.Dead(id)
 			if !dead {
 				t.Fatalf("Dead(%q) = false", id)
 			}
@@ -218,7 +245,7 @@ func TestForget(t *testing.T) {
 	o := newOwner(t, database)
 	for _, forget := range []bool{false, true} {
 		id := leave(t, database)
-		done, dead := o.Dead(id)
+		done, dead, _ := o.Dead(id)
 		if !dead {
 			t.Fatal("alive")
 		}
@@ -231,7 +258,7 @@ func TestForget(t *testing.T) {
 	t.Run("another file by now", func(t *testing.T) {
 		id := leave(t, database)
 		path := database + "-owner-" + id
-		done, dead := o.Dead(id)
+		done, dead, _ := o.Dead(id)
 		if !dead {
 			t.Fatal("alive")
 		}
@@ -314,7 +341,7 @@ func TestNewBesideRecovery(t *testing.T) {
 		reapers.Go(func() {
 			for !stop.Load() {
 				for _, id := range o.Others() {
-					if done, dead := o.Dead(id); dead {
+					if done, dead, _ := o.Dead(id); dead {
 						done(true)
 					}
 				}
@@ -363,7 +390,7 @@ func TestDeadToAll(t *testing.T) {
 		o := newOwner(t, database)
 		all.Go(func() {
 			for range 200 {
-				done, dead := o.Dead(id)
+				done, dead, _ := o.Dead(id)
 				if !dead {
 					t.Error("the dead is alive")
 					return
@@ -390,12 +417,8 @@ func TestWithoutPermission(t *testing.T) {
 	}
 	defer os.Chmod(dir, 0o755)
 	could := testos.Unprivileged(func() {
-		wantDead(t, o, locked, false)
-		if done, dead := o.Dead(uuid.NewString()); !dead {
-			t.Error("an owner without a file is alive")
-		} else {
-			done(true)
-		}
+		wantUnknown(t, o, locked)
+		wantDead(t, o, uuid.NewString(), true)
 		if n, err := New(database); err == nil {
 			n.Release()
 			t.Error("New succeeded in a directory that can't be written")

@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	pointsFlag = flag.Int("points", 120, "lose power at this many moments of each record")
+	pointsFlag = flag.Int("points", 50, "lose power at this many moments of each record")
 	seedFlag   = flag.Uint64("seed", rand.Uint64(), "seed of the random choice of moments and of what survives")
 )
 

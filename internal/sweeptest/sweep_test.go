@@ -115,7 +115,7 @@ var sweepJobs = []sweepJob{
 	{
 		name: "closed",
 		fn:   testkit.UntilCancelled,
-		want: task.Operation{State: task.StateFailed, Error: testkit.ClosedText},
+		want: task.Operation{State: task.StateFailed, Error: testkit.ShutdownText},
 	},
 }
 

@@ -1,0 +1,257 @@
+// Package sqlitefile opens SQLite databases, prepares tables in them, and runs
+// reads and transactions that wait while the database is locked. It works with
+// any SQLite driver, and knows nothing of what the tables hold.
+package sqlitefile
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"time"
+)
+
+// A DB is a database that is ready for use. Its methods may be called
+// concurrently.
+type DB struct {
+	*sql.DB
+
+	// Timeout bounds each Read and, by way of Deadline, each Write, the wait
+	// for a connection included. Change it only before the first call.
+	Timeout time.Duration
+
+	path string      // of the database file; "" if there is none
+	info os.FileInfo // of the file when it was opened
+	owns bool        // Close closes DB
+}
+
+// defaultTimeout is the Timeout of a new DB.
+const defaultTimeout = 10 * time.Second
+
+// Open opens the database file at a path that Resolve has returned, "" for a
+// new database in memory. A new file gets the mode and owner of the file at
+// modeOf, if that is not "". The database is written with synchronous=FULL.
+// Open needs the go-sqlite3 driver.
+func Open(path, modeOf string) (*DB, error) {
+	if path == "" {
+		return open(dsn(":memory:", "memory", ""), path, 1) // another connection would be another database
+	}
+	if _, err := os.Stat(path); err != nil {
+		// SQLite itself creates the file: if this process opened and closed it,
+		// SQLite would lose its locks on it.
+		db, err := openPool(dsn(path, "rwc", modeOf))
+		if err != nil {
+			return nil, err
+		}
+		if err := errors.Join(db.Ping(), db.Close()); err != nil {
+			return nil, err
+		}
+	}
+	// A file that is deleted later is not created again unnoticed.
+	return open(dsn(path, "rw", ""), path, max(4, runtime.NumCPU()))
+}
+
+func open(dsn, path string, conns int) (*DB, error) {
+	db, err := openPool(dsn)
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(conns)
+	db.SetMaxIdleConns(conns)
+	return (&DB{DB: db, path: path, owns: true, Timeout: defaultTimeout}).prepared()
+}
+
+// Use returns a DB for an application's database, whose settings stay as they
+// are. It returns an error, and has written nothing, if the database cannot
+// keep what is written.
+func Use(db *sql.DB) (*DB, error) {
+	if db == nil {
+		return nil, errors.New("the *sql.DB is nil")
+	}
+	return (&DB{DB: db, Timeout: defaultTimeout}).prepared()
+}
+
+// prepared returns d if the database is suitable, and else closes it.
+func (d *DB) prepared() (*DB, error) {
+	if err := d.prepare(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// prepare checks that the database is suitable, and notes which file it is in.
+func (d *DB) prepare() error {
+	var version, journal string
+	var file sql.NullString
+	err := d.Read(func(c *sql.Conn) error {
+		return c.QueryRowContext(context.Background(), `SELECT sqlite_version(), (SELECT journal_mode FROM pragma_journal_mode),
+			(SELECT file FROM pragma_database_list WHERE seq = 0)`).Scan(&version, &journal, &file)
+	})
+	switch {
+	case err != nil:
+		return fmt.Errorf("can't be read as an SQLite database: %w: make sure that it is one, that you may read and write it, and that no other program has it locked", err)
+	case tooOld(version):
+		return fmt.Errorf("its driver has SQLite %s: use a driver with SQLite 3.38 or later", version)
+	case journal == "off":
+		return errors.New("its journal_mode is OFF, which can't undo a failed transaction: use another journal_mode")
+	case file.String == "" && d.Stats().MaxOpenConnections != 1:
+		return errors.New("it has no file, so that each connection may be a database of its own: use SetMaxOpenConns(1)")
+	case file.String == "":
+		return nil
+	}
+	d.path = cmp.Or(d.path, file.String)
+	d.info, err = os.Stat(d.path)
+	return err
+}
+
+// tooOld reports whether a version of SQLite lacks what this module needs:
+// json_each is built in since 3.38, and all else is older.
+func tooOld(version string) bool {
+	var major, minor int
+	fmt.Sscanf(version, "%d.%d", &major, &minor)
+	return major < 3 || major == 3 && minor < 38
+}
+
+// Path returns the path of the database file, "" if there is none.
+func (d *DB) Path() string { return d.path }
+
+// Close closes the database if Open has opened it.
+func (d *DB) Close() error {
+	if !d.owns {
+		return nil
+	}
+	return d.DB.Close()
+}
+
+// Read calls f, which only reads, with a connection. It calls f again while
+// the database is locked, until d.Timeout has passed.
+func (d *DB) Read(f func(*sql.Conn) error) error {
+	return d.retry(d.Deadline(), f)
+}
+
+// Deadline returns when a Write that begins now should give up.
+func (d *DB) Deadline() time.Time { return time.Now().Add(d.Timeout) }
+
+// Write calls f in a transaction that holds SQLite's write lock, and commits
+// if f returns nil. While the database is locked it begins again with a new
+// transaction, until the deadline; f must set its results anew each time. Any
+// other error ends it at once.
+func (d *DB) Write(deadline time.Time, f func(*sql.Conn) error) error {
+	return d.retry(deadline, func(c *sql.Conn) error {
+		if err := Exec(c, "BEGIN IMMEDIATE"); err != nil {
+			return err
+		}
+		err := f(c)
+		if err == nil {
+			// Meanwhile, with a rollback journal, SQLite admits no new readers.
+			err = wait(deadline, func(err error) bool { return code(err) == busy }, func() error { return Exec(c, "COMMIT") })
+		}
+		if err != nil {
+			d.rollback(c, deadline)
+		}
+		return err
+	})
+}
+
+// rollback ends the transaction of a connection that is about to go back to the
+// pool. A connection that stays in a transaction is closed instead, but not
+// that of a database without a file, which is gone with it.
+func (d *DB) rollback(c *sql.Conn, deadline time.Time) {
+	for Exec(c, "ROLLBACK") != nil && InTransaction(c) {
+		if d.path != "" || time.Now().After(deadline) {
+			c.Raw(func(any) error { return driver.ErrBadConn })
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// InTransaction reports whether c may be in a transaction: SQLite does not
+// nest them, and takes no lock to begin one.
+func InTransaction(c *sql.Conn) bool {
+	return Exec(c, "BEGIN") != nil || Exec(c, "ROLLBACK") != nil
+}
+
+// retry calls f with a connection while that fails because of a lock, until
+// the deadline.
+func (d *DB) retry(deadline time.Time, f func(*sql.Conn) error) error {
+	if err := d.checkFile(); err != nil {
+		return err
+	}
+	// Only the wait for a connection gets the context: go-sqlite3 would start
+	// a goroutine for each statement.
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+	timedOut := errors.New("timed out waiting for a connection to the database")
+	return wait(deadline, Locked, func() (failed error) {
+		c, err := d.Conn(ctx) // which fails if opening it needs a lock
+		if errors.Is(err, context.DeadlineExceeded) {
+			return timedOut // or what the database has said before
+		}
+		defer func() {
+			if failed != nil {
+				timedOut = failed
+			}
+		}()
+		if err != nil {
+			return fmt.Errorf("no connection to the database: %w", err)
+		}
+		defer c.Close()
+		return f(c)
+	})
+}
+
+// checkFile returns an error if the database file is not the one that was
+// opened: SQLite would go on writing to a file that nobody finds again.
+func (d *DB) checkFile() error {
+	if d.info == nil {
+		return nil
+	}
+	info, err := os.Stat(d.path)
+	if err == nil && !os.SameFile(info, d.info) {
+		err = errors.New("another file is there now")
+	}
+	if err != nil {
+		return fmt.Errorf("%s was removed or replaced while it was open: %w", d.path, err)
+	}
+	return nil
+}
+
+// wait calls f until it succeeds or fails with an error that is not worth
+// another try, or the deadline has passed.
+func wait(deadline time.Time, again func(error) bool, f func() error) error {
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		err := f()
+		if err == nil || !again(err) || time.Until(deadline) < pause {
+			return err
+		}
+		time.Sleep(pause)
+	}
+}
+
+// Exec executes a statement without arguments.
+func Exec(c *sql.Conn, query string) error {
+	_, err := c.ExecContext(context.Background(), query)
+	return err
+}
+
+// Strings returns the first column of a query's rows.
+func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
+	rows, err := c.QueryContext(context.Background(), query, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return nil, err
+		}
+		all = append(all, s)
+	}
+	return all, rows.Err()
+}

@@ -1,0 +1,503 @@
+//go:build cgo && !task_nosqlite3
+
+package sqlitefile
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mattn/go-sqlite3"
+
+	"github.com/mynt-nas/task/internal/hookdriver"
+)
+
+var table = Schema{
+	Table:    "things",
+	Required: []string{"id", "name"},
+	Added:    []string{"size INTEGER"},
+	Create: []string{"CREATE TABLE IF NOT EXISTS things (id TEXT PRIMARY KEY, name TEXT, size INTEGER)",
+		"CREATE INDEX IF NOT EXISTS things_size ON things (size)"},
+}
+
+// hooked returns a database with one connection, and what sets its hook.
+func hooked(t *testing.T, dsn string) (*DB, func(hookdriver.Hook)) {
+	t.Helper()
+	app, set := hookdriver.Open(t, dsn)
+	app.SetMaxOpenConns(1)
+	d, err := Use(app)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Migrate(table); err != nil {
+		t.Fatal(err)
+	}
+	return d, set
+}
+
+// kinds are the data source names of a database in a file and one in memory.
+func kinds(t *testing.T) map[string]string {
+	return map[string]string{"file": filepath.Join(t.TempDir(), "x.db") + "?_busy_timeout=0", "memory": ":memory:"}
+}
+
+func insert(c *sql.Conn) error { return Exec(c, "INSERT INTO things (name) VALUES ('x')") }
+
+// usable checks that the only connection is in no transaction, and that the
+// table has as many rows.
+func usable(t *testing.T, d *DB, rows int) {
+	t.Helper()
+	err := d.Write(d.Deadline(), func(c *sql.Conn) error {
+		got, err := Strings(c, "SELECT count(*) FROM things")
+		if err == nil && got[0] != fmt.Sprint(rows) {
+			t.Errorf("%s rows, want %d", got[0], rows)
+		}
+		return err
+	})
+	if err != nil {
+		t.Errorf("the next Write: %v", err)
+	}
+}
+
+// A Write that finds the database or a table locked begins again, whichever
+// statement says so and in whatever way. It returns any other error at once,
+// and a lock after the time limit. The connection is free in the end.
+func TestWrite(t *testing.T) {
+	fire := errors.New("the disk is on fire")
+	for name, fault := range map[string]struct {
+		err  error
+		lock bool
+	}{
+		"busy":              {sqlite3.Error{Code: sqlite3.ErrBusy}, true},
+		"table locked":      {sqlite3.Error{Code: sqlite3.ErrLocked}, true},
+		"busy snapshot":     {fmt.Errorf("wrapped: %w", coded(517)), true},
+		"shared cache":      {coded(262), true},
+		"by words":          {errors.New("sqlite3: database table is locked"), true},
+		"constraint":        {sqlite3.Error{Code: sqlite3.ErrConstraint}, false},
+		"full":              {coded(13), false},
+		"error without one": {fire, false},
+	} {
+		for _, at := range []string{"BEGIN IMMEDIATE", "INSERT", "COMMIT"} {
+			for _, kind := range []string{"file", "memory"} {
+				for _, times := range []int{3, 1 << 30} {
+					t.Run(fmt.Sprint(name, " at ", at, ", ", kind, ", ", times), func(t *testing.T) {
+						d, set := hooked(t, kinds(t)[kind])
+						if times > 3 {
+							d.Timeout = 60 * time.Millisecond
+						}
+						n := 0
+						set(func(query string, run func() error) error {
+							if n++; strings.HasPrefix(query, at) && n <= times {
+								return fault.err
+							}
+							return run()
+						})
+						start := time.Now()
+						err := d.Write(d.Deadline(), insert)
+						took := time.Since(start)
+						set(hookdriver.Run)
+						if times == 3 && fault.lock {
+							if err != nil {
+								t.Error(err)
+							}
+							usable(t, d, 1)
+							return
+						}
+						if err == nil || err.Error() != fault.err.Error() {
+							t.Errorf("error %v, want %v", err, fault.err)
+						}
+						if times > 3 && fault.lock != (took > d.Timeout/2) {
+							t.Errorf("it took %v", took)
+						}
+						usable(t, d, 0)
+					})
+				}
+			}
+		}
+	}
+}
+
+// A coded is an error like those of modernc.org/sqlite.
+type coded int
+
+func (c coded) Error() string { return fmt.Sprint("code ", int(c)) }
+func (c coded) Code() int     { return int(c) }
+
+// A connection that can't be brought out of its transaction does not go back
+// to the pool, but one in memory is kept until that works.
+func TestRollbackFails(t *testing.T) {
+	for kind, dsn := range kinds(t) {
+		t.Run(kind, func(t *testing.T) {
+			d, set := hooked(t, dsn)
+			if err := d.Write(d.Deadline(), insert); err != nil {
+				t.Fatal(err)
+			}
+			n := 0
+			set(func(query string, run func() error) error {
+				if n++; query == "ROLLBACK" && n < 20 {
+					return errors.New("no rollback")
+				}
+				return run()
+			})
+			fire := errors.New("the disk is on fire")
+			err := d.Write(d.Deadline(), func(c *sql.Conn) error { return errors.Join(insert(c), fire) })
+			if !errors.Is(err, fire) {
+				t.Errorf("error %v", err)
+			}
+			set(hookdriver.Run)
+			usable(t, d, 1)
+		})
+	}
+}
+
+// A trigger, or a full disk, may end the transaction.
+func TestTransactionEnds(t *testing.T) {
+	for kind, dsn := range kinds(t) {
+		t.Run(kind, func(t *testing.T) {
+			d, _ := hooked(t, dsn)
+			if err := d.Write(d.Deadline(), insert); err != nil {
+				t.Fatal(err)
+			}
+			err := d.Write(d.Deadline(), func(c *sql.Conn) error { return errors.Join(insert(c), Exec(c, "ROLLBACK"), errors.New("over")) })
+			if err == nil {
+				t.Error("no error")
+			}
+			if err := d.Write(d.Deadline(), func(c *sql.Conn) error { return Exec(c, "ROLLBACK") }); err == nil {
+				t.Error("COMMIT without a transaction succeeded")
+			}
+			usable(t, d, 1)
+		})
+	}
+}
+
+// The time limit holds for the wait for a connection too.
+func TestConnectionInUse(t *testing.T) {
+	d, _ := hooked(t, ":memory:")
+	c, err := d.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Timeout = 50 * time.Millisecond
+	start := time.Now()
+	for what, err := range map[string]error{
+		"Read":  d.Read(func(*sql.Conn) error { return nil }),
+		"Write": d.Write(d.Deadline(), insert),
+	} {
+		if err == nil || !strings.Contains(err.Error(), "timed out waiting for a connection") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if took := time.Since(start); took > 3*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	c.Close()
+	usable(t, d, 0)
+}
+
+// In a shared cache, statements find tables locked, not only BEGIN and COMMIT.
+func TestSharedCache(t *testing.T) {
+	app, err := sql.Open("sqlite3", "file:"+filepath.ToSlash(filepath.Join(t.TempDir(), "x.db"))+"?cache=shared&_busy_timeout=0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer app.Close()
+	d, err := Use(app)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Migrate(table); err != nil {
+		t.Fatal(err)
+	}
+	c, err := d.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := errors.Join(Exec(c, "BEGIN IMMEDIATE"), insert(c)); err != nil {
+		t.Fatal(err)
+	}
+	read := func() error {
+		return d.Read(func(c *sql.Conn) error { _, err := Strings(c, "SELECT count(*) FROM things"); return err })
+	}
+	done := make(chan error, 2)
+	go func() { done <- read() }()
+	go func() { done <- d.Write(d.Deadline(), insert) }()
+	select {
+	case err := <-done:
+		t.Errorf("returned %v while the table was locked", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	if err := Exec(c, "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	for range cap(done) {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A fakeDriver is that of a database of another kind.
+type fakeDriver struct{}
+
+func (fakeDriver) Connect(context.Context) (driver.Conn, error) { return fakeDriver{}, nil }
+func (fakeDriver) Driver() driver.Driver                        { return nil }
+func (fakeDriver) Begin() (driver.Tx, error)                    { return nil, errors.New("syntax error") }
+func (fakeDriver) Close() error                                 { return nil }
+func (fakeDriver) Prepare(string) (driver.Stmt, error)          { return nil, errors.New("syntax error") }
+
+func TestUseRefuses(t *testing.T) {
+	pool := func(dsn string) *sql.DB {
+		db, err := sql.Open("sqlite3", dsn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { db.Close() })
+		return db
+	}
+	closed := pool(filepath.Join(t.TempDir(), "x.db"))
+	closed.Close()
+	other := sql.OpenDB(fakeDriver{})
+	defer other.Close()
+	old, set := hookdriver.Open(t, filepath.Join(t.TempDir(), "old.db"))
+	set(func(query string, run func() error) error {
+		if strings.Contains(query, "CREATE") || strings.Contains(query, "BEGIN") {
+			t.Errorf("it executed %s", query)
+		}
+		return run()
+	})
+	for _, test := range []struct {
+		name string
+		db   *sql.DB
+		want string
+	}{
+		{"nil", nil, "nil"},
+		{"of another kind", other, "make sure that it is one"},
+		{"closed", closed, "closed"},
+		{"in memory", pool(":memory:"), "SetMaxOpenConns(1)"},
+		{"in memory, shared cache", pool("file:x?mode=memory&cache=shared"), "SetMaxOpenConns(1)"},
+		{"temporary", pool(""), "SetMaxOpenConns(1)"},
+		{"journal_mode=OFF", pool(filepath.Join(t.TempDir(), "x.db") + "?_journal_mode=OFF"), "use another journal_mode"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			start := time.Now()
+			d, err := Use(test.db)
+			if err == nil || d != nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("Use = %v, %v, want %q", d, err, test.want)
+			}
+			if took := time.Since(start); took > 3*time.Second {
+				t.Errorf("it took %v", took)
+			}
+		})
+	}
+	if _, err := Use(old); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTooOld(t *testing.T) {
+	for version, want := range map[string]bool{"3.38.0": true, "3.38": true, "3.54.1": true, "4.0.0": true, "3.100.2.1": true,
+		"3.37.9": false, "3.9.1": false, "2.99.99": false, "": false, "new": false} {
+		if got := tooOld(version); got == want {
+			t.Errorf("tooOld(%q) = %v", version, got)
+		}
+	}
+}
+
+// A table that lacks something gets it, and nothing else changes, however many
+// do that at once. One that is something else stays as it is.
+func TestMigrate(t *testing.T) {
+	const all = "id TEXT,name TEXT,size INTEGER"
+	for _, test := range []struct{ name, script, want, refused string }{
+		{"no table", "CREATE TABLE other (id); PRAGMA user_version = 7", all, ""},
+		{"complete", strings.Join(table.Create, ";"), all, ""},
+		{"columns to add", "CREATE TABLE Things (ID TEXT PRIMARY KEY, more, Name TEXT)", "ID TEXT,more ,Name TEXT,size INTEGER", ""},
+		{"index to add", table.Create[0], all, ""},
+		{"view", "CREATE VIEW Things AS SELECT 1 AS id", "", "there is a view called things in it where a table should be: use another database, or rename it"},
+		{"no name", "CREATE TABLE things (id TEXT PRIMARY KEY)", "", "no column name"},
+		{"no key", "CREATE TABLE things (id TEXT, name TEXT)", "", "primary key is not id"},
+		{"another key", "CREATE TABLE things (id TEXT, name TEXT PRIMARY KEY)", "", "primary key is not id"},
+		{"two keys", "CREATE TABLE things (id TEXT, name TEXT, PRIMARY KEY (id, name))", "", "primary key is not id"},
+		{"WITHOUT ROWID", "CREATE TABLE things (id TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID", "", "without a rowid"},
+		{"WITHOUT ROWID, but a column of that name", "CREATE TABLE things (id TEXT PRIMARY KEY, name TEXT, rowid TEXT) WITHOUT ROWID", "", "without a rowid"},
+		{"column rowid", "CREATE TABLE things (id TEXT PRIMARY KEY, name TEXT, RowID TEXT)", "", "without a rowid"},
+		{"virtual table", "CREATE VIRTUAL TABLE things USING rtree(id, x0, x1)", "", "no column name"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			app, err := sql.Open("sqlite3", filepath.Join(t.TempDir(), "x.db"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer app.Close()
+			if _, err := app.Exec(test.script); err != nil {
+				t.Fatal(err)
+			}
+			d, err := Use(app)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := describe(t, d)
+			var wait sync.WaitGroup
+			for range 8 {
+				wait.Go(func() {
+					if err := d.Migrate(table); (err != nil) != (test.refused != "") || err != nil && !strings.Contains(err.Error(), test.refused) {
+						t.Errorf("Migrate = %v, want %q", err, test.refused)
+					}
+				})
+			}
+			wait.Wait()
+			after := describe(t, d)
+			if test.refused != "" && after != before {
+				t.Errorf("the database is %s, was %s", after, before)
+			}
+			if test.refused == "" && !strings.HasSuffix(after, test.want+" things_size") {
+				t.Errorf("the database is %s, want %s", after, test.want)
+			}
+			if strings.Contains(before, "other") && !strings.HasPrefix(after, "7 other") {
+				t.Errorf("the database is %s, was %s", after, before)
+			}
+		})
+	}
+}
+
+// describe returns what a database consists of.
+func describe(t *testing.T, d *DB) (all string) {
+	t.Helper()
+	err := d.QueryRow(`SELECT (SELECT user_version FROM pragma_user_version) || ' '
+		|| coalesce((SELECT group_concat(name) FROM sqlite_master WHERE lower(name) NOT LIKE '%things%'), '') || ' '
+		|| coalesce((SELECT group_concat(name || ' ' || type) FROM pragma_table_info('things')), '') || ' '
+		|| coalesce((SELECT group_concat(name) FROM pragma_index_list('things') WHERE origin = 'c'), '')`).Scan(&all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// A file that is gone, or another one, is found by the next call.
+func TestCheckFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("this system keeps open files")
+	}
+	for name, take := range map[string]func(path string) error{
+		"deleted":  os.Remove,
+		"replaced": func(path string) error { return errors.Join(os.Rename(path, path+"2"), os.WriteFile(path, nil, 0o600)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "x.db")
+			d, _ := hooked(t, path)
+			if err := take(path); err != nil {
+				t.Fatal(err)
+			}
+			for what, err := range map[string]error{
+				"Read":  d.Read(func(*sql.Conn) error { return nil }),
+				"Write": d.Write(d.Deadline(), insert),
+			} {
+				if err == nil || !strings.Contains(err.Error(), "while it was open") {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+		})
+	}
+}
+
+// A long reader makes the WAL grow. Afterwards it shrinks again.
+func TestWALShrinks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.db")
+	d, err := Open(path, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if err := d.Migrate(table); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := d.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if err := Exec(reader, "BEGIN"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Strings(reader, "SELECT id FROM things"); err != nil {
+		t.Fatal(err)
+	}
+	write := func(mb int) int64 {
+		t.Helper()
+		err := d.Write(d.Deadline(), func(c *sql.Conn) error {
+			return Exec(c, fmt.Sprintf("INSERT INTO things (name) VALUES (zeroblob(%d << 20))", mb))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(path + "-wal")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Size()
+	}
+	const limit = 64 << 20
+	if size := write(80); size < limit {
+		t.Errorf("the WAL has %d bytes beside a reader", size)
+	}
+	if err := Exec(reader, "COMMIT"); err != nil {
+		t.Fatal(err)
+	}
+	write(1) // and a checkpoint, after which the next one begins at the start of the WAL
+	if size := write(1); size > limit {
+		t.Errorf("the WAL has %d bytes without one", size)
+	}
+}
+
+func TestResolve(t *testing.T) {
+	dir := t.TempDir()
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	if err := errors.Join(os.Mkdir("d", 0o700), os.WriteFile("file", nil, 0o600), os.WriteFile("ro", nil, 0o444),
+		os.Symlink("file", "link"), os.Symlink("link", "link2"), os.Symlink("d", "dlink"), os.Symlink("gone", "dangling"),
+		os.Symlink("loop", "loop")); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ path, want, fails string }{
+		{":memory:", "", ""},
+		{"new", "new", ""},
+		{"file", "file", ""},
+		{filepath.Join(dir, "file"), "file", ""},
+		{"d/../d/./x", "d/x", ""},
+		{"link", "file", ""},
+		{"link2", "file", ""},
+		{"dlink/x", "d/x", ""},
+		{"./:memory:", ":memory:", ""},
+		{"", "", "the path is empty"},
+		{"a\x00b", "", "NUL byte"},
+		{"d", "", "not a regular file: choose"},
+		{"d/", "", "names a directory: choose"},
+		{".", "", "names a directory: choose"},
+		{"none/x", "", "no directory"},
+		{"none/none/x", "", "create it first, or choose"},
+		{"file/x", "", "not a directory"},
+		{"dangling", "", "link"},
+		{"loop", "", "link"},
+		{"ro", "", "make it writable"},
+	} {
+		got, err := Resolve(test.path)
+		want := test.want
+		if want != "" {
+			want = filepath.Join(dir, want)
+		}
+		if got != want || (err == nil) != (test.fails == "") || err != nil && !strings.Contains(err.Error(), test.fails) {
+			t.Errorf("Resolve(%q) = %q, %v, want %q, %q", test.path, got, err, want, test.fails)
+		}
+	}
+}

@@ -1,0 +1,105 @@
+package sqlitefile
+
+import (
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// A Schema says what a table must be like.
+type Schema struct {
+	Table    string
+	Required []string // columns that an existing table must have, the primary key first
+	Added    []string // definitions of columns that it gets
+	Create   []string // statements that create it and its indexes, IF NOT EXISTS
+}
+
+// Migrate creates a table, or adds to an existing one the columns and indexes
+// that it lacks, and puts a database that Open has opened into WAL mode. It
+// changes nothing if the table can't be used.
+func (d *DB) Migrate(s Schema) error {
+	err := d.Write(d.Deadline(), func(c *sql.Conn) error {
+		if err := s.check(c); err != nil {
+			return err
+		}
+		columns, err := Strings(c, `SELECT lower(name) FROM pragma_table_info(?)`, s.Table)
+		if err != nil {
+			return err
+		}
+		var stmts []string
+		for _, def := range s.Added {
+			if name, _, _ := strings.Cut(def, " "); len(columns) > 0 && !slices.Contains(columns, name) {
+				stmts = append(stmts, fmt.Sprintf("ALTER TABLE %s ADD COLUMN %s", s.Table, def))
+			}
+		}
+		for _, stmt := range append(stmts, s.Create...) {
+			if err := Exec(c, stmt); err != nil {
+				return err
+			}
+		}
+		return syncOnOpen(c)
+	})
+	if err == nil && d.owns && d.path != "" {
+		err = d.enterWAL()
+	}
+	if err == nil || errors.As(err, new(refusal)) {
+		return err
+	}
+	return fmt.Errorf("can't be written: %w: make sure that it is an SQLite database, that you may write it, and that no other program has it locked", err)
+}
+
+// A refusal is an error that says why a table is unfit.
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+// check returns a refusal if what has the table's name is something else. For
+// a table, pragma_index_info lists the key by which it is stored if that is not
+// the rowid.
+func (s Schema) check(c *sql.Conn) error {
+	required, err := json.Marshal(s.Required)
+	if err != nil {
+		return err
+	}
+	problems, err := Strings(c, fmt.Sprintf(`WITH columns AS MATERIALIZED (SELECT lower(name) AS name, pk FROM pragma_table_info('%[1]s')),
+		lacking AS (SELECT group_concat(value, ', ') AS names FROM json_each('%[2]s') WHERE value NOT IN (SELECT name FROM columns))
+		SELECT type || ' called %[1]s in it' || problem FROM (SELECT type, CASE
+			WHEN type = 'view' THEN ' where a table should be'
+			WHEN (SELECT names FROM lacking) IS NOT NULL THEN ' that has no column ' || (SELECT names FROM lacking)
+			WHEN (SELECT group_concat(name) FROM columns WHERE pk > 0) IS NOT '%[3]s' THEN ' whose primary key is not %[3]s'
+			WHEN EXISTS (SELECT 1 FROM pragma_index_info('%[1]s')) OR 'rowid' IN (SELECT name FROM columns) THEN ' without a rowid of SQLite''s own'
+		END AS problem FROM sqlite_master WHERE name = '%[1]s' COLLATE NOCASE AND type IN ('table', 'view')) WHERE problem IS NOT NULL`,
+		s.Table, required, s.Required[0]))
+	if err == nil && len(problems) > 0 {
+		return refusal(fmt.Sprintf("there is a %s: use another database, or rename it", problems[0]))
+	}
+	return err
+}
+
+// syncOnOpen makes the transaction write a page, so that COMMIT syncs what
+// others have committed: a process that was killed after it had written a
+// commit, and before it had synced it, has left one that everybody sees and
+// that a loss of power would still undo. See internal/powerloss. The page is
+// the first one, with the number that an application may keep in it.
+func syncOnOpen(c *sql.Conn) error {
+	version, err := Strings(c, "PRAGMA user_version")
+	if err != nil {
+		return err
+	}
+	return Exec(c, "PRAGMA user_version = "+version[0])
+}
+
+// enterWAL puts the database into WAL mode. While several processes do that at
+// once, SQLite does not wait for the busy timeout.
+func (d *DB) enterWAL() error {
+	return d.Read(func(c *sql.Conn) error {
+		mode, err := Strings(c, "PRAGMA journal_mode = WAL")
+		if err == nil && mode[0] != "wal" {
+			err = fmt.Errorf("the journal mode stays %q", mode[0])
+		}
+		return err
+	})
+}

@@ -1,0 +1,25 @@
+//go:build cgo && !task_nosqlite3
+
+package sqlitetest
+
+import (
+	"database/sql"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// open opens a database with go-sqlite3, whose parameters are called like the
+// pragmas.
+func open(t testing.TB, path string, pragmas ...string) *sql.DB {
+	t.Helper()
+	params := strings.NewReplacer("(", "=", ")", "").Replace(strings.Join(pragmas, "&_"))
+	db, err := sql.Open("sqlite3", "file:"+filepath.ToSlash(path)+"?_"+params)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+func Test_mattn(t *testing.T) { Test(t, open) }

@@ -1,0 +1,165 @@
+package task
+
+import (
+	"fmt"
+	"iter"
+	"math"
+	"slices"
+	"sync"
+	"time"
+)
+
+// A MemoryStore is a [Persistence] that forgets everything with its process.
+// It keeps all unfinished operations and the 10,000 that finished last.
+//
+// Several managers may share one. An operation whose manager has been closed,
+// or that other code has stored, counts as one whose process is gone.
+type MemoryStore struct {
+	mu       sync.RWMutex          // guards what follows
+	rows     map[string]*Operation // Metadata and Result are json.RawMessage or nil
+	order    []*Operation          // rows by order of Save, and some that have been deleted
+	finished []*Operation          // rows by order of finishing
+}
+
+const maxFinished = 10_000
+
+// NewMemoryStore returns an empty store.
+func NewMemoryStore() *MemoryStore {
+	return &MemoryStore{rows: make(map[string]*Operation)}
+}
+
+// Save implements [Persistence].
+func (s *MemoryStore) Save(op *Operation) error {
+	row := *op
+	if err := row.encode(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rows[op.ID] != nil {
+		return fmt.Errorf("operation %s is already stored", op.ID)
+	}
+	s.rows[op.ID] = &row
+	s.order = append(s.order, &row)
+	s.retire(&row)
+	return nil
+}
+
+// Update implements [Persistence].
+func (s *MemoryStore) Update(op *Operation) error {
+	with := *op
+	if err := with.encode(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	row := s.rows[op.ID]
+	if row == nil || row.State.Finished() {
+		return ErrNotFound
+	}
+	with.Name, with.CreatedAt, with.owner = row.Name, row.CreatedAt, row.owner
+	*row = with
+	s.retire(row)
+	return nil
+}
+
+// retire makes room for a row if it is finished. The caller holds s.mu.
+func (s *MemoryStore) retire(row *Operation) {
+	if !row.State.Finished() {
+		return
+	}
+	if s.finished = append(s.finished, row); len(s.finished) > maxFinished {
+		s.drop(s.finished[0])
+		s.finished[0] = nil
+		s.finished = s.finished[1:]
+	}
+}
+
+// drop deletes a row. The caller holds s.mu.
+func (s *MemoryStore) drop(row *Operation) {
+	delete(s.rows, row.ID)
+	if len(s.order) > 2*len(s.rows) {
+		s.order = slices.DeleteFunc(s.order, s.gone)
+	}
+}
+
+// gone reports whether a row has been deleted. The caller holds s.mu.
+func (s *MemoryStore) gone(row *Operation) bool { return s.rows[row.ID] != row }
+
+// List implements [Persistence].
+func (s *MemoryStore) List(limit, offset int) ([]*Operation, error) {
+	return s.ListFiltered(Filter{}, limit, offset)
+}
+
+// ListFiltered implements [FilteredLister].
+func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	end := len(s.order)
+	if f.Before != "" {
+		end = slices.Index(s.order, s.rows[f.Before])
+	}
+	if end < 0 {
+		return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
+	}
+	ops := []*Operation{}
+	for _, row := range slices.Backward(s.order[:end]) {
+		switch {
+		case !f.matches(row) || s.gone(row):
+		case offset > 0:
+			offset--
+		case len(ops) == limit:
+			return ops, nil
+		default:
+			op := *row
+			ops = append(ops, &op)
+		}
+	}
+	return ops, nil
+}
+
+// Get implements [Persistence].
+func (s *MemoryStore) Get(id string) (*Operation, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	row := s.rows[id]
+	if row == nil {
+		return nil, ErrNotFound
+	}
+	op := *row
+	return &op, nil
+}
+
+// Recover implements [Recoverer].
+func (s *MemoryStore) Recover(reason string) iter.Seq2[*Operation, error] {
+	return func(yield func(*Operation, error) bool) {
+		ops, _ := s.ListFiltered(Filter{States: []State{StatePending, StateRunning}}, math.MaxInt, 0)
+		for _, op := range ops {
+			if isOpen(op.owner) {
+				continue
+			}
+			op, err := failOrphan(s, op.ID, reason)
+			if (op != nil || err != nil) && !yield(op, err) {
+				return
+			}
+		}
+	}
+}
+
+// Prune implements [Pruner].
+func (s *MemoryStore) Prune(before time.Time) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		s.mu.Lock()
+		n := len(s.finished)
+		s.finished = slices.DeleteFunc(s.finished, func(row *Operation) bool {
+			old := !row.UpdatedAt.IsZero() && row.UpdatedAt.Before(before)
+			if old {
+				s.drop(row)
+			}
+			return old
+		})
+		n -= len(s.finished)
+		s.mu.Unlock()
+		yield(n, nil)
+	}
+}

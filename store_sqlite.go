@@ -227,7 +227,7 @@ func cellTime(cell string) time.Time {
 
 // chunkSizes are how many rows one statement writes, the largest number first.
 // A statement with many rows costs less than as many statements.
-var chunkSizes = []int{64, 32, 8, 1}
+var chunkSizes = []int{64, 32, 16, 8, 4, 2, 1}
 
 // textCell returns NULL for an empty text.
 func textCell(s string) any {

@@ -19,8 +19,10 @@ import (
 //     function starts, after the first row is stored; Wait returns, and the
 //     operation leaves memory, after the final state is.
 //  4. Changes (RUNNING, progress, metadata) are conflated: what is stored of
-//     an operation is the latest. They go along with those writes, or into
-//     one of their own once the oldest has waited for changeDelay.
+//     an operation is the latest. They go along with those writes, but not
+//     with the very next one, which an operation's end often makes
+//     superfluous, or into one of their own once the oldest has waited for
+//     changeDelay.
 //  5. What can't be stored is tried again until it can.
 const (
 	maxBatch    = 1024                   // final states in one write
@@ -54,6 +56,7 @@ type backlog struct {
 	finals    []record // final states that have not been tried
 	changed   []*task
 	changedAt time.Time // when the first of changed came
+	before    int       // how many of changed the last take has left
 	retry     []record  // final states that were refused, and inserts of unknown outcome
 	writing   []*task   // whose updates are being written
 
@@ -88,9 +91,10 @@ func (b *backlog) take(now time.Time, all bool) batch {
 		case all || now.Sub(b.changedAt) >= changeDelay:
 			changed, b.changed = b.changed, nil
 		case !out.empty():
-			changed, b.changed = cut(b.changed, maxChanges, false)
+			changed, b.changed = cut(b.changed, min(b.before, maxChanges), false)
 		}
 	}
+	b.before = len(b.changed)
 	for _, t := range changed {
 		if t.listed = false; t.final == nil {
 			out.updates = append(out.updates, record{t: t})

@@ -458,6 +458,26 @@ func TestChangesAreStored(t *testing.T) {
 	})
 }
 
+// TestChangesGoAlong: a change is stored together with what is written next,
+// unless that is under way already.
+func TestChangesGoAlong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		m := newManager(t, db)
+		long := submit(t, m, testkit.UntilCancelled)
+		synctest.Wait() // which takes no time
+		writes := db.Count("WriteBatch")
+		submit(t, m, testkit.UntilCancelled)
+		if got, err := db.Get(long.ID); err != nil || got.State != task.StateRunning {
+			t.Errorf("stored: %+v, %v", got, err)
+		}
+		if n := db.Count("WriteBatch") - writes; n != 1 {
+			t.Errorf("%d writes", n)
+		}
+		m.Close()
+	})
+}
+
 // TestUnchangedProgress: a report of the value that is shown makes no event and
 // no write, and leaves UpdatedAt alone.
 func TestUnchangedProgress(t *testing.T) {

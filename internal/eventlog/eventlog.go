@@ -8,6 +8,7 @@ package eventlog
 
 import (
 	"errors"
+	"slices"
 	"sync"
 )
 
@@ -30,8 +31,10 @@ type Log[V any] struct {
 	started uint64               // the last event before the start of any reader
 	dropped uint64               // the last event dropped
 	readers map[*Reader[V]]bool
-	named   map[string]int // how many readers have named a key
-	end     error          // not nil once the log is closed
+	all     int                     // how many of them want all keys
+	idle    map[*Reader[V]]bool     // those of them that have read everything
+	named   map[string][]*Reader[V] // the readers that have named a key
+	end     error                   // not nil once the log is closed
 }
 
 // An Event is one entry of a log.
@@ -61,7 +64,8 @@ func New[V any](maxKeys, maxBytes int) *Log[V] {
 		maxBytes: maxBytes,
 		latest:   make(map[string]*entry[V]),
 		readers:  make(map[*Reader[V]]bool),
-		named:    make(map[string]int),
+		idle:     make(map[*Reader[V]]bool),
+		named:    make(map[string][]*Reader[V]),
 	}
 	l.root.Seq = ^uint64(0) // the end of the ring is after every event
 	l.root.prev, l.root.next = &l.root, &l.root
@@ -103,13 +107,16 @@ func (l *Log[V]) add(key string, soft bool) *entry[V] {
 	e := &entry[V]{Event: Event[V]{Seq: l.seq, Key: key}, soft: soft, prev: l.root.prev, next: &l.root}
 	e.prev.next, e.next.prev = e, e
 	l.latest[key] = e
-	for r := range l.readers {
-		if r.wants(key) {
-			e.unread++
-			if r.next == &l.root {
-				r.next = e
-				r.signal()
-			}
+	e.unread = l.all + len(l.named[key])
+	for r := range l.idle {
+		r.next = e
+		r.signal()
+	}
+	clear(l.idle)
+	for _, r := range l.named[key] {
+		if r.next == &l.root {
+			r.next = e
+			r.signal()
 		}
 	}
 	return e
@@ -127,7 +134,7 @@ func (l *Log[V]) release(e *entry[V]) {
 // newest one. Readers that have not read them lag.
 func (l *Log[V]) evict(evenNamed bool) {
 	for e := l.root.next; e != l.root.prev && l.full(); e = e.next {
-		if !evenNamed && l.named[e.Key] > 0 {
+		if !evenNamed && len(l.named[e.Key]) > 0 {
 			continue
 		}
 		for r := range l.readers {
@@ -145,7 +152,7 @@ func (l *Log[V]) remove(e *entry[V]) {
 	if e.unread > 0 {
 		for r := range l.readers {
 			if r.next == e {
-				r.next = r.after(e)
+				r.skip()
 			}
 		}
 	}
@@ -197,7 +204,11 @@ func (l *Log[V]) Read(keys ...string) *Reader[V] {
 	}
 	for _, key := range keys {
 		r.keys[key] = true
-		l.named[key]++
+		l.named[key] = append(l.named[key], r)
+	}
+	if r.keys == nil {
+		l.all++
+		l.idle[r] = true
 	}
 	return r
 }
@@ -215,6 +226,10 @@ func (l *Log[V]) ReadFrom(seq uint64) (*Reader[V], bool) {
 		e.unread++
 		r.next = e
 	}
+	l.all++
+	if r.next == &l.root {
+		l.idle[r] = true
+	}
 	return r, true
 }
 
@@ -227,11 +242,14 @@ func (l *Log[V]) reader(seq uint64) *Reader[V] {
 
 func (r *Reader[V]) wants(key string) bool { return r.keys == nil || r.keys[key] }
 
-// after returns the next entry that the reader wants.
-func (r *Reader[V]) after(e *entry[V]) *entry[V] {
-	for e = e.next; e != &r.log.root && !r.wants(e.Key); e = e.next {
+// skip moves the reader on to the next entry that it wants.
+func (r *Reader[V]) skip() {
+	end := &r.log.root
+	for r.next = r.next.next; r.next != end && !r.wants(r.next.Key); r.next = r.next.next {
 	}
-	return e
+	if r.next == end && r.keys == nil {
+		r.log.idle[r] = true
+	}
 }
 
 // Next returns the next event, or false if there is none now: then wait for
@@ -249,7 +267,7 @@ func (r *Reader[V]) Next() (Event[V], bool, error) {
 	if e == &l.root {
 		return Event[V]{}, false, l.end
 	}
-	r.next = r.after(e)
+	r.skip()
 	e.read = true
 	e.unread--
 	l.release(e)
@@ -272,17 +290,25 @@ func (r *Reader[V]) Close() {
 	l := r.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if !l.readers[r] {
+		return
+	}
 	delete(l.readers, r)
-	for e := r.next; e != &l.root; e = r.after(e) {
+	for r.next != &l.root {
+		e := r.next
+		r.skip()
 		e.unread--
 		l.release(e)
 	}
-	r.next = &l.root
+	if r.keys == nil {
+		l.all--
+		delete(l.idle, r)
+	}
 	for key := range r.keys {
-		if l.named[key]--; l.named[key] == 0 {
+		l.named[key] = slices.DeleteFunc(l.named[key], func(other *Reader[V]) bool { return other == r })
+		if len(l.named[key]) == 0 {
 			delete(l.named, key)
 		}
 	}
-	clear(r.keys)
 	r.signal()
 }

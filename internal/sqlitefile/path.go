@@ -54,7 +54,7 @@ func dsn(path, mode, modeOf string) string {
 	if filepath.VolumeName(path) != "" {
 		path = "/" + path
 	}
-	s := "file:" + (&url.URL{Path: path}).EscapedPath() + "?_synchronous=FULL&_stmt_cache_size=16&_busy_timeout=1000&mode=" + mode
+	s := "file:" + (&url.URL{Path: path}).EscapedPath() + "?_synchronous=FULL&_stmt_cache_size=32&_busy_timeout=1000&mode=" + mode
 	if modeOf != "" {
 		s += "&modeof=" + strings.ReplaceAll(url.QueryEscape(modeOf), "+", "%20") // SQLite reads no + as a space
 	}

@@ -42,12 +42,15 @@ type Manager struct {
 	db       Persistence
 	ctx      context.Context // the parent of every function's context
 	cancel   context.CancelCauseFunc
+	logs     *logQueue // of log
 	writer   *writer
 	events   *eventlog.Log[event]
 	drained  chan struct{} // closed once nothing is left to run and to store after Shutdown or Close
 	drain    func()        // closes drained
 	closed   chan struct{} // closed once Close has done its work
 	closeErr error         // set before closed is closed
+
+	closeOnce sync.Once
 
 	// functions counts the goroutines that run functions, and those that retry
 	// recovery and prune. Add only while holding mu and not closing.
@@ -63,7 +66,7 @@ type Manager struct {
 	stopPoll chan struct{}       // ends poll; nil unless that runs
 	progress *time.Timer         // will publish reports; nil if there are none
 	draining bool                // Submit returns ErrClosed
-	closing  bool                // Close was called: no function is started any more
+	closing  bool                // Close or Drain was called: no function is started any more
 	stopping bool                // the functions have returned: the writer stores the rest
 	lastTry  bool                // Close will not try again
 	deadline time.Time           // when it won't
@@ -88,12 +91,17 @@ func isOpen(id string) bool {
 // gone is marked as FAILED with the error "Task failed due to system restart".
 // If that fails, so does New.
 func New(db Persistence, opts ...Option) (*Manager, error) {
+	db, err := usable(db)
+	if err != nil {
+		return nil, fmt.Errorf("task: %w", err)
+	}
 	m := newManager(db, opts)
 	if err := m.recover(); err != nil {
 		m.Close()
 		return nil, fmt.Errorf("task: recovery: %w", err)
 	}
 	m.functions.Go(m.pruneLoop)
+	m.logs.flush()
 	return m, nil
 }
 
@@ -101,19 +109,18 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 // be read just now: a failed recovery is logged and tried again in the
 // background until it succeeds or the manager is closed.
 func NewManager(db Persistence, opts ...Option) *Manager {
+	db, _ = usable(db) // its methods return the error
 	m := newManager(db, opts)
 	if err := m.recover(); err != nil {
 		m.log.Error("task: recovery failed, will be tried again", "err", err)
 		m.functions.Go(m.recoverLoop)
 	}
 	m.functions.Go(m.pruneLoop)
+	m.logs.flush()
 	return m
 }
 
 func newManager(db Persistence, opts []Option) *Manager {
-	if db == nil {
-		db = NewMemoryStore()
-	}
 	m := &Manager{
 		options: options{log: slog.Default()},
 		id:      uuid.NewString(),
@@ -129,6 +136,8 @@ func newManager(db Persistence, opts []Option) *Manager {
 			opt(&m.options)
 		}
 	}
+	m.logs = &logQueue{Handler: m.log.Handler()}
+	m.log = slog.New(m.logs)
 	m.drain = sync.OnceFunc(func() { close(m.drained) })
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	m.queue = queue.New[*task](m.limit)
@@ -248,8 +257,11 @@ func (m *Manager) written(b batch) (more bool) {
 			m.afterFinal(w, now)
 		case retryable(w.err):
 			m.backlog.again(w, now)
-		case w.err == nil && w.t != nil:
-			w.t.stored = w.op.State
+		default:
+			if w.err == nil && w.t != nil {
+				w.t.stored = w.op.State
+			}
+			answer(w.checkpoints, w.err)
 		}
 	}
 	more = more || len(m.backlog.retry) > 0
@@ -349,7 +361,12 @@ func (m *Manager) run(ctx context.Context, t *task) {
 // m.mu.
 func (m *Manager) finish(t *task, end outcome) {
 	m.publish(t)
-	if t.finish(end) && t.stored != "" {
+	if !t.finish(end) {
+		return
+	}
+	answer(t.checkpoints, errReturned)
+	t.checkpoints = nil
+	if t.stored != "" {
 		m.storeFinal(t)
 	}
 }
@@ -394,12 +411,29 @@ func (r running) setMetadata(metadata any) error {
 	r.m.mu.Lock()
 	defer r.m.mu.Unlock()
 	if r.t.word.Load()&wordReturned != 0 {
-		return errors.New("its function has returned")
+		return errReturned
 	}
 	r.t.change(func(op *Operation) { op.Metadata = metadata })
 	r.m.emit(r.t, true)
 	r.m.changed(r.t)
 	return nil
+}
+
+// checkpoint has the task stored with the next commit, and returns the channel
+// for the outcome.
+func (r running) checkpoint() <-chan error {
+	done := make(chan error, 1)
+	r.m.mu.Lock()
+	defer r.m.mu.Unlock()
+	if r.t.final != nil || r.t.word.Load()&wordReturned != 0 {
+		done <- errReturned
+		return done
+	}
+	r.t.checkpoints = append(r.t.checkpoints, done)
+	r.m.changed(r.t)
+	r.m.backlog.urgent = true
+	r.m.writer.signal()
+	return done
 }
 
 // snapshot returns an operation, as it is now, as callers get it.
@@ -549,7 +583,14 @@ func (m *Manager) refresh(row *Operation) *Operation {
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
 // finished, and an error that wraps [errors.ErrUnsupported] if another manager
 // runs it.
-func (m *Manager) Cancel(id string) error {
+func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
+
+// CancelCause is [Manager.Cancel] with a text that says who cancels the
+// operation, and why. The function finds it in the cause of its context, which
+// wraps [ErrCancelled], and a CANCELLED operation has it in its Error, followed
+// by the function's error unless that is the context's own. Only the first
+// cancel of an operation counts.
+func (m *Manager) CancelCause(id, text string) error {
 	m.mu.Lock()
 	t := m.tasks[id]
 	if t == nil {
@@ -559,14 +600,18 @@ func (m *Manager) Cancel(id string) error {
 	var cancel context.CancelCauseFunc
 	if t.op.State == StatePending {
 		m.queue.Remove(&t.ticket)
-		m.finish(t, outcome{state: StateCancelled})
+		m.finish(t, outcome{state: StateCancelled, err: text})
 		m.startNext()
 	} else if t.word.Load()&wordReturned == 0 {
 		cancel = t.cancel
 	}
 	m.mu.Unlock()
 	if cancel != nil {
-		cancel(ErrCancelled)
+		if text == "" {
+			cancel(ErrCancelled)
+		} else {
+			cancel(cancelled(text))
+		}
 	}
 	return nil
 }
@@ -703,9 +748,19 @@ func (m *Manager) updateProgress(id string, progress int) error {
 // [ErrClosed] from now on, and Shutdown returns nil once every operation has
 // finished, with the manager closed. If ctx is done first it returns ctx's
 // error, and the operations go on; call Close to end them.
-func (m *Manager) Shutdown(ctx context.Context) error {
+func (m *Manager) Shutdown(ctx context.Context) error { return m.shutdown(ctx, false) }
+
+// Drain is [Manager.Shutdown] for a program that is to end soon, say after
+// SIGTERM: it lets the functions that run go on, but starts no other. What is
+// PENDING becomes FAILED with the error "Task failed due to system shutdown".
+func (m *Manager) Drain(ctx context.Context) error { return m.shutdown(ctx, true) }
+
+func (m *Manager) shutdown(ctx context.Context, drop bool) error {
 	m.mu.Lock()
 	m.draining = true
+	if drop {
+		m.dropWaiting()
+	}
 	if len(m.tasks) == 0 {
 		m.drain()
 	}
@@ -731,23 +786,42 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 //
 // Get, List and Wait go on working, and the store stays open. Calling Close
 // again does nothing and returns the same.
-func (m *Manager) Close() error {
+func (m *Manager) Close() error { return m.CloseContext(context.Background()) }
+
+// CloseContext is [Manager.Close] for as long as ctx is not done. Then it
+// returns an error that wraps ctx's and names the operations whose functions
+// still run, while Close goes on in the background. Once the process has ended,
+// the next manager to start marks those as interrupted.
+func (m *Manager) CloseContext(ctx context.Context) error {
 	m.mu.Lock()
-	first := !m.closing
-	m.closing, m.draining = true, true
+	m.draining = true
+	m.dropWaiting()
+	m.mu.Unlock()
+	m.closeOnce.Do(func() { go m.close() })
+	if await(ctx, m.closed) == nil {
+		return m.closeErr
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	errs := []error{fmt.Errorf("task: close: %w", context.Cause(ctx))}
+	for _, t := range m.sorted() {
+		if t.final == nil {
+			errs = append(errs, fmt.Errorf("task: close: the function of %s (%.64q) still runs", t.id, t.name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// dropWaiting lets no other function start. The caller holds m.mu.
+func (m *Manager) dropWaiting() {
+	m.closing = true
 	for _, t := range m.queue.Clear() {
 		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
 	}
-	m.mu.Unlock()
-	if first {
-		m.closeErr = m.close()
-		close(m.closed)
-	}
-	<-m.closed
-	return m.closeErr
 }
 
-func (m *Manager) close() error {
+// close is the work of Close.
+func (m *Manager) close() {
 	m.cancel(ErrClosed)
 	m.functions.Wait()
 	m.mu.Lock()
@@ -758,9 +832,11 @@ func (m *Manager) close() error {
 	<-m.writer.stopped
 	openManagers.Delete(m.id)
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.events.Close(ErrClosed)
-	return m.abandon()
+	m.closeErr = m.abandon()
+	m.mu.Unlock()
+	m.logs.flush()
+	close(m.closed)
 }
 
 // abandon gives up what could not be stored, and returns an error that names it.

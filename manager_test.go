@@ -409,6 +409,56 @@ func TestCancel(t *testing.T) {
 	}
 }
 
+// TestCancelCause: who cancelled, and why, is in the context's cause and in the
+// operation.
+func TestCancelCause(t *testing.T) {
+	const why = "by admin: \x00maintenance \xff"
+	const stored = "by admin: \x00maintenance \uFFFD"
+	for name, test := range map[string]struct {
+		fn    task.Func
+		state task.State
+		text  string
+	}{
+		"the context's error": {untilCancelled, task.StateCancelled, stored},
+		"the cause": {func(ctx context.Context, _ func(int)) (any, error) {
+			<-ctx.Done()
+			return nil, context.Cause(ctx)
+		}, task.StateCancelled, stored},
+		"an error of its own": {func(ctx context.Context, _ func(int)) (any, error) {
+			<-ctx.Done()
+			return nil, errDisk
+		}, task.StateCancelled, stored + ": disk full"},
+		"no error": {func(ctx context.Context, _ func(int)) (any, error) {
+			<-ctx.Done()
+			return nil, nil
+		}, task.StateDone, ""},
+		"a cause that is not ErrCancelled": {func(ctx context.Context, _ func(int)) (any, error) {
+			<-ctx.Done()
+			if cause := context.Cause(ctx); !errors.Is(cause, task.ErrCancelled) || !strings.HasSuffix(cause.Error(), why) {
+				t.Errorf("cause: %v", cause)
+			}
+			return nil, ctx.Err()
+		}, task.StateCancelled, stored},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newManager(t, nil, task.WithLimit(1))
+			op := submit(t, m, test.fn)
+			waiting := submit(t, m, nothing)
+			must(t, m.CancelCause(waiting.ID, why))
+			must(t, m.CancelCause(op.ID, why))
+			if err := m.CancelCause(op.ID, "another"); err != nil && !errors.Is(err, task.ErrNotFound) {
+				t.Error(err)
+			}
+			if got := wait(t, m, op.ID); got.State != test.state || got.Error != test.text {
+				t.Errorf("%+v", got)
+			}
+			if got := wait(t, m, waiting.ID); got.State != task.StateCancelled || got.Error != stored {
+				t.Errorf("%+v", got)
+			}
+		})
+	}
+}
+
 func TestClose(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		ops := map[string]*task.Operation{
@@ -532,6 +582,95 @@ func TestShutdown(t *testing.T) {
 		if got, _ := m.Get(op.ID); got.State != task.StateDone {
 			t.Errorf("after Shutdown: %+v", got)
 		}
+	})
+}
+
+// TestDrain: what runs may go on, what waits is not started.
+func TestDrain(t *testing.T) {
+	eachStore(t, func(t *testing.T, _ *task.Manager, db task.Persistence) {
+		m := newManager(t, db, task.WithLimit(1))
+		fn, started, release := blocker(nil)
+		runs := submit(t, m, fn)
+		<-started
+		waits := submit(t, m, func(context.Context, func(int)) (any, error) {
+			t.Error("started after Drain")
+			return nil, nil
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := m.Drain(ctx); err != context.Canceled {
+			t.Errorf("Drain with a context that is done: %v", err)
+		}
+		if _, err := m.Submit("late", fn); !errors.Is(err, task.ErrClosed) {
+			t.Errorf("Submit after Drain: %v", err)
+		}
+		if got := wait(t, m, waits.ID); got.State != task.StateFailed || got.Error != testkit.ShutdownText || !got.StartedAt.IsZero() {
+			t.Errorf("what waited: %+v", got)
+		}
+		if got, _ := m.Get(runs.ID); got.State != task.StateRunning {
+			t.Errorf("what ran: %+v", got)
+		}
+		release()
+		must(t, m.Drain(t.Context()))
+		if got, _ := m.Get(runs.ID); got.State != task.StateDone {
+			t.Errorf("after Drain: %+v", got)
+		}
+	})
+}
+
+// TestCloseContext: functions that do not return hold up CloseContext only as
+// long as its context allows, and their final states are stored if they return.
+func TestCloseContext(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		fn, started, release := blocker(nil)
+		deaf := submit(t, m, fn)
+		<-started
+		polite := submit(t, m, untilCancelled)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		err := m.CloseContext(ctx)
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), deaf.ID) {
+			t.Errorf("CloseContext: %v", err)
+		}
+		if got := wait(t, m, polite.ID); got.State != task.StateFailed || got.Error != testkit.ShutdownText {
+			t.Errorf("%+v", got)
+		}
+		if got, err := db.Get(deaf.ID); err != nil || got.State.Finished() {
+			t.Errorf("stored: %+v, %v", got, err)
+		}
+		release()
+		must(t, m.CloseContext(t.Context()))
+		if got, err := db.Get(deaf.ID); err != nil || got.State != task.StateDone {
+			t.Errorf("stored: %+v, %v", got, err)
+		}
+		if err := m.CloseContext(ctx); err != nil {
+			t.Errorf("CloseContext after Close: %v", err)
+		}
+	})
+}
+
+// TestFailedOpen: who has not looked at the error of opening a store is told so
+// by everything that needs it.
+func TestFailedOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // Close tries again for some seconds
+		store, err := task.OpenSQLite(t.TempDir())
+		if err == nil {
+			t.Fatal("opened a directory")
+		}
+		if m, err := task.New(store); m != nil || err == nil || !strings.Contains(err.Error(), "OpenSQLite") {
+			t.Errorf("New: %v", err)
+		}
+		m := task.NewManager(store, testkit.Quiet)
+		if _, err := m.Submit("x", nothing); err == nil || !strings.Contains(err.Error(), "OpenSQLite") {
+			t.Errorf("Submit: %v", err)
+		}
+		if _, err := m.List(1, 0); err == nil {
+			t.Error("List: no error")
+		}
+		if _, ok := m.Get("x"); ok {
+			t.Error("Get found something")
+		}
+		must(t, errors.Join(m.Close(), store.Close()))
 	})
 }
 

@@ -169,9 +169,39 @@ func FromContext(ctx context.Context) (*Operation, bool) {
 	return r.snapshot(), true
 }
 
+// errReturned is why a function's context is of no use any more.
+var errReturned = errors.New("its function has returned")
+
+// Checkpoint stores the progress and metadata of the operation whose [Func] was
+// given ctx, as they are now, and returns once they are committed: a function
+// that is about to do what must not be done twice, or has done it, notes that
+// in its metadata and calls Checkpoint. The operation is then found as RUNNING
+// with them, should the process die. While the store fails it is tried again.
+//
+// Checkpoint returns the cause of ctx's end if that comes first, and an error
+// if ctx is no such context, if the function returns meanwhile, or if the
+// operation has been deleted, which wraps [ErrNotFound]. To store something
+// after ctx has ended, pass [context.WithoutCancel] of it.
+func Checkpoint(ctx context.Context) error {
+	r, ok := ctx.Value(contextKey{}).(running)
+	if !ok {
+		return errors.New("task: checkpoint: the context is not that of an operation")
+	}
+	var err error
+	select {
+	case err = <-r.checkpoint():
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("task: checkpoint of %s: %w", r.t.id, err)
+	}
+	return nil
+}
+
 // SetMetadata replaces the metadata of the operation whose [Func] was given
-// ctx. Like progress it is seen at once and stored soon after. It returns an
-// error if ctx is no such context, if JSON can't hold v in 16 MiB, or if the
+// ctx. Like progress it is seen at once and stored soon after; see [Checkpoint].
+// It returns an error if ctx is no such context, if JSON can't hold v in 16 MiB, or if the
 // function has returned.
 func SetMetadata(ctx context.Context, v any) error {
 	r, ok := ctx.Value(contextKey{}).(running)

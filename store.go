@@ -54,6 +54,27 @@ type Persistence interface {
 	Get(id string) (*Operation, error)
 }
 
+// usable returns db, or a new memory store if db is nil. Instead of the nil
+// *SQLiteStore of a failed open, it returns one whose methods fail, and the
+// error.
+func usable(db Persistence) (Persistence, error) {
+	if db == nil {
+		return NewMemoryStore(), nil
+	}
+	if s, ok := db.(*SQLiteStore); ok && s == nil {
+		err := errors.New("the store is nil: look at the error of OpenSQLite or NewSQLiteStore")
+		return noStore{err}, err
+	}
+	return db, nil
+}
+
+type noStore struct{ err error }
+
+func (s noStore) Save(*Operation) error               { return s.err }
+func (s noStore) Update(*Operation) error             { return s.err }
+func (s noStore) List(int, int) ([]*Operation, error) { return nil, s.err }
+func (s noStore) Get(string) (*Operation, error)      { return nil, s.err }
+
 // notFound makes an error that says in the words of database/sql that there is
 // no such operation one that wraps ErrNotFound.
 func notFound(err error) error {

@@ -85,6 +85,9 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 // Close the manager first: what it has not finished by then is left for the
 // next one to recover.
 func (s *SQLiteStore) Close() error {
+	if s == nil { // as a failed open has returned it
+		return nil
+	}
 	return errors.Join(s.db.Close(), s.owner.Release())
 }
 

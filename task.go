@@ -114,7 +114,8 @@ var (
 	// that Watch yields.
 	ErrClosed = errors.New("manager closed")
 
-	// ErrCancelled is the cause of a context that Cancel cancelled.
+	// ErrCancelled is the cause of a context that Cancel cancelled, or is wrapped
+	// by it if CancelCause did.
 	ErrCancelled = errors.New("operation cancelled")
 
 	// ErrLagged is the last thing that Watch yields to a receiver that is too
@@ -141,7 +142,9 @@ type options struct {
 // WithLogger makes the manager log to l instead of [slog.Default]. It logs
 // what nobody else reports: recovered operations, panics with their stacks,
 // results that could not be kept, and the beginning and end of trouble with
-// the database.
+// the database. The handler of l is called from a goroutine of its own, one
+// record at a time. If it blocks or panics, only records are lost: beyond 1,000
+// that wait for it. [New] and [Manager.Close] wait up to a second for it.
 func WithLogger(l *slog.Logger) Option {
 	return func(o *options) {
 		if l != nil {
@@ -267,6 +270,8 @@ type task struct {
 
 	listed  bool  // in backlog.changed
 	refused error // why the store did not take final
+
+	checkpoints []chan error // of calls of Checkpoint that wait for a commit
 }
 
 // The word of a task holds what a function changes without the mutex: its
@@ -386,20 +391,32 @@ func ending(cause, err error) outcome {
 		return outcome{state: StateDone}
 	}
 	end := outcome{state: StateFailed, err: err.Error()}
+	var why cancelled
 	switch {
 	case errors.Is(cause, ErrCancelled):
 		end.state = StateCancelled
+		errors.As(cause, &why)
 	case errors.Is(cause, ErrClosed):
-		if own := err == cause || err == context.Canceled; own || end.err == "" {
-			end.err = errTextShutdown
-		} else {
-			end.err = errTextShutdown + ": " + end.err
-		}
+		why = errTextShutdown
 	case end.err == "":
 		end.err = fmt.Sprintf("the function returned an error without a text (%T)", err)
 	}
+	own := err == cause || err == context.Canceled
+	switch {
+	case why != "" && (own || end.err == ""):
+		end.err = string(why)
+	case why != "":
+		end.err = string(why) + ": " + end.err
+	}
 	return end
 }
+
+// A cancelled is the cause of a context that was cancelled with that text.
+type cancelled string
+
+func (c cancelled) Error() string { return ErrCancelled.Error() + ": " + string(c) }
+
+func (c cancelled) Unwrap() error { return ErrCancelled }
 
 // setResult encodes the value that the function returned. If it can't be kept, the
 // outcome says why.

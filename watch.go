@@ -14,9 +14,10 @@ import (
 	"github.com/mynt-nas/task/internal/eventlog"
 )
 
-// Watch returns the changes of the operations with those IDs, or, if none is
-// given, of all live ones of this manager and all that are submitted after the
-// call.
+// Watch returns the changes of the operations with those IDs, or, if ids is nil
+// as in Watch(ctx), of all live ones of this manager and all that are submitted
+// after the call. Of an empty slice that is not nil there is nothing to watch:
+// the sequence ends at once.
 //
 // It yields first the present state of each, the oldest first, and then every
 // change of state, in order and exactly once. Progress and metadata are
@@ -46,7 +47,7 @@ import (
 // Nothing is missed between the call of Watch and the loop. The caller must
 // range over the sequence, or end ctx. Ranging over it again watches again.
 func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation, error] {
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || ids != nil && len(ids) == 0 {
 		return func(func(*Operation, error) bool) {}
 	}
 	ids = slices.Clone(ids)

@@ -148,6 +148,19 @@ func TestWatchAll(t *testing.T) {
 	})
 }
 
+// TestWatchNone: an empty list of IDs is not all of them.
+func TestWatchNone(t *testing.T) {
+	m := newManager(t, nil)
+	submit(t, m, untilCancelled)
+	for op, err := range m.Watch(t.Context(), []string{}...) {
+		t.Errorf("%v, %v", op, err)
+	}
+	for op := range m.Watch(t.Context(), []string(nil)...) {
+		must(t, op.Cancel()) // all
+		break
+	}
+}
+
 func TestWatchNamed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)

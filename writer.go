@@ -41,6 +41,14 @@ type record struct {
 	op    *Operation // the row, which never changes
 	final bool       // it is the final state of t
 	err   error
+
+	checkpoints []chan error // to be answered
+}
+
+func answer(checkpoints []chan error, err error) {
+	for _, c := range checkpoints {
+		c <- err
+	}
 }
 
 // A batch is what one call of the store writes.
@@ -57,6 +65,7 @@ type backlog struct {
 	changed   []*task
 	changedAt time.Time // when the first of changed came
 	before    int       // how many of changed the last take has left
+	urgent    bool      // do not delay changed
 	retry     []record  // final states that were refused, and inserts of unknown outcome
 	writing   []*task   // whose updates are being written
 
@@ -88,16 +97,18 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	if all || !now.Before(b.retryAt) {
 		retry, b.retry = cut(b.retry, maxBatch, all)
 		switch {
-		case all || now.Sub(b.changedAt) >= changeDelay:
+		case all || b.urgent || now.Sub(b.changedAt) >= changeDelay:
 			changed, b.changed = b.changed, nil
 		case !out.empty():
 			changed, b.changed = cut(b.changed, min(b.before, maxChanges), false)
 		}
 	}
 	b.before = len(b.changed)
+	b.urgent = b.urgent && b.before > 0
 	for _, t := range changed {
 		if t.listed = false; t.final == nil {
-			out.updates = append(out.updates, record{t: t})
+			out.updates = append(out.updates, record{t: t, checkpoints: t.checkpoints})
+			t.checkpoints = nil
 		}
 	}
 	out.updates = append(out.updates, retry...)
@@ -122,6 +133,9 @@ func (b *backlog) next() (at time.Time, ok bool) {
 	if len(b.retry) > 0 {
 		return b.retryAt, true
 	}
+	if b.urgent {
+		return b.retryAt, true
+	}
 	if len(b.changed) > 0 {
 		return latest(b.changedAt.Add(changeDelay), b.retryAt), true
 	}
@@ -134,10 +148,14 @@ func (b *backlog) again(w record, now time.Time) {
 		b.backoff = min(max(2*b.backoff, minBackoff), maxBackoff)
 		b.retryAt = now.Add(b.backoff)
 	}
-	if w.t != nil && !w.final {
-		b.change(w.t)
-	} else {
+	switch {
+	case w.t == nil || w.final:
 		b.retry = append(b.retry, w)
+	case w.t.final != nil:
+		answer(w.checkpoints, errReturned)
+	default:
+		w.t.checkpoints = append(w.t.checkpoints, w.checkpoints...)
+		b.change(w.t)
 	}
 }
 
@@ -288,7 +306,7 @@ func (w *writer) note(b batch, more bool) {
 	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) })
 	switch {
 	case failed >= 0 && !w.trouble:
-		w.log.Error("task: storing failed, will be tried again", "err", all[failed].err)
+		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", all[failed].err)
 		w.trouble = true
 	case failed < 0 && !more && w.trouble:
 		w.log.Info("task: storing works again")

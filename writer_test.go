@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -476,6 +478,149 @@ func TestChangesGoAlong(t *testing.T) {
 		}
 		m.Close()
 	})
+}
+
+// TestCheckpoint: what Checkpoint has confirmed is stored.
+func TestCheckpoint(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		op := submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+			id, _ := task.FromContext(ctx)
+			for i := range 20 {
+				update(i)
+				if err := errors.Join(task.SetMetadata(ctx, i), task.Checkpoint(ctx)); err != nil {
+					return nil, err
+				}
+				row, err := db.Get(id.ID)
+				if err != nil || row.State != task.StateRunning || row.StartedAt.IsZero() || row.Progress != i || fmt.Sprintf("%s", row.Metadata) != fmt.Sprint(i) {
+					return nil, fmt.Errorf("stored: %+v, %v", row, err)
+				}
+			}
+			return nil, nil
+		})
+		if op := wait(t, m, op.ID); op.State != task.StateDone {
+			t.Errorf("%+v", op)
+		}
+	})
+	if err := task.Checkpoint(t.Context()); err == nil {
+		t.Error("a context of no operation: no error")
+	}
+}
+
+// TestCheckpointFails: Checkpoint waits for a store that fails, but not for
+// longer than its context and its function, nor for a row that is gone.
+func TestCheckpointFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		m := newManager(t, db)
+		got := make(chan error, 10)
+		finish := make(chan error)
+		op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+			must(t, task.Checkpoint(ctx))
+			db.Before(testkit.FailWrites)
+			short, stop := context.WithTimeout(ctx, time.Second)
+			defer stop()
+			got <- task.Checkpoint(short)
+			go func() { got <- task.Checkpoint(context.WithoutCancel(ctx)) }()
+			time.Sleep(time.Minute)
+			db.Before(nil)
+			time.Sleep(2 * time.Second)
+			db.Before(testkit.FailWrites)
+			go func() { got <- task.Checkpoint(context.WithoutCancel(ctx)) }()
+			<-finish
+			go func() { time.Sleep(time.Second); got <- task.Checkpoint(context.WithoutCancel(ctx)) }()
+			return nil, nil
+		})
+		if err := <-got; !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("the context's end: %v", err)
+		}
+		if err := <-got; err != nil {
+			t.Errorf("the store works again: %v", err)
+		}
+		finish <- nil
+		for range 2 {
+			if err := <-got; err == nil || !strings.Contains(err.Error(), "has returned") {
+				t.Errorf("the function has returned: %v", err)
+			}
+		}
+		db.Before(nil)
+		wait(t, m, op.ID)
+		m.Close()
+	})
+}
+
+// TestCheckpointDeleted: Checkpoint of an operation that somebody has deleted
+// says so.
+func TestCheckpointDeleted(t *testing.T) {
+	db := testkit.NewFake(nil)
+	m := newManager(t, db)
+	db.Before(func(c *testkit.Call) error {
+		if c.Method == "Update" {
+			return task.ErrNotFound
+		}
+		return nil
+	})
+	op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+		if err := task.Checkpoint(ctx); !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("Checkpoint: %v", err)
+		}
+		db.Before(nil)
+		return nil, nil
+	})
+	wait(t, m, op.ID)
+}
+
+// TestLogHandlers: a log handler that blocks or panics holds up nothing but
+// logging, and that New and Close only for a second.
+func TestLogHandlers(t *testing.T) {
+	for name, handle := range map[string]func(block chan struct{}){
+		"blocks": func(block chan struct{}) { <-block },
+		"panics": func(chan struct{}) { panic("no log") },
+		"exits":  func(chan struct{}) { runtime.Goexit() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				block := make(chan struct{})
+				handler := &funcHandler{handle: func() { handle(block) }}
+				db := testkit.NewFake(nil)
+				db.Before(testkit.FailFinals)
+				m := task.NewManager(db, task.WithLogger(slog.New(handler)))
+				panics := func(context.Context, func(int)) (any, error) { panic("oh") }
+				bad := submit(t, m, panics)
+				time.Sleep(time.Minute)
+				db.Before(nil)
+				if got := wait(t, m, bad.ID); got.State != task.StateFailed {
+					t.Errorf("%+v", got)
+				}
+				for range 2000 { // more records than are kept
+					wait(t, m, submit(t, m, panics).ID)
+				}
+				start := time.Now()
+				must(t, m.Close())
+				if d := time.Since(start); d > 2*time.Second {
+					t.Errorf("Close took %v", d)
+				}
+				close(block)
+				synctest.Wait()
+				if name != "exits" && handler.calls.Load() < 1000 {
+					t.Errorf("%d records", handler.calls.Load())
+				}
+			})
+		})
+	}
+}
+
+type funcHandler struct {
+	slog.Handler
+	handle func()
+	calls  atomic.Int64
+}
+
+func (h *funcHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h *funcHandler) Handle(context.Context, slog.Record) error {
+	h.calls.Add(1)
+	h.handle()
+	return nil
 }
 
 // TestUnchangedProgress: a report of the value that is shown makes no event and

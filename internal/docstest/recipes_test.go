@@ -257,3 +257,81 @@ func TestStore(t *testing.T) {
 		return task.OpenSQLite(filepath.Join(dir, "tasks.db")) // your store instead
 	})
 }
+
+func sendOnce(send func(context.Context) error) task.Func {
+	return func(ctx context.Context, _ func(int)) (any, error) {
+		if err := errors.Join(task.SetMetadata(ctx, "sending"), task.Checkpoint(ctx)); err != nil {
+			return nil, err // nothing has been sent
+		}
+		if err := send(ctx); err != nil {
+			return nil, err
+		}
+		return nil, errors.Join(task.SetMetadata(ctx, "sent"), task.Checkpoint(ctx))
+	}
+}
+
+func TestSendOnce(t *testing.T) {
+	db := task.NewMemoryStore()
+	m := newManager(t, db)
+	stored := func(ctx context.Context) any {
+		op, _ := task.FromContext(ctx)
+		row, err := db.Get(op.ID)
+		if err != nil || row.State != task.StateRunning {
+			t.Errorf("stored: %+v, %v", row, err)
+			return nil
+		}
+		var text any
+		if err := row.DecodeMetadata(&text); err != nil {
+			t.Error(err)
+		}
+		return text
+	}
+	op := submit(t, m, "send", sendOnce(func(ctx context.Context) error {
+		if got := stored(ctx); got != "sending" {
+			t.Errorf("stored before it is sent: %v", got)
+		}
+		return nil
+	}))
+	if op := wait(t, m, op.ID); op.State != task.StateDone || op.Metadata != "sent" {
+		t.Errorf("%+v", op)
+	}
+}
+
+func stop(m *task.Manager, finish, cancel time.Duration) error {
+	ctx, done := context.WithTimeout(context.Background(), finish)
+	defer done()
+	if err := m.Drain(ctx); err == nil {
+		return nil
+	}
+	ctx, done = context.WithTimeout(context.Background(), cancel)
+	defer done()
+	return m.CloseContext(ctx) // names the functions that do not return
+}
+
+func TestStop(t *testing.T) {
+	for name, test := range map[string]struct {
+		fn    task.Func
+		state task.State
+		err   bool
+	}{
+		"short":  {nothing, task.StateDone, false},
+		"long":   {func(ctx context.Context, _ func(int)) (any, error) { <-ctx.Done(); return nil, ctx.Err() }, task.StateFailed, false},
+		"deaf":   {func(context.Context, func(int)) (any, error) { time.Sleep(time.Hour); return nil, nil }, task.StateRunning, true},
+		"almost": {func(context.Context, func(int)) (any, error) { time.Sleep(9 * time.Second); return nil, nil }, task.StateDone, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newManager(t, nil)
+				op := submit(t, m, name, test.fn)
+				time.Sleep(time.Second)
+				if err := stop(m, 10*time.Second, time.Second); (err != nil) != test.err {
+					t.Errorf("stop: %v", err)
+				}
+				if op, _ := m.Get(op.ID); op.State != test.state {
+					t.Errorf("%+v", op)
+				}
+				m.Close()
+			})
+		})
+	}
+}

@@ -65,7 +65,7 @@ type backlog struct {
 	changed   []*task
 	changedAt time.Time // when the first of changed came
 	before    int       // how many of changed the last take has left
-	urgent    bool      // do not delay changed
+	urgent    bool      // do not delay those of changed that Checkpoint waits for
 	retry     []record  // final states that were refused, and inserts of unknown outcome
 	writing   []*task   // whose updates are being written
 
@@ -96,15 +96,16 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	out.updates, b.finals = cut(b.finals, maxBatch, all)
 	if all || !now.Before(b.retryAt) {
 		retry, b.retry = cut(b.retry, maxBatch, all)
+		along := min(b.before, maxChanges)
 		switch {
-		case all || b.urgent || now.Sub(b.changedAt) >= changeDelay:
-			changed, b.changed = b.changed, nil
-		case !out.empty():
-			changed, b.changed = cut(b.changed, min(b.before, maxChanges), false)
+		case all || now.Sub(b.changedAt) >= changeDelay:
+			along = len(b.changed)
+		case out.empty() && !b.urgent:
+			along = 0
 		}
+		changed = b.takeChanged(along)
 	}
 	b.before = len(b.changed)
-	b.urgent = b.urgent && b.before > 0
 	for _, t := range changed {
 		if t.listed = false; t.final == nil {
 			out.updates = append(out.updates, record{t: t, checkpoints: t.checkpoints})
@@ -121,6 +122,23 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	return out
 }
 
+// takeChanged takes the first n of changed, and those that Checkpoint waits for.
+func (b *backlog) takeChanged(n int) (out []*task) {
+	out, b.changed = cut(b.changed, n, false)
+	if !b.urgent {
+		return out
+	}
+	b.urgent = false
+	b.changed = slices.DeleteFunc(b.changed, func(t *task) bool {
+		if len(t.checkpoints) == 0 {
+			return false
+		}
+		out = append(out, t)
+		return true
+	})
+	return out
+}
+
 func cut[T any](s []T, n int, all bool) (head, tail []T) {
 	if all || len(s) <= n {
 		return s, nil
@@ -130,10 +148,7 @@ func cut[T any](s []T, n int, all bool) (head, tail []T) {
 
 // next returns when something is due even if nothing new comes.
 func (b *backlog) next() (at time.Time, ok bool) {
-	if len(b.retry) > 0 {
-		return b.retryAt, true
-	}
-	if b.urgent {
+	if len(b.retry) > 0 || b.urgent {
 		return b.retryAt, true
 	}
 	if len(b.changed) > 0 {

@@ -506,6 +506,46 @@ func TestCheckpoint(t *testing.T) {
 	}
 }
 
+// TestCheckpointAlone: Checkpoint waits for its own operation to be stored, not
+// for all others that have changed.
+func TestCheckpointAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const others, along = 200, 64
+		db := testkit.NewFake(nil)
+		m := newManager(t, db)
+		report, checkpoint := make(chan struct{}), make(chan struct{})
+		for range others {
+			submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+				<-report
+				update(1)
+				return untilCancelled(ctx, update)
+			})
+		}
+		op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+			<-checkpoint
+			return nil, task.Checkpoint(ctx)
+		})
+		time.Sleep(time.Second) // all are stored as RUNNING
+		var updates []int
+		db.Before(func(c *testkit.Call) error {
+			if c.Method == "WriteBatch" {
+				updates = append(updates, len(c.Updates))
+			}
+			return nil
+		})
+		close(report)
+		synctest.Wait()
+		close(checkpoint)
+		if op := wait(t, m, op.ID); op.State != task.StateDone {
+			t.Errorf("%+v", op)
+		}
+		if len(updates) == 0 || updates[0] == 0 || updates[0] > along+1 {
+			t.Errorf("updates in each write: %d", updates)
+		}
+		m.Close()
+	})
+}
+
 // TestCheckpointFails: Checkpoint waits for a store that fails, but not for
 // longer than its context and its function, nor for a row that is gone.
 func TestCheckpointFails(t *testing.T) {

@@ -803,9 +803,9 @@ func (m *Manager) CloseContext(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	errs := []error{fmt.Errorf("task: close: %w", context.Cause(ctx))}
+	errs := []error{fmt.Errorf("task: close: %w", ctx.Err())}
 	for _, t := range m.sorted() {
-		if t.final == nil {
+		if t.final == nil && t.op.State == StateRunning {
 			errs = append(errs, fmt.Errorf("task: close: the function of %s (%.64q) still runs", t.id, t.name))
 		}
 	}

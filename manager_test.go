@@ -649,6 +649,32 @@ func TestCloseContext(t *testing.T) {
 	})
 }
 
+// TestCloseContextError: the error of CloseContext wraps that of its context,
+// also if that has a cause, and names no operation that has not started.
+func TestCloseContextError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(nil)
+		m := newManager(t, db)
+		stored := make(chan struct{})
+		db.Before(func(c *testkit.Call) error {
+			if c.Method == "WriteBatch" {
+				<-stored
+			}
+			return nil
+		})
+		go m.Submit("not started", nothing)
+		synctest.Wait()
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errDisk)
+		defer cancel()
+		err := m.CloseContext(ctx)
+		if !errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "not started") {
+			t.Errorf("CloseContext: %v", err)
+		}
+		close(stored)
+		must(t, m.Close())
+	})
+}
+
 // TestFailedOpen: who has not looked at the error of opening a store is told so
 // by everything that needs it.
 func TestFailedOpen(t *testing.T) {

@@ -747,7 +747,8 @@ func (m *Manager) updateProgress(id string, progress int) error {
 // Shutdown stops accepting operations and waits for the rest: Submit returns
 // [ErrClosed] from now on, and Shutdown returns nil once every operation has
 // finished, with the manager closed. If ctx is done first it returns ctx's
-// error, and the operations go on; call Close to end them.
+// error, and the operations go on; call Close to end them. If ctx is done
+// before the call, Shutdown closes a manager that has nothing left to finish.
 func (m *Manager) Shutdown(ctx context.Context) error { return m.shutdown(ctx, false) }
 
 // Drain is [Manager.Shutdown] for a program that is to end soon, say after
@@ -768,7 +769,14 @@ func (m *Manager) shutdown(ctx context.Context, drop bool) error {
 	if err := await(ctx, m.drained); err != nil {
 		return err
 	}
-	return m.Close()
+	if ctx.Err() != nil { // nothing was left to wait for
+		return m.Close()
+	}
+	m.closeOnce.Do(func() { go m.close() })
+	if err := await(ctx, m.closed); err != nil {
+		return err
+	}
+	return m.closeErr
 }
 
 // Close ends the manager: Submit returns [ErrClosed] from now on, the context

@@ -649,6 +649,35 @@ func TestCloseContext(t *testing.T) {
 	})
 }
 
+// TestShutdownBound: the contexts of Shutdown and Drain bound the closing, too,
+// beside a store that hangs.
+func TestShutdownBound(t *testing.T) {
+	for name, end := range map[string]func(*task.Manager, context.Context) error{
+		"Shutdown": (*task.Manager).Shutdown,
+		"Drain":    (*task.Manager).Drain,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db := testkit.NewFake(nil)
+				db.Before(func(c *testkit.Call) error {
+					if c.Method == "Prune" {
+						time.Sleep(20 * time.Second)
+					}
+					return nil
+				})
+				m := newManager(t, db, task.WithRetention(time.Hour))
+				start := time.Now()
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				if err := end(m, ctx); err != context.DeadlineExceeded || time.Since(start) != time.Second {
+					t.Errorf("after %v: %v", time.Since(start), err)
+				}
+				must(t, m.Close())
+			})
+		})
+	}
+}
+
 // TestCloseContextError: the error of CloseContext wraps that of its context,
 // also if that has a cause, and names no operation that has not started.
 func TestCloseContextError(t *testing.T) {

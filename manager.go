@@ -45,7 +45,7 @@ type Manager struct {
 	logs     *logQueue // of log
 	writer   *writer
 	events   *eventlog.Log[event]
-	drained  chan struct{} // closed once nothing is left to run and to store after Shutdown or Close
+	drained  chan struct{} // closed once nothing is left to run and to store after Shutdown, Drain or Close
 	drain    func()        // closes drained
 	closed   chan struct{} // closed once Close has done its work
 	closeErr error         // set before closed is closed
@@ -151,7 +151,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 // returns the operation as it then is: PENDING, or further along.
 //
 // When Submit returns an error, fn is never called. It does so if name is
-// empty, fn is nil or the metadata can't be kept, after Close or Shutdown
+// empty, fn is nil or the metadata can't be kept, after Close, Shutdown or Drain
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
 // that takes at most about 20 seconds: up to 10 in which an earlier write gives
 // up, and 10 for this one. With a store that has only the four methods, Submit

@@ -181,7 +181,8 @@ var errReturned = errors.New("its function has returned")
 // Checkpoint returns the cause of ctx's end if that comes first, and an error
 // if ctx is no such context, if the function returns meanwhile, or if the
 // operation has been deleted, which wraps [ErrNotFound]. To store something
-// after ctx has ended, pass [context.WithoutCancel] of it.
+// after ctx has ended, pass [context.WithoutCancel] of it, with a timeout: while
+// the store fails, the function would wait, and Close for the function.
 func Checkpoint(ctx context.Context) error {
 	r, ok := ctx.Value(contextKey{}).(running)
 	if !ok {
@@ -201,8 +202,8 @@ func Checkpoint(ctx context.Context) error {
 
 // SetMetadata replaces the metadata of the operation whose [Func] was given
 // ctx. Like progress it is seen at once and stored soon after; see [Checkpoint].
-// It returns an error if ctx is no such context, if JSON can't hold v in 16 MiB, or if the
-// function has returned.
+// It returns an error if ctx is no such context, if JSON can't hold v in 16 MiB,
+// or if the function has returned.
 func SetMetadata(ctx context.Context, v any) error {
 	r, ok := ctx.Value(contextKey{}).(running)
 	if !ok {

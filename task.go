@@ -85,8 +85,8 @@ func (s State) live() bool {
 
 // A Func is the work of one operation.
 //
-// It should return soon after ctx is done; [context.Cause] then says why,
-// [ErrCancelled] or [ErrClosed]. It reports progress in percent by calling
+// It should return soon after ctx is done; [context.Cause] then says why: it
+// wraps [ErrCancelled] or [ErrClosed]. It reports progress in percent by calling
 // update, from any goroutine and as often as it likes: a call takes some
 // nanoseconds, never waits for the database and never fails. Values outside
 // 0..100 are clamped, and calls after the function has returned do nothing.
@@ -96,9 +96,9 @@ func (s State) live() bool {
 // [Operation.Error] says why. A value returned with an error is kept beside it.
 // A panic fails the operation, not the program.
 //
-// A Func must not call [Manager.Close] or [Manager.Shutdown] of its own
-// manager: both wait for it to return. Nor must it wait for an operation that
-// needs its own slot (see [WithLimit]) or key (see [WithLock]).
+// A Func must not call [Manager.Close], [Manager.Shutdown] or [Manager.Drain] of
+// its own manager: they wait for it to return. Nor must it wait for an operation
+// that needs its own slot (see [WithLimit]) or key (see [WithLock]).
 type Func func(ctx context.Context, update func(progress int)) (interface{}, error)
 
 // Errors to test for with [errors.Is]. What the package returns wraps them.
@@ -108,8 +108,8 @@ var (
 	// its methods say.
 	ErrNotFound = errors.New("operation not found")
 
-	// ErrClosed is returned by Submit after Close or Shutdown was called. It is
-	// also the cause of the contexts that Close cancels, what Wait returns for
+	// ErrClosed is returned by Submit after Close, Shutdown or Drain was called. It
+	// is also the cause of the contexts that Close cancels, what Wait returns for
 	// an operation whose final state Close could not store, and the last thing
 	// that Watch yields.
 	ErrClosed = errors.New("manager closed")

@@ -16,8 +16,7 @@ import (
 
 // Watch returns the changes of the operations with those IDs, or, if ids is nil
 // as in Watch(ctx), of all live ones of this manager and all that are submitted
-// after the call. Of an empty slice that is not nil there is nothing to watch:
-// the sequence ends at once.
+// after the call. If ids is empty but not nil, the sequence ends at once.
 //
 // It yields first the present state of each, the oldest first, and then every
 // change of state, in order and exactly once. Progress and metadata are
@@ -42,7 +41,8 @@ import (
 // operation ever waits for it. But once there are unread events of more than
 // 10,000 operations, or of 64 MiB, the sequence ends with ErrLagged. Watch
 // again, and look for what was missed in List. Events of operations that
-// somebody has named are dropped last, and only their loss counts for the watcher that named them.
+// somebody has named are dropped last, and only their loss ends the sequence of
+// a watcher that has named them.
 //
 // Nothing is missed between the call of Watch and the loop. The caller must
 // range over the sequence, or end ctx. Ranging over it again watches again.

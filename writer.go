@@ -22,7 +22,7 @@ import (
 //     an operation is the latest. They go along with those writes, but not
 //     with the very next one, which an operation's end often makes
 //     superfluous, or into one of their own once the oldest has waited for
-//     changeDelay.
+//     changeDelay. Those that Checkpoint waits for are not delayed.
 //  5. What can't be stored is tried again until it can.
 const (
 	maxBatch    = 1024                   // final states in one write

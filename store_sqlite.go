@@ -40,7 +40,9 @@ type SQLiteStore struct {
 //
 // While the store is open, a locked file PATH-owner-UUID beside the database
 // tells other processes that this one is alive. The database must not be on a
-// network filesystem, nor be moved while it is open.
+// network filesystem, nor be moved while it is open. A file with several hard
+// links, or one that is itself a mount point, is refused: commits would get
+// lost between its names.
 //
 // OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program
 // built without cgo, or with the build tag task_nosqlite3, it returns an
@@ -64,7 +66,8 @@ func OpenSQLite(path string) (*SQLiteStore, error) {
 // the indexes that it lacks, and touches nothing else: the connections'
 // settings are the application's, and so is what a loss of power may take
 // (go-sqlite3's default is synchronous=NORMAL in WAL mode: the last moments).
-// Next to the database file it keeps the same locked file as [OpenSQLite].
+// Next to the database file it keeps the same locked file as [OpenSQLite], and
+// it refuses the same files.
 //
 // One connection is enough, as long as the application doesn't hold it in a
 // transaction of its own while it calls the manager. A database in memory must

@@ -56,6 +56,44 @@ func diskFull(t *testing.T, dir string) {
 	}
 }
 
+// TestMountedFile mounts a database file, and then its directory, under other
+// names.
+func TestMountedFile(t *testing.T) {
+	if dir := os.Getenv(again); dir != "" {
+		mountedFile(t, dir)
+		return
+	}
+	testos.RunMounting(t, anew(t, t.TempDir()))
+}
+
+func mountedFile(t *testing.T, dir string) {
+	inside, file := filepath.Join(dir, "in\\side it"), filepath.Join(dir, "tasks.db")
+	mounted := filepath.Join(inside, "tasks\t#1.db")
+	testkit.Must(t, errors.Join(os.Mkdir(inside, 0o700), os.WriteFile(mounted, nil, 0o600)))
+	m := newManager(t, openSQLite(t, file))
+	first := submit(t, m, nothing)
+	if err := syscall.Mount(file, mounted, "", syscall.MS_BIND, ""); err != nil {
+		t.Skip(err)
+	}
+	refusesName(t, mounted, "is a mount point", "mount the directory that the file is in")
+	testkit.Must(t, os.Symlink(mounted, filepath.Join(dir, "link")))
+	if _, err := task.OpenSQLite(filepath.Join(dir, "link")); err == nil || !strings.Contains(err.Error(), mounted) {
+		t.Errorf("OpenSQLite of a symbolic link to it: %v", err)
+	}
+	testkit.Must(t, syscall.Unmount(mounted, syscall.MNT_DETACH)) // SQLite keeps the file open
+	testkit.Must(t, syscall.Mount(dir, inside, "", syscall.MS_BIND, ""))
+	defer syscall.Unmount(inside, syscall.MNT_DETACH)
+	other := openSQLite(t, filepath.Join(inside, "tasks.db"))
+	second := submit(t, m, nothing)
+	for _, op := range []*task.Operation{first, second} {
+		wait(t, m, op.ID)
+		if got, err := other.Get(op.ID); err != nil || got.State != task.StateDone {
+			t.Errorf("under the name that its mounted directory gives it: %s: %+v, %v", op.ID, got, err)
+		}
+	}
+	testkit.Must(t, other.Close())
+}
+
 // TestPermissionsTakenAway: what is open goes on; what is opened is told.
 func TestPermissionsTakenAway(t *testing.T) {
 	if dir := os.Getenv(again); dir != "" {

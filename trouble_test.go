@@ -194,6 +194,54 @@ func TestDatabaseTakenAway(t *testing.T) {
 	}
 }
 
+// TestHardLink: a database file that has a second name is opened under neither,
+// and a store that is open meanwhile loses nothing.
+func TestHardLink(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("this system does not tell how many links a file has")
+	}
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	link := filepath.Join(t.TempDir(), "link.db")
+	m := newManager(t, openSQLite(t, path))
+	first := submit(t, m, nothing)
+	testkit.Must(t, os.Link(path, link))
+	refusesName(t, link, "2 hard links", "remove the other links, or use a copy")
+	refusesName(t, path, "2 hard links", "remove the other links, or use a copy")
+	second := submit(t, m, nothing)
+	testkit.Must(t, os.Remove(link))
+	other := openSQLite(t, path)
+	for _, op := range []*task.Operation{first, second} {
+		wait(t, m, op.ID)
+		if got, err := other.Get(op.ID); err != nil || got.State != task.StateDone {
+			t.Errorf("%s: %+v, %v", op.ID, got, err)
+		}
+	}
+}
+
+// refusesName checks that no store opens the file at a path, and that OpenSQLite
+// leaves nothing beside it.
+func refusesName(t *testing.T, path string, want ...string) {
+	t.Helper()
+	before, err := os.ReadDir(filepath.Dir(path))
+	testkit.Must(t, err)
+	_, err = task.OpenSQLite(path)
+	after, _ := os.ReadDir(filepath.Dir(path))
+	if len(after) != len(before) {
+		t.Errorf("OpenSQLite has left %v, there was %v", after, before)
+	}
+	db, openErr := sql.Open("sqlite3", path)
+	testkit.Must(t, openErr)
+	defer db.Close()
+	_, appErr := task.NewSQLiteStore(db)
+	for _, want := range append(want, path) {
+		for name, err := range map[string]error{"OpenSQLite": err, "NewSQLiteStore": appErr} {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s(%s) = %v, want %q", name, path, err, want)
+			}
+		}
+	}
+}
+
 // TestClockSetBack: a history from the future changes neither the order nor
 // what is live.
 func TestClockSetBack(t *testing.T) {

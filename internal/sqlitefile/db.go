@@ -104,8 +104,10 @@ func (d *DB) prepare() error {
 		return nil
 	}
 	d.path = cmp.Or(d.path, file.String)
-	d.info, err = os.Stat(d.path)
-	return err
+	if d.info, err = os.Stat(d.path); err != nil {
+		return err
+	}
+	return onlyName(d.path, d.info)
 }
 
 // tooOld reports whether a version of SQLite lacks what this module needs:

@@ -466,7 +466,7 @@ func TestResolve(t *testing.T) {
 	t.Chdir(dir)
 	if err := errors.Join(os.Mkdir("d", 0o700), os.WriteFile("file", nil, 0o600), os.WriteFile("ro", nil, 0o444),
 		os.Symlink("file", "link"), os.Symlink("link", "link2"), os.Symlink("d", "dlink"), os.Symlink("gone", "dangling"),
-		os.Symlink("loop", "loop")); err != nil {
+		os.Symlink("loop", "loop"), os.WriteFile("twice", nil, 0o600), os.Link("twice", "thrice"), os.Symlink("thrice", "link3")); err != nil {
 		t.Fatal(err)
 	}
 	for _, test := range []struct{ path, want, fails string }{
@@ -490,6 +490,8 @@ func TestResolve(t *testing.T) {
 		{"dangling", "", "link"},
 		{"loop", "", "link"},
 		{"ro", "", "make it writable"},
+		{"twice", "", "remove the other links"},
+		{"link3", "", "thrice is one of 2 hard links"},
 	} {
 		got, err := Resolve(test.path)
 		want := test.want

@@ -308,8 +308,9 @@ func (s *SQLiteStore) Update(op *Operation) error {
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
 // has (UPDATE ... FROM takes one of two for the same operation), the rows are
-// written one by one instead, in their order. A failed BEGIN or COMMIT, and a
-// database that stays locked, fail the whole batch.
+// written one by one instead, in their order. If COMMIT finds no room for all of
+// them, those are stored for which there is room. Any other failure of BEGIN or
+// COMMIT, and a database that stays locked, fail the whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
@@ -338,7 +339,7 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 		}
 		return nil
 	})
-	if failed != nil && !sqlitefile.Locked(failed) {
+	if failed != nil && !sqlitefile.Locked(failed) || sqlitefile.Full(err) {
 		s.writeEach(deadline, writes)
 	} else {
 		setAll(writes, err)
@@ -386,7 +387,8 @@ func writeRows(c *sql.Conn, writes []write) (err error) {
 
 // writeEach writes each row with a statement of its own, so that a row that
 // can't be written fails alone. If such a row ends the transaction (a trigger
-// may, and a full disk), the rows before it are written again.
+// may, and a full disk), the rows before it are written again. If COMMIT finds
+// no room, each half of the rows is written again.
 func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 	for len(writes) > 0 {
 		end := len(writes) // or the row that has ended the transaction
@@ -406,14 +408,20 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 			}
 			return nil
 		})
-		if end == len(writes) {
+		next := end + 1
+		switch {
+		case end < len(writes):
+		case sqlitefile.Full(err) && end > 1:
+			end /= 2
+			next = end
+		default:
 			if err != nil {
 				setAll(writes, err)
 			}
 			return
 		}
 		s.writeEach(deadline, writes[:end])
-		writes = writes[end+1:]
+		writes = writes[next:]
 	}
 }
 

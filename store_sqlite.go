@@ -70,8 +70,9 @@ func OpenSQLite(path string) (*SQLiteStore, error) {
 // it refuses the same files.
 //
 // One connection is enough, as long as the application doesn't hold it in a
-// transaction of its own while it calls the manager. A database in memory must
-// have exactly one, by SetMaxOpenConns(1).
+// transaction of its own while it calls the manager. A database in memory, and
+// one that is opened with cache=shared, must have exactly one, by
+// SetMaxOpenConns(1).
 func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	file, err := sqlitefile.Use(db)
 	if err == nil {

@@ -1,8 +1,12 @@
 package sqlitefile
 
 import (
+	"context"
+	"database/sql"
 	"errors"
+	"fmt"
 	"strings"
+	"time"
 )
 
 // Result codes of SQLite.
@@ -18,6 +22,33 @@ const (
 func Locked(err error) bool {
 	c := code(err)
 	return c == busy || c == locked
+}
+
+// sharedCache reports whether connections of the pool share a cache, and with it
+// the size of the cache, which nobody else can change. If there are no two
+// connections at the moment, it reports false.
+func (d *DB) sharedCache() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	a, err := d.Conn(ctx)
+	if err != nil {
+		return false
+	}
+	defer a.Close()
+	b, err := d.Conn(ctx)
+	if err != nil {
+		return false
+	}
+	defer b.Close()
+	var mine, before, after int
+	size := func(c *sql.Conn, n *int) error {
+		return c.QueryRowContext(context.Background(), "PRAGMA cache_size").Scan(n)
+	}
+	set := func(n int) error { return Exec(a, fmt.Sprint("PRAGMA cache_size = ", n)) }
+	if err = errors.Join(size(a, &mine), size(b, &before)); err == nil {
+		err = errors.Join(set(mine-1), size(b, &after), set(mine))
+	}
+	return err == nil && after != before || err != nil && code(err) == locked
 }
 
 // Full reports whether an error may be due to a lack of room, so that less might

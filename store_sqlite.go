@@ -44,6 +44,9 @@ type SQLiteStore struct {
 // links, or one that is itself a mount point, is refused: commits would get
 // lost between its names.
 //
+// While the file is locked, OpenSQLite waits up to 10 seconds. Then, and for any
+// other reason at once, it returns an error, and may be called again.
+//
 // OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program
 // built without cgo, or with the build tag task_nosqlite3, it returns an
 // error; [NewSQLiteStore] takes any driver. The tag leaves go-sqlite3 out, for

@@ -151,6 +151,36 @@ func TestLockedForLong(t *testing.T) {
 	}
 }
 
+// TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be
+// called again.
+func TestOpenLocked(t *testing.T) {
+	for _, begin := range []string{"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"} {
+		t.Run(begin, func(t *testing.T) {
+			t.Parallel()
+			path := testkit.Path(t)
+			testkit.Must(t, openSQLite(t, path).Close())
+			other, err := sql.Open("sqlite3", path+"?_journal_mode=DELETE")
+			testkit.Must(t, err)
+			defer other.Close()
+			c, err := other.Conn(t.Context())
+			testkit.Must(t, err)
+			defer c.Close()
+			_, err = c.ExecContext(t.Context(), begin)
+			testkit.Must(t, err)
+			start := time.Now()
+			s, err := task.OpenSQLite(path)
+			if err == nil || s != nil || !strings.Contains(err.Error(), "database is locked: make sure") {
+				t.Errorf("OpenSQLite = %v, %v", s, err)
+			}
+			if took := time.Since(start).Round(time.Second); took < 10*time.Second || took > 20*time.Second {
+				t.Errorf("it took %v", took)
+			}
+			time.AfterFunc(300*time.Millisecond, func() { c.ExecContext(context.Background(), "ROLLBACK") })
+			openSQLite(t, path)
+		})
+	}
+}
+
 // TestDatabaseTakenAway: the file is deleted or replaced under a running
 // operation. No other file gets what was meant for it.
 func TestDatabaseTakenAway(t *testing.T) {

@@ -26,7 +26,7 @@ import (
 //  5. What can't be stored is tried again until it can.
 const (
 	maxBatch    = 1024                   // final states in one write
-	maxBytes    = 16 << 20               // of their values, unless one alone has more
+	maxBytes    = 16 << 20               // of values in maxBatch, unless one state alone has more
 	maxChanges  = 64                     // changes that go along with other writes
 	changeDelay = 100 * time.Millisecond // how long a change may wait for a write to go along with
 

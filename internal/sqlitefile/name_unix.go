@@ -13,8 +13,8 @@ import (
 // that leads to it: a hard link, or, where path is a mount point, the path of
 // the file that is mounted there. SQLite's journal and the owner files are
 // named after the path, so that programs which use different names do not see
-// each other's commits and locks. Where /proc is not mounted, mounts are not
-// examined.
+// each other's commits and locks. Mounts are examined on Linux, where /proc is
+// mounted.
 func onlyName(path string, info os.FileInfo) error {
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink > 1 {
 		return fmt.Errorf("%s is one of %d hard links to the same file, and what is written under one name gets lost under another: "+

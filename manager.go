@@ -105,9 +105,10 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 	return m, nil
 }
 
-// NewManager is [New] for a program that starts even when its database can't
-// be read just now: a failed recovery is logged and tried again in the
-// background until it succeeds or the manager is closed.
+// NewManager is [New] for a store that is open but can't be read just now: a
+// failed recovery is logged and tried again in the background until it succeeds
+// or the manager is closed. [OpenSQLite] fails while the file can't be opened: a
+// program that starts without its database calls that in a loop.
 func NewManager(db Persistence, opts ...Option) *Manager {
 	db, _ = usable(db) // its methods return the error
 	m := newManager(db, opts)

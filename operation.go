@@ -74,6 +74,13 @@ func convert(from, to any) error {
 // maxValue is how long metadata and results may be as JSON.
 const maxValue = 16 << 20
 
+// valueBytes returns how many bytes the encoded metadata and result have.
+func (op *Operation) valueBytes() int {
+	metadata, _ := op.Metadata.(json.RawMessage)
+	result, _ := op.Result.(json.RawMessage)
+	return len(metadata) + len(result)
+}
+
 // encode is marshal for a new value: one that is too long is an error.
 func encode(v any) (any, error) {
 	value, err := marshal(v)

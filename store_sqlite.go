@@ -40,7 +40,12 @@ type SQLiteStore struct {
 //
 // While the store is open, a locked file PATH-owner-UUID beside the database
 // tells other processes that this one is alive. The database must not be on a
-// network filesystem, nor be moved while it is open.
+// network filesystem, nor be moved while it is open. A file with several hard
+// links, or one that is itself a mount point, is refused: commits would get
+// lost between its names.
+//
+// While the file is locked, OpenSQLite waits up to 10 seconds. Then, and for any
+// other reason at once, it returns an error, and may be called again.
 //
 // OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program
 // built without cgo, or with the build tag task_nosqlite3, it returns an
@@ -64,11 +69,13 @@ func OpenSQLite(path string) (*SQLiteStore, error) {
 // the indexes that it lacks, and touches nothing else: the connections'
 // settings are the application's, and so is what a loss of power may take
 // (go-sqlite3's default is synchronous=NORMAL in WAL mode: the last moments).
-// Next to the database file it keeps the same locked file as [OpenSQLite].
+// Next to the database file it keeps the same locked file as [OpenSQLite], and
+// it refuses the same files.
 //
 // One connection is enough, as long as the application doesn't hold it in a
-// transaction of its own while it calls the manager. A database in memory must
-// have exactly one, by SetMaxOpenConns(1).
+// transaction of its own while it calls the manager. A database in memory, and
+// one that is opened with cache=shared, must have exactly one, by
+// SetMaxOpenConns(1).
 func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	file, err := sqlitefile.Use(db)
 	if err == nil {
@@ -305,8 +312,9 @@ func (s *SQLiteStore) Update(op *Operation) error {
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
 // has (UPDATE ... FROM takes one of two for the same operation), the rows are
-// written one by one instead, in their order. A failed BEGIN or COMMIT, and a
-// database that stays locked, fail the whole batch.
+// written one by one instead, in their order. If COMMIT finds no room for all of
+// them, those are stored for which there is room. Any other failure of BEGIN or
+// COMMIT, and a database that stays locked, fail the whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
@@ -335,7 +343,7 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 		}
 		return nil
 	})
-	if failed != nil && !sqlitefile.Locked(failed) {
+	if failed != nil && !sqlitefile.Locked(failed) || sqlitefile.Full(err) {
 		s.writeEach(deadline, writes)
 	} else {
 		setAll(writes, err)
@@ -383,7 +391,8 @@ func writeRows(c *sql.Conn, writes []write) (err error) {
 
 // writeEach writes each row with a statement of its own, so that a row that
 // can't be written fails alone. If such a row ends the transaction (a trigger
-// may, and a full disk), the rows before it are written again.
+// may, and a full disk), the rows before it are written again. If COMMIT finds
+// no room, each half of the rows is written again.
 func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 	for len(writes) > 0 {
 		end := len(writes) // or the row that has ended the transaction
@@ -403,14 +412,20 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 			}
 			return nil
 		})
-		if end == len(writes) {
+		next := end + 1
+		switch {
+		case end < len(writes):
+		case sqlitefile.Full(err) && end > 1:
+			end /= 2
+			next = end
+		default:
 			if err != nil {
 				setAll(writes, err)
 			}
 			return
 		}
 		s.writeEach(deadline, writes[:end])
-		writes = writes[end+1:]
+		writes = writes[next:]
 	}
 }
 

@@ -953,6 +953,49 @@ func TestSQLiteBatchFaults(t *testing.T) {
 	}
 }
 
+// If COMMIT finds no room for all rows of a batch, those that fit are stored.
+func TestSQLiteBatchFull(t *testing.T) {
+	for _, text := range []string{"database or disk is full", "disk I/O error"} {
+		for _, room := range []int{0, 1, 3, 100} {
+			t.Run(fmt.Sprint(text, ", room for ", room), func(t *testing.T) {
+				db, set := hookdriver.Open(t, filepath.Join(t.TempDir(), "app.db"))
+				s := sqliteUse(t, db)
+				rows, begins := 0, 0 // in the transaction; transactions
+				set(func(query string, run func() error) error {
+					switch {
+					case query == "BEGIN IMMEDIATE":
+						rows, begins = 0, begins+1
+					case query == "COMMIT" && rows > room:
+						return errors.New(text)
+					case strings.HasPrefix(query, "INSERT INTO tasks"):
+						rows += strings.Count(query, "(?")
+					}
+					return run()
+				})
+				ops := make([]*Operation, 100)
+				for i := range ops {
+					ops[i] = sqliteOp(fmt.Sprint(i), StatePending)
+				}
+				stored := len(ops)
+				if room == 0 {
+					stored = 0
+				}
+				for i, err := range s.WriteBatch(ops, nil) {
+					if (err == nil) != (stored > 0) || err != nil && err.Error() != text {
+						t.Errorf("operation %d: %v", i, err)
+					}
+				}
+				if got, err := s.List(200, 0); err != nil || len(got) != stored {
+					t.Errorf("%d are stored, %v", len(got), err)
+				}
+				if begins > 2*len(ops) {
+					t.Errorf("%d transactions", begins)
+				}
+			})
+		}
+	}
+}
+
 // sqliteHistory makes a database of 1,000 operations, and returns an
 // application's store in it, and a function that returns the plan of the
 // queries that f causes and that contain a text.

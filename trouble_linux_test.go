@@ -9,9 +9,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
@@ -37,23 +39,183 @@ func diskFull(t *testing.T, dir string) {
 	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
-	fullDisk(t, store, func() {
-		f, err := os.Create(filler)
-		testkit.Must(t, err)
-		defer f.Close()
-		for err == nil {
-			_, err = f.Write(make([]byte, 1<<12))
-		}
-		if !errors.Is(err, syscall.ENOSPC) {
-			t.Fatal(err)
-		}
-	}, func() {
+	fullDisk(t, store, func() { fillDisk(t, filler, 0) }, func() {
 		testkit.Must(t, os.Remove(filler))
 	})
 	testkit.Must(t, store.Close())
 	if ok := sqliteText(t, path, "PRAGMA integrity_check"); ok != "ok" {
 		t.Error(ok)
 	}
+}
+
+// fillDisk makes the file at a path so large that it leaves a number of bytes.
+func fillDisk(t *testing.T, path string, free int64) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	testkit.Must(t, err)
+	defer f.Close()
+	for err == nil {
+		_, err = f.Write(make([]byte, 1<<12))
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	info, err := f.Stat()
+	testkit.Must(t, err)
+	testkit.Must(t, f.Truncate(info.Size()-free))
+}
+
+// TestDiskFullOfResults: no result is lost while there is no room for it, also
+// if SQLite's cache can't hold it, so that the statement finds the disk full and
+// ends the transaction. What is smaller is stored meanwhile.
+func TestDiskFullOfResults(t *testing.T) {
+	if dir := os.Getenv(again); dir != "" {
+		diskFullOfResults(t, dir)
+		return
+	}
+	t.Parallel()
+	testos.RunMounting(t, anew(t, t.TempDir()))
+}
+
+// largeResults submits operations that are to have large results, and that
+// finish when release is called.
+func largeResults(t *testing.T, m *task.Manager) (results map[string]string, release func()) {
+	results = make(map[string]string) // by ID
+	free := make(chan struct{})
+	for i, kb := range []int{100, 300, 900, 1800, 2100, 2500, 3000, 4000, 6000} {
+		result := strings.Repeat(fmt.Sprint(i), kb<<10)
+		op := submit(t, m, func(context.Context, func(int)) (any, error) { <-free; return result, nil })
+		results[op.ID] = result
+	}
+	return results, func() { close(free) }
+}
+
+func diskFullOfResults(t *testing.T, dir string) {
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=100m"); err != nil {
+		t.Skip(err)
+	}
+	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
+	store, err := task.OpenSQLite(path)
+	testkit.Must(t, err)
+	m, err := task.New(store, quiet)
+	testkit.Must(t, err)
+	results, release := largeResults(t, m)
+	fillDisk(t, filler, 0)
+	start := time.Now()
+	release()
+	testkit.Must(t, testkit.Until(func() bool {
+		ops, err := m.List(100, 0, task.ByState(task.StateRunning))
+		return err == nil && len(ops) == len(results) && !slices.ContainsFunc(ops, func(op *task.Operation) bool {
+			return !strings.Contains(op.Error, "DONE, which can't be stored yet")
+		})
+	}))
+	if _, err := m.Submit("refused", nothing); err == nil || !strings.Contains(err.Error(), "full") {
+		t.Errorf("Submit while there is no room at all: %v", err)
+	}
+	fillDisk(t, filler, 800_000)
+	for range 3 {
+		wait(t, m, submit(t, m, func(context.Context, func(int)) (any, error) { return "small", nil }).ID)
+		time.Sleep(time.Second)
+	}
+	time.Sleep(time.Until(start.Add(8 * time.Second)))
+	if ops, err := m.List(100, 0, task.ByState(task.StateRunning)); err != nil || len(ops) != 7 {
+		t.Errorf("beside 800 kB, %d operations are not stored, %v; want those with 900 kB and more", len(ops), err)
+	}
+	testkit.Must(t, os.Remove(filler))
+	for id, result := range results {
+		if op := wait(t, m, id); op.State != task.StateDone || op.Result != result || op.Error != "" {
+			t.Errorf("in the end, that with %d bytes is %s, %q", len(result), op.State, op.Error)
+		}
+	}
+	testkit.Must(t, errors.Join(m.Close(), store.Close()))
+	if ok := sqliteText(t, path, "PRAGMA integrity_check"); ok != "ok" {
+		t.Error(ok)
+	}
+	done := fmt.Sprint(len(results), " of ", len(results))
+	if got := sqliteText(t, path, "SELECT sum(state = 'DONE') || ' of ' || count(*) FROM tasks WHERE length(result) > 99999"); got != done {
+		t.Errorf("stored are %s, want %s", got, done)
+	}
+}
+
+// TestDiskFullAtClose: Close names each operation that it can't store.
+func TestDiskFullAtClose(t *testing.T) {
+	if dir := os.Getenv(again); dir != "" {
+		diskFullAtClose(t, dir)
+		return
+	}
+	t.Parallel()
+	testos.RunMounting(t, anew(t, t.TempDir()))
+}
+
+func diskFullAtClose(t *testing.T, dir string) {
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=20m"); err != nil {
+		t.Skip(err)
+	}
+	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
+	store, err := task.OpenSQLite(path)
+	testkit.Must(t, err)
+	m, err := task.New(store, quiet)
+	testkit.Must(t, err)
+	results, release := largeResults(t, m)
+	fillDisk(t, filler, 0)
+	release()
+	err = m.Close()
+	for id := range results {
+		if err == nil || !strings.Contains(err.Error(), "DONE of "+id) {
+			t.Errorf("Close: %v, want an error that names %s", err, id)
+		}
+	}
+	store.Close()
+	testkit.Must(t, os.Remove(filler))
+	store, err = task.OpenSQLite(path)
+	testkit.Must(t, err)
+	m, err = task.New(store, quiet)
+	testkit.Must(t, err)
+	for id := range results {
+		if op, ok := m.Get(id); !ok || op.State != task.StateFailed {
+			t.Errorf("after the next start, %s is %+v", id, op)
+		}
+	}
+	testkit.Must(t, errors.Join(m.Close(), store.Close()))
+}
+
+// TestMountedFile mounts a database file, and then its directory, under other
+// names.
+func TestMountedFile(t *testing.T) {
+	if dir := os.Getenv(again); dir != "" {
+		mountedFile(t, dir)
+		return
+	}
+	testos.RunMounting(t, anew(t, t.TempDir()))
+}
+
+func mountedFile(t *testing.T, dir string) {
+	inside, file := filepath.Join(dir, "in\\side it"), filepath.Join(dir, "tasks.db")
+	mounted := filepath.Join(inside, "tasks\t#1.db")
+	testkit.Must(t, errors.Join(os.Mkdir(inside, 0o700), os.WriteFile(mounted, nil, 0o600)))
+	m := newManager(t, openSQLite(t, file))
+	first := submit(t, m, nothing)
+	if err := syscall.Mount(file, mounted, "", syscall.MS_BIND, ""); err != nil {
+		t.Skip(err)
+	}
+	refusesName(t, mounted, "is a mount point", "mount the directory that the file is in")
+	testkit.Must(t, os.Symlink(mounted, filepath.Join(dir, "link")))
+	if _, err := task.OpenSQLite(filepath.Join(dir, "link")); err == nil || !strings.Contains(err.Error(), mounted) {
+		t.Errorf("OpenSQLite of a symbolic link to it: %v", err)
+	}
+	testkit.Must(t, syscall.Unmount(mounted, syscall.MNT_DETACH)) // SQLite keeps the file open
+	testkit.Must(t, syscall.Mount(dir, inside, "", syscall.MS_BIND, ""))
+	defer syscall.Unmount(inside, syscall.MNT_DETACH)
+	other := openSQLite(t, filepath.Join(inside, "tasks.db"))
+	second := submit(t, m, nothing)
+	for _, op := range []*task.Operation{first, second} {
+		wait(t, m, op.ID)
+		if got, err := other.Get(op.ID); err != nil || got.State != task.StateDone {
+			t.Errorf("under the name that its mounted directory gives it: %s: %+v, %v", op.ID, got, err)
+		}
+	}
+	testkit.Must(t, other.Close())
 }
 
 // TestPermissionsTakenAway: what is open goes on; what is opened is told.

@@ -151,6 +151,36 @@ func TestLockedForLong(t *testing.T) {
 	}
 }
 
+// TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be
+// called again.
+func TestOpenLocked(t *testing.T) {
+	for _, begin := range []string{"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"} {
+		t.Run(begin, func(t *testing.T) {
+			t.Parallel()
+			path := testkit.Path(t)
+			testkit.Must(t, openSQLite(t, path).Close())
+			other, err := sql.Open("sqlite3", path+"?_journal_mode=DELETE")
+			testkit.Must(t, err)
+			defer other.Close()
+			c, err := other.Conn(t.Context())
+			testkit.Must(t, err)
+			defer c.Close()
+			_, err = c.ExecContext(t.Context(), begin)
+			testkit.Must(t, err)
+			start := time.Now()
+			s, err := task.OpenSQLite(path)
+			if err == nil || s != nil || !strings.Contains(err.Error(), "database is locked: make sure") {
+				t.Errorf("OpenSQLite = %v, %v", s, err)
+			}
+			if took := time.Since(start).Round(time.Second); took < 10*time.Second || took > 20*time.Second {
+				t.Errorf("it took %v", took)
+			}
+			time.AfterFunc(300*time.Millisecond, func() { c.ExecContext(context.Background(), "ROLLBACK") })
+			openSQLite(t, path)
+		})
+	}
+}
+
 // TestDatabaseTakenAway: the file is deleted or replaced under a running
 // operation. No other file gets what was meant for it.
 func TestDatabaseTakenAway(t *testing.T) {
@@ -191,6 +221,54 @@ func TestDatabaseTakenAway(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestHardLink: a database file that has a second name is opened under neither,
+// and a store that is open meanwhile loses nothing.
+func TestHardLink(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("this system does not tell how many links a file has")
+	}
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	link := filepath.Join(t.TempDir(), "link.db")
+	m := newManager(t, openSQLite(t, path))
+	first := submit(t, m, nothing)
+	testkit.Must(t, os.Link(path, link))
+	refusesName(t, link, "2 hard links", "remove the other links, or use a copy")
+	refusesName(t, path, "2 hard links", "remove the other links, or use a copy")
+	second := submit(t, m, nothing)
+	testkit.Must(t, os.Remove(link))
+	other := openSQLite(t, path)
+	for _, op := range []*task.Operation{first, second} {
+		wait(t, m, op.ID)
+		if got, err := other.Get(op.ID); err != nil || got.State != task.StateDone {
+			t.Errorf("%s: %+v, %v", op.ID, got, err)
+		}
+	}
+}
+
+// refusesName checks that no store opens the file at a path, and that OpenSQLite
+// leaves nothing beside it.
+func refusesName(t *testing.T, path string, want ...string) {
+	t.Helper()
+	before, err := os.ReadDir(filepath.Dir(path))
+	testkit.Must(t, err)
+	_, err = task.OpenSQLite(path)
+	after, _ := os.ReadDir(filepath.Dir(path))
+	if len(after) != len(before) {
+		t.Errorf("OpenSQLite has left %v, there was %v", after, before)
+	}
+	db, openErr := sql.Open("sqlite3", path)
+	testkit.Must(t, openErr)
+	defer db.Close()
+	_, appErr := task.NewSQLiteStore(db)
+	for _, want := range append(want, path) {
+		for name, err := range map[string]error{"OpenSQLite": err, "NewSQLiteStore": appErr} {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s(%s) = %v, want %q", name, path, err, want)
+			}
+		}
 	}
 }
 

@@ -2,7 +2,6 @@ package task
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -97,10 +96,8 @@ type event struct {
 // appendEvent appends an event to the log. With soft, watchers may skip what the
 // operation was before. The caller holds m.mu.
 func (m *Manager) appendEvent(e event, soft bool) {
-	metadata, _ := e.op.Metadata.(json.RawMessage)
-	result, _ := e.op.Result.(json.RawMessage)
 	const rest = 300 // bytes, about
-	m.events.Append(e.op.ID, e, rest+len(e.op.Name)+len(e.op.Error)+len(metadata)+len(result), soft)
+	m.events.Append(e.op.ID, e, rest+len(e.op.Name)+len(e.op.Error)+e.op.valueBytes(), soft)
 }
 
 // emit appends the present state of a task, if it is visible. The caller holds m.mu.

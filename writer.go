@@ -26,6 +26,7 @@ import (
 //  5. What can't be stored is tried again until it can.
 const (
 	maxBatch    = 1024                   // final states in one write
+	maxBytes    = 16 << 20               // of values in maxBatch, unless one state alone has more
 	maxChanges  = 64                     // changes that go along with other writes
 	changeDelay = 100 * time.Millisecond // how long a change may wait for a write to go along with
 
@@ -93,9 +94,9 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	b.inserts = nil
 	var changed []*task
 	var retry []record
-	out.updates, b.finals = cut(b.finals, maxBatch, all)
+	out.updates, b.finals = cut(b.finals, fitting(b.finals), all)
 	if all || !now.Before(b.retryAt) {
-		retry, b.retry = cut(b.retry, maxBatch, all)
+		retry, b.retry = cut(b.retry, fitting(b.retry), all)
 		along := min(b.before, maxChanges)
 		switch {
 		case all || now.Sub(b.changedAt) >= changeDelay:
@@ -137,6 +138,16 @@ func (b *backlog) takeChanged(n int) (out []*task) {
 		return true
 	})
 	return out
+}
+
+// fitting returns how many of the first records go into one write.
+func fitting(records []record) (n int) {
+	for bytes := 0; n < min(len(records), maxBatch); n++ {
+		if bytes += records[n].op.valueBytes(); n > 0 && bytes > maxBytes {
+			break
+		}
+	}
+	return n
 }
 
 func cut[T any](s []T, n int, all bool) (head, tail []T) {

@@ -2,6 +2,7 @@ package task_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -746,6 +747,49 @@ func TestRetryUnderLoad(t *testing.T) {
 		}
 		stop()
 		load.Wait()
+	})
+}
+
+// TestLargeResults: however many large results wait to be stored, one write has
+// only some of them, and each of them gets its turn.
+func TestLargeResults(t *testing.T) {
+	const n, size, most = 40, 3 << 20, 16 << 20
+	synctest.Test(t, func(t *testing.T) {
+		db := testkit.NewFake(task.NewMemoryStore())
+		m := newManager(t, db)
+		var tried sync.Map
+		db.Before(func(c *testkit.Call) error {
+			bytes := 0
+			for _, op := range c.Updates {
+				if op.State.Finished() {
+					bytes += len(op.Result.(json.RawMessage))
+					tried.Store(op.ID, true)
+				}
+			}
+			if bytes > most {
+				t.Errorf("a write has %d bytes", bytes)
+			}
+			return testkit.FailFinals(c)
+		})
+		var ops []*task.Operation
+		result := strings.Repeat("x", size)
+		for range n {
+			ops = append(ops, submit(t, m, func(context.Context, func(int)) (any, error) { return result, nil }))
+		}
+		time.Sleep(100 * time.Millisecond) // in which all have been tried once
+		tried.Clear()
+		time.Sleep(n * size / (most - size) * time.Second)
+		for _, op := range ops {
+			if _, ok := tried.Load(op.ID); !ok {
+				t.Errorf("%s is not tried again", op.ID)
+			}
+		}
+		db.Before(nil)
+		for _, op := range ops {
+			if got := wait(t, m, op.ID); got.State != task.StateDone || got.Result != result {
+				t.Errorf("%s is %s, %q", op.ID, got.State, got.Error)
+			}
+		}
 	})
 }
 

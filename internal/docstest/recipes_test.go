@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -334,4 +336,45 @@ func TestStop(t *testing.T) {
 			})
 		})
 	}
+}
+
+func openStore(ctx context.Context, path string) (*task.SQLiteStore, error) {
+	for {
+		store, err := task.OpenSQLite(path) // waits up to 10 s while the file is locked
+		if err == nil {
+			return store, nil
+		}
+		slog.Error("the database can't be opened, will be tried again", "err", err)
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+}
+
+// The database is opened once its directory exists, and not after ctx has ended.
+func TestOpenStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "d")
+		path := filepath.Join(dir, "tasks.db")
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		start := time.Now()
+		if _, err := openStore(ctx, path); err == nil || !strings.Contains(err.Error(), "no directory") || time.Since(start) != 3*time.Second {
+			t.Errorf("without a directory: %v after %v", err, time.Since(start))
+		}
+		time.AfterFunc(1500*time.Millisecond, func() {
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Error(err)
+			}
+		})
+		store, err := openStore(t.Context(), path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := store.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }

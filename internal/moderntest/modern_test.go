@@ -14,7 +14,7 @@ import (
 
 func openDB(t testing.TB, path string, pragmas ...string) *sql.DB {
 	t.Helper()
-	db, err := sql.Open("sqlite", "file:"+filepath.ToSlash(path)+"?"+url.Values{"_pragma": pragmas}.Encode())
+	db, err := sql.Open("sqlite", sqlitetest.WithParams(path, url.Values{"_pragma": pragmas}.Encode()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -23,6 +23,8 @@ func openDB(t testing.TB, path string, pragmas ...string) *sql.DB {
 }
 
 func Test(t *testing.T) { sqlitetest.Test(t, openDB) }
+
+func TestSharedCache(t *testing.T) { sqlitetest.TestSharedCache(t, openDB) }
 
 // The store reads the times that this driver writes, in each of its formats.
 func TestTimes(t *testing.T) {

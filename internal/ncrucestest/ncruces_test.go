@@ -18,7 +18,7 @@ import (
 
 func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 	t.Helper()
-	db, err := sql.Open("sqlite3", "file:"+filepath.ToSlash(path)+"?"+url.Values{"_pragma": pragmas}.Encode())
+	db, err := sql.Open("sqlite3", sqlitetest.WithParams(path, url.Values{"_pragma": pragmas}.Encode()))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -102,10 +102,15 @@ func (d *DB) prepare() error {
 		return errors.New("it has no file, so that each connection may be a database of its own: use SetMaxOpenConns(1)")
 	case file.String == "":
 		return nil
+	case !d.owns && d.Stats().MaxOpenConnections != 1 && d.sharedCache():
+		return errors.New("its connections share a cache, in which readers and writers of a table lock each other out: " +
+			"open it without cache=shared, or use SetMaxOpenConns(1)")
 	}
 	d.path = cmp.Or(d.path, file.String)
-	d.info, err = os.Stat(d.path)
-	return err
+	if d.info, err = os.Stat(d.path); err != nil {
+		return err
+	}
+	return onlyName(d.path, d.info)
 }
 
 // tooOld reports whether a version of SQLite lacks what this module needs:

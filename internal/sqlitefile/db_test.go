@@ -204,19 +204,26 @@ func TestConnectionInUse(t *testing.T) {
 
 // In a shared cache, statements find tables locked, not only BEGIN and COMMIT.
 func TestSharedCache(t *testing.T) {
-	app, err := sql.Open("sqlite3", "file:"+filepath.ToSlash(filepath.Join(t.TempDir(), "x.db"))+"?cache=shared&_busy_timeout=0")
+	dsn := "file:" + filepath.ToSlash(filepath.Join(t.TempDir(), "x.db")) + "?cache=shared&_busy_timeout=0"
+	app, err := sql.Open("sqlite3", dsn)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer app.Close()
-	d, err := Use(app)
+	own, err := sql.Open("sqlite3", dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close()
+	own.SetMaxOpenConns(1)
+	d, err := Use(own)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Migrate(table); err != nil {
 		t.Fatal(err)
 	}
-	c, err := d.Conn(t.Context())
+	c, err := app.Conn(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -242,6 +249,55 @@ func TestSharedCache(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// To find out whether its connections share a cache, Use needs two of them. It
+// leaves their settings as they are, and waits little for them.
+func TestUseFindsSharedCache(t *testing.T) {
+	for _, test := range []struct {
+		cache  string
+		held   int // of three connections
+		shared bool
+	}{
+		{"shared", 0, true},
+		{"shared", 1, true},
+		{"shared", 2, false}, // which nobody can tell
+		{"private", 0, false},
+		{"private", 2, false},
+	} {
+		t.Run(fmt.Sprint(test.cache, ", ", test.held, " in use"), func(t *testing.T) {
+			app, err := sql.Open("sqlite3", "file:"+filepath.ToSlash(filepath.Join(t.TempDir(), "x.db"))+"?_cache_size=-321&cache="+test.cache)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer app.Close()
+			app.SetMaxOpenConns(3)
+			for range test.held {
+				c, err := app.Conn(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+			}
+			start := time.Now()
+			if _, err := Use(app); (err != nil) != test.shared {
+				t.Errorf("Use: %v", err)
+			}
+			if took := time.Since(start); took > 3*time.Second {
+				t.Errorf("it took %v", took)
+			}
+			for range 3 - test.held {
+				c, err := app.Conn(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				if size, err := Strings(c, "PRAGMA cache_size"); err != nil || size[0] != "-321" {
+					t.Errorf("cache_size is %v, %v", size, err)
+				}
+			}
+		})
 	}
 }
 
@@ -466,7 +522,7 @@ func TestResolve(t *testing.T) {
 	t.Chdir(dir)
 	if err := errors.Join(os.Mkdir("d", 0o700), os.WriteFile("file", nil, 0o600), os.WriteFile("ro", nil, 0o444),
 		os.Symlink("file", "link"), os.Symlink("link", "link2"), os.Symlink("d", "dlink"), os.Symlink("gone", "dangling"),
-		os.Symlink("loop", "loop")); err != nil {
+		os.Symlink("loop", "loop"), os.WriteFile("twice", nil, 0o600), os.Link("twice", "thrice"), os.Symlink("thrice", "link3")); err != nil {
 		t.Fatal(err)
 	}
 	for _, test := range []struct{ path, want, fails string }{
@@ -490,6 +546,8 @@ func TestResolve(t *testing.T) {
 		{"dangling", "", "link"},
 		{"loop", "", "link"},
 		{"ro", "", "make it writable"},
+		{"twice", "", "remove the other links"},
+		{"link3", "", "thrice is one of 2 hard links"},
 	} {
 		got, err := Resolve(test.path)
 		want := test.want

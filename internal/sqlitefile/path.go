@@ -41,6 +41,8 @@ func Resolve(path string) (string, error) {
 		return "", fmt.Errorf("%s is not a regular file: choose another path", path)
 	} else if info.Mode().Perm()&0o222 == 0 { // root could write it all the same
 		return "", fmt.Errorf("%s is read-only: make it writable, or choose another path", path)
+	} else if err := onlyName(path, info); err != nil {
+		return "", err
 	}
 	return path, nil
 }

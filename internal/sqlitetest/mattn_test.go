@@ -4,7 +4,6 @@ package sqlitetest
 
 import (
 	"database/sql"
-	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -14,7 +13,7 @@ import (
 func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 	t.Helper()
 	params := strings.NewReplacer("(", "=", ")", "").Replace(strings.Join(pragmas, "&_"))
-	db, err := sql.Open("sqlite3", "file:"+filepath.ToSlash(path)+"?_"+params)
+	db, err := sql.Open("sqlite3", WithParams(path, "_"+params))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -23,3 +22,5 @@ func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 }
 
 func Test_mattn(t *testing.T) { Test(t, open) }
+
+func TestSharedCache_mattn(t *testing.T) { TestSharedCache(t, open) }

@@ -25,6 +25,16 @@ import (
 // form "name(value)" on each connection. It closes the database with the test.
 type Opener func(t testing.TB, path string, pragmas ...string) *sql.DB
 
+// WithParams returns the URI of a path, which may have parameters already, with
+// more of them.
+func WithParams(path, params string) string {
+	sep := "?"
+	if strings.Contains(path, "?") {
+		sep = "&"
+	}
+	return "file:" + filepath.ToSlash(path) + sep + params
+}
+
 // Test runs all tests with a driver.
 func Test(t *testing.T, open Opener) {
 	for _, test := range []struct {

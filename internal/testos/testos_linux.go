@@ -41,7 +41,7 @@ func RunMounting(t testing.TB, cmd *exec.Cmd) {
 	}
 	out, err := cmd.Output()
 	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC) || strings.Contains(string(out), "--- SKIP") {
-		t.Skipf("this system does not allow mounting a small disk: %v", err)
+		t.Skipf("this system does not allow mounting: %v", err)
 	}
 	if err != nil || !strings.Contains(string(out), "--- PASS") {
 		t.Errorf("%v: %s", err, out)

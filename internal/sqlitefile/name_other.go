@@ -1,0 +1,7 @@
+//go:build !unix
+
+package sqlitefile
+
+import "os"
+
+func onlyName(string, os.FileInfo) error { return nil }

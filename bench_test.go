@@ -1,8 +1,10 @@
 package task_test
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -212,6 +214,73 @@ func BenchmarkHistory(b *testing.B) {
 	}
 }
 
+// BenchmarkSubmitBesideSearches measures Submit beside 100 clients that search
+// 2,700,000 rows for a name that none has.
+func BenchmarkSubmitBesideSearches(b *testing.B) {
+	for b.Loop() {
+		r := besideSearches(b, 2_700_000, 100, 20*time.Second)
+		if r.failed != nil {
+			b.Error(r.failed)
+		}
+		b.ReportMetric(float64(r.submits), "submits")
+		b.ReportMetric(float64(r.worstSubmit.Microseconds())/1000, "ms/worst-submit")
+		b.ReportMetric(float64(r.worstEnd.Microseconds())/1000, "ms/worst-end")
+		b.ReportMetric(float64(r.searches), "searches")
+	}
+}
+
+// A besideResult is what besideSearches has measured.
+type besideResult struct {
+	submits, searches     int
+	worstSubmit, worstEnd time.Duration // of a Submit, and from the end of a context to that of its search
+	failed                error
+}
+
+// besideSearches submits every 10 ms for a while, beside clients that search the
+// history. Every other client gives up after 0.1 seconds, and comes again.
+func besideSearches(tb testing.TB, rows, clients int, during time.Duration) (r besideResult) {
+	m := newManager(tb, openSQLite(tb, history(tb, rows)))
+	ctx, cancel := context.WithTimeout(tb.Context(), during)
+	defer cancel()
+	var mu sync.Mutex // guards r
+	var all sync.WaitGroup
+	for i := range clients {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				mine, cancel := ctx, func() {}
+				if i%2 == 0 {
+					mine, cancel = context.WithTimeout(ctx, 100*time.Millisecond)
+				}
+				_, err := m.List(50, 0, task.ByName("rare"), task.WithContext(mine))
+				end, ended := mine.Deadline()
+				cancel()
+				mu.Lock()
+				r.searches++
+				if took := time.Since(end); ended && took > r.worstEnd {
+					r.worstEnd = took
+				}
+				if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+					r.failed = err
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		start := time.Now()
+		_, err := m.Submit("work", nothing)
+		took := time.Since(start)
+		mu.Lock()
+		r.submits++
+		r.worstSubmit = max(r.worstSubmit, took)
+		r.failed = cmp.Or(r.failed, err)
+		mu.Unlock()
+		time.Sleep(10 * time.Millisecond)
+	}
+	all.Wait()
+	return r
+}
+
 // byHand is what one would write without this package.
 func byHand(b *testing.B, db *sql.DB, limit, offset int) {
 	rows, err := db.Query(`SELECT id, name, state, progress, metadata, result, error, created_at, updated_at, started_at
@@ -275,7 +344,7 @@ func timeNew(b *testing.B, path, orphans string) time.Duration {
 }
 
 // history makes a database of n finished operations.
-func history(b *testing.B, n int) (path string) {
+func history(b testing.TB, n int) (path string) {
 	b.Helper()
 	path = testkit.Path(b)
 	openSQLite(b, path).Close()

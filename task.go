@@ -231,6 +231,12 @@ func Before(id string) ListOption {
 	return func(f *Filter) { f.Before = id }
 }
 
+// WithContext lets List end with ctx's error once ctx is done: a search of a long
+// history for who has left would be in the way of others.
+func WithContext(ctx context.Context) ListOption {
+	return func(f *Filter) { f.Context = ctx }
+}
+
 // A life is what Wait and Watch see of an operation. The manager's mutex guards
 // it until done is closed; then it never changes.
 type life struct {

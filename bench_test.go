@@ -324,6 +324,53 @@ func BenchmarkNew(b *testing.B) {
 	}
 }
 
+// BenchmarkRecoverBesideLiving recovers orphans, or finds that there are none,
+// beside 300,000 unfinished operations of another store that is open.
+func BenchmarkRecoverBesideLiving(b *testing.B) {
+	for _, orphans := range []int{0, 20_000} {
+		b.Run(fmt.Sprintf("orphans=%d", orphans), func(b *testing.B) {
+			path := testkit.Path(b)
+			living, dead := livingAndDead(b, path)
+			testkit.Fill(b, path, 300_000, living, "-1 hour")
+			store := openSQLite(b, path)
+			for b.Loop() {
+				b.StopTimer()
+				testkit.Exec(b, path, `DELETE FROM tasks WHERE owner = ?`, dead)
+				testkit.Fill(b, path, orphans, dead, "-1 hour")
+				b.StartTimer()
+				n := 0
+				for _, err := range store.Recover("gone") {
+					if n++; err != nil {
+						b.Fatal(err)
+					}
+				}
+				if n != orphans {
+					b.Fatalf("recovered %d operations, want %d", n, orphans)
+				}
+			}
+		})
+	}
+}
+
+// livingAndDead returns the ID of an owner that is alive until the end of the
+// test, and one that is not. The living one comes first by order of the IDs.
+func livingAndDead(tb testing.TB, path string) (living, dead string) {
+	tb.Helper()
+	store := openSQLite(tb, path)
+	if err := store.Save(&task.Operation{ID: "first", Name: "x", State: task.StateRunning}); err != nil {
+		tb.Fatal(err)
+	}
+	db, err := sql.Open("sqlite3", path)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.QueryRow(`SELECT owner FROM tasks`).Scan(&living); err != nil {
+		tb.Fatal(err)
+	}
+	return living, "ffffffff-ffff-4fff-bfff-ffffffffffff"
+}
+
 // timeNew returns how long New takes on a database after its program has died
 // with those operations running.
 func timeNew(b *testing.B, path, orphans string) time.Duration {

@@ -111,8 +111,9 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 
 // The table as SPEC.md has it, with what this package adds at the end. A query
 // uses an index only if it repeats the index's expression and its condition.
-// The first index is for recovery and ByState; it stays small, as most
-// operations end DONE. The second one is for Prune.
+// The first index is for ByState; it stays small, as most operations end DONE.
+// The second one is for recovery, and has only unfinished rows: those of the
+// living cost nothing there. The third one is for Prune.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -132,15 +133,17 @@ CREATE TABLE IF NOT EXISTS tasks (
     owner TEXT
 )`,
 		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
+		`CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (` + ownerText + `) WHERE ` + unfinished,
 		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished},
 }
 
-// The conditions and the expression that the indexes have. SQLite would build a
-// set of three states for each statement that writes, and compares with two.
+// The conditions and the expressions that the indexes have. For IN, SQLite would
+// build a set of states for each statement that writes.
 const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
 	finishTime = `ifnull(updated_at, '')`
-	unfinished = `state <> 'DONE' AND state IN ('PENDING', 'RUNNING')`
+	unfinished = `(state = 'PENDING' OR state = 'RUNNING')`
+	ownerText  = `ifnull(CAST(owner AS TEXT), '')` // "" for a row without an owner
 )
 
 // A row is an operation in the form in which it is stored. Databases written
@@ -643,14 +646,20 @@ func (s *SQLiteStore) Recover(reason string) iter.Seq2[*Operation, error] {
 	}
 }
 
-// ownerText is "" for a row without an owner.
-const ownerText = `ifnull(CAST(owner AS TEXT), '')`
+// ownersQuery steps through the index from one owner to the next, however many
+// rows each has.
+const (
+	nextOwner   = `SELECT min(` + ownerText + `) FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished
+	ownersQuery = `WITH RECURSIVE owners (text) AS (` + nextOwner + ` UNION ALL
+		SELECT (` + nextOwner + ` AND ` + ownerText + ` > owners.text) FROM owners WHERE text IS NOT NULL)
+		SELECT text FROM owners WHERE text IS NOT NULL`
+)
 
 // owners returns the owners of unfinished operations, and those that have left
 // nothing but a file.
 func (s *SQLiteStore) owners() (ids []string, err error) {
 	err = s.db.Read(context.Background(), func(c *sql.Conn) (err error) {
-		ids, err = sqlitefile.Strings(c, `SELECT DISTINCT `+ownerText+` FROM tasks WHERE `+unfinished)
+		ids, err = sqlitefile.Strings(c, ownersQuery)
 		return err
 	})
 	for _, id := range s.owner.Others() {
@@ -699,7 +708,7 @@ func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, erro
 }
 
 // ofOwner selects unfinished operations of an owner.
-const ofOwner = ` FROM tasks WHERE ` + unfinished + ` AND ` + ownerText + ` = ? LIMIT ?`
+const ofOwner = ` FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished + ` AND ` + ownerText + ` = ? LIMIT ?`
 
 // failOrphans marks some operations of a dead owner as failed. It touches no
 // cell that this does not concern: other code may have written it.

@@ -240,7 +240,8 @@ func TestSQLiteNewFile(t *testing.T) {
 		sqliteSame(t, "columns", sqliteTexts(t, s.db, columns), want)
 		sqliteSame(t, "indexes", sqliteTexts(t, s.db, "SELECT sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY sql"),
 			[]string{"CREATE INDEX tasks_finished ON tasks (ifnull(updated_at, '')) WHERE (state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')",
-				"CREATE INDEX tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'"})
+				"CREATE INDEX tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'",
+				"CREATE INDEX tasks_unfinished ON tasks (ifnull(CAST(owner AS TEXT), '')) WHERE (state = 'PENDING' OR state = 'RUNNING')"})
 		sqliteSame(t, "other tables", sqliteTexts(t, s.db, "SELECT name FROM sqlite_master WHERE tbl_name <> 'tasks'"), nil)
 	})
 	t.Run("every connection", func(t *testing.T) {
@@ -1054,7 +1055,8 @@ func TestSQLitePlan(t *testing.T) {
 					t.Errorf("recovered %d operations, want 10", n)
 				}
 			})
-			if strings.Count(got, byState) < 2 || strings.Contains(got, "SCAN tasks") {
+			if !strings.Contains(got, "INDEX tasks_unfinished (<expr>>?)") || !strings.Contains(got, "INDEX tasks_unfinished (<expr>=?)") ||
+				strings.Contains(got, "SCAN tasks") || strings.Contains(got, "TEMP B-TREE") {
 				t.Errorf("Recover: plan %q", got)
 			}
 			got = plan("UPDATE", func() {
@@ -1175,6 +1177,23 @@ func TestSQLiteSearchSteps(t *testing.T) {
 		} else if cancelAt < 1000 && (steps != cancelAt || !errors.Is(err, context.Canceled) || ops != nil) {
 			t.Errorf("cancelled at step %d: %d steps, %v", cancelAt, steps, err)
 		}
+	}
+}
+
+// A database of an earlier version gets the index that recovery needs.
+func TestSQLiteOlder(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.db")
+	sqliteOpen(t, path).Close()
+	sqliteMake(t, path, `DROP INDEX tasks_unfinished; INSERT INTO tasks (id, name, state) VALUES ('a', 'x', 'RUNNING')`)
+	s := sqliteOpen(t, path)
+	n := 0
+	for op, err := range s.Recover("gone") {
+		if n++; err != nil || op.ID != "a" {
+			t.Errorf("Recover: %v, %v", op, err)
+		}
+	}
+	if n != 1 {
+		t.Errorf("recovered %d operations, want 1", n)
 	}
 }
 

@@ -491,7 +491,7 @@ func (m *Manager) get(id string) (*Operation, error) {
 // submission first: those of this manager as they are now, the others as they
 // are stored. The page is empty, not nil, past the end of the history and if
 // limit is 0. A negative limit or offset is an error, and so is [Before] an
-// unknown operation, which wraps [ErrNotFound].
+// unknown ID that is no UUIDv7, which wraps [ErrNotFound].
 func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
 	if limit < 0 {
 		return nil, fmt.Errorf("task: list: negative limit %d", limit)

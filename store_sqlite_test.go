@@ -1023,6 +1023,8 @@ func TestSQLitePlan(t *testing.T) {
 				{Filter{States: []State{StateRunning}, Exclude: []string{"99", "199"}}, byState, "SCAN tasks"},
 				{Filter{States: []State{StateRunning, StateFailed}, Before: "500", Include: []string{"99"}, Exclude: []string{"199"}}, byID, "SCAN tasks"},
 				{Filter{Before: "500"}, "INTEGER PRIMARY KEY (rowid<?)", "TEMP B-TREE"},
+				{Filter{Before: "0190d8e0-0000-7000-8000-000000000000"}, "INDEX sqlite_autoindex_tasks_1 (id>?)", "SCAN tasks"},
+				{Filter{Name: "x"}, "INTEGER PRIMARY KEY (rowid>? AND rowid<?)", "SCAN tasks"},
 			} {
 				got := plan("OFFSET", func() {
 					if ops, err := s.ListFiltered(test.f, 5, 0); err != nil || len(ops) != 5 {

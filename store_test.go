@@ -269,64 +269,58 @@ func TestListBeforeUnknown(t *testing.T) {
 // TestListBeforeDeleted pages through the history while the last operation of each
 // page is deleted, alone or with all newer ones, before the next page is read.
 func TestListBeforeDeleted(t *testing.T) {
-	const n, limit = 60, 7
 	for name, open := range testkit.Stores {
 		for _, alone := range []bool{true, false} {
-			t.Run(fmt.Sprintf("%s, alone=%t", name, alone), func(t *testing.T) {
-				db := open(t)
-				inner := db
-				if name == "four methods" {
-					inner = task.NewMemoryStore()
-					db = testkit.Bare(inner)
-				}
-				early, late := time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
-				at := make(map[string]time.Time) // the finish times
-				for i := range n {
-					op := &task.Operation{ID: uuid.Must(uuid.NewV7()).String(), Name: []string{"odd", "even"}[i%2], State: task.StateDone}
-					op.UpdatedAt = early.Add(-time.Duration(i) * time.Second) // the newest finished first
-					if cursor := (n-i)%limit == 0; alone && !cursor {
-						op.UpdatedAt = late
+			for filter, opts := range map[string][]task.ListOption{
+				"all": nil, "by name": {task.ByName("x")}, "by state": {task.ByState(task.StateFailed)}, "by states": {task.ByState(task.StateFailed, task.StateDone)},
+			} {
+				t.Run(fmt.Sprintf("%s, alone=%t, %s", name, alone, filter), func(t *testing.T) {
+					db := open(t)
+					inner := db
+					if name == "four methods" {
+						inner = task.NewMemoryStore()
+						db = testkit.Bare(inner)
 					}
-					at[op.ID] = op.UpdatedAt
-					must(t, inner.Save(op))
-				}
-				m := newManager(t, db)
-				for _, opts := range [][]task.ListOption{{task.ByState(task.StateDone)}, {}} {
-					var seen []string
-					for last := ""; ; {
-						ops, err := m.List(limit, 0, append(opts, task.Before(last))...)
-						must(t, err)
-						if len(ops) == 0 {
-							break
-						}
-						for _, op := range ops {
-							seen = append(seen, op.ID)
-						}
-						last = ops[len(ops)-1].ID
-						if len(opts) == 0 {
-							_, err = drainPrune(inner, at[last].Add(time.Millisecond))
-							must(t, err)
-							if _, ok := m.Get(last); ok {
-								t.Fatal("the last operation of the page is still there")
-							}
-						}
-					}
-					if !slices.IsSortedFunc(seen, func(a, b string) int { return strings.Compare(b, a) }) || len(seen) != n {
-						t.Errorf("%d operations, want %d, the newest first", len(seen), n)
-					}
-				}
-			})
+					pageWhilePruning(t, newManager(t, db), inner, alone, opts)
+				})
+			}
 		}
 	}
 }
 
-func drainPrune(db task.Persistence, before time.Time) (n int, err error) {
-	for some, err := range db.(task.Pruner).Prune(before) {
-		if n += some; err != nil {
-			return n, err
+func pageWhilePruning(t *testing.T, m *task.Manager, db task.Persistence, alone bool, opts []task.ListOption) {
+	const n, limit = 60, 7
+	finish := make(map[string]time.Time)
+	for i := range n {
+		op := &task.Operation{ID: uuid.Must(uuid.NewV7()).String(), Name: "x", State: task.StateFailed}
+		op.UpdatedAt = time.Now().Add(-time.Hour - time.Duration(i)*time.Second) // the newest finished first
+		if last := (n-i)%limit == 0; alone && !last {
+			op.UpdatedAt = time.Now()
+		}
+		finish[op.ID] = op.UpdatedAt
+		must(t, db.Save(op))
+	}
+	var seen []string
+	for last := ""; ; {
+		ops, err := m.List(limit, 0, append(slices.Clone(opts), task.Before(last))...)
+		must(t, err)
+		if len(ops) == 0 {
+			break
+		}
+		for _, op := range ops {
+			seen = append(seen, op.ID)
+		}
+		last = ops[len(ops)-1].ID
+		for _, err := range db.(task.Pruner).Prune(finish[last].Add(time.Millisecond)) {
+			must(t, err)
+		}
+		if _, ok := m.Get(last); ok && len(ops) == limit {
+			t.Fatal("the last operation of the page is still there")
 		}
 	}
-	return n, nil
+	if !slices.IsSortedFunc(seen, func(a, b string) int { return strings.Compare(b, a) }) || len(seen) != n {
+		t.Errorf("%d operations, want %d, the newest first", len(seen), n)
+	}
 }
 
 // TestListBeforeDeletedClocks: where the clock was set back, the page after a

@@ -1,8 +1,10 @@
 package task_test
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -212,6 +214,73 @@ func BenchmarkHistory(b *testing.B) {
 	}
 }
 
+// BenchmarkSubmitBesideSearches measures Submit beside 100 clients that search
+// 2,700,000 rows for a name that none has.
+func BenchmarkSubmitBesideSearches(b *testing.B) {
+	for b.Loop() {
+		r := besideSearches(b, 2_700_000, 100, 20*time.Second)
+		if r.failed != nil {
+			b.Error(r.failed)
+		}
+		b.ReportMetric(float64(r.submits), "submits")
+		b.ReportMetric(float64(r.worstSubmit.Microseconds())/1000, "ms/worst-submit")
+		b.ReportMetric(float64(r.worstEnd.Microseconds())/1000, "ms/worst-end")
+		b.ReportMetric(float64(r.searches), "searches")
+	}
+}
+
+// A besideResult is what besideSearches has measured.
+type besideResult struct {
+	submits, searches     int
+	worstSubmit, worstEnd time.Duration // of a Submit, and from the end of a context to that of its search
+	failed                error
+}
+
+// besideSearches submits every 10 ms for a while, beside clients that search the
+// history. Every other client gives up after 0.1 seconds, and comes again.
+func besideSearches(tb testing.TB, rows, clients int, during time.Duration) (r besideResult) {
+	m := newManager(tb, openSQLite(tb, history(tb, rows)))
+	ctx, cancel := context.WithTimeout(tb.Context(), during)
+	defer cancel()
+	var mu sync.Mutex // guards r
+	var all sync.WaitGroup
+	for i := range clients {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				mine, cancel := ctx, func() {}
+				if i%2 == 0 {
+					mine, cancel = context.WithTimeout(ctx, 100*time.Millisecond)
+				}
+				_, err := m.List(50, 0, task.ByName("rare"), task.WithContext(mine))
+				end, ended := mine.Deadline()
+				cancel()
+				mu.Lock()
+				r.searches++
+				if took := time.Since(end); ended && took > r.worstEnd {
+					r.worstEnd = took
+				}
+				if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+					r.failed = err
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		start := time.Now()
+		_, err := m.Submit("work", nothing)
+		took := time.Since(start)
+		mu.Lock()
+		r.submits++
+		r.worstSubmit = max(r.worstSubmit, took)
+		r.failed = cmp.Or(r.failed, err)
+		mu.Unlock()
+		time.Sleep(10 * time.Millisecond)
+	}
+	all.Wait()
+	return r
+}
+
 // byHand is what one would write without this package.
 func byHand(b *testing.B, db *sql.DB, limit, offset int) {
 	rows, err := db.Query(`SELECT id, name, state, progress, metadata, result, error, created_at, updated_at, started_at
@@ -255,6 +324,53 @@ func BenchmarkNew(b *testing.B) {
 	}
 }
 
+// BenchmarkRecoverBesideLiving recovers orphans, or finds that there are none,
+// beside 300,000 unfinished operations of another store that is open.
+func BenchmarkRecoverBesideLiving(b *testing.B) {
+	for _, orphans := range []int{0, 20_000} {
+		b.Run(fmt.Sprintf("orphans=%d", orphans), func(b *testing.B) {
+			path := testkit.Path(b)
+			living, dead := livingAndDead(b, path)
+			testkit.Fill(b, path, 300_000, living, "-1 hour")
+			store := openSQLite(b, path)
+			for b.Loop() {
+				b.StopTimer()
+				testkit.Exec(b, path, `DELETE FROM tasks WHERE owner = ?`, dead)
+				testkit.Fill(b, path, orphans, dead, "-1 hour")
+				b.StartTimer()
+				n := 0
+				for _, err := range store.Recover("gone") {
+					if n++; err != nil {
+						b.Fatal(err)
+					}
+				}
+				if n != orphans {
+					b.Fatalf("recovered %d operations, want %d", n, orphans)
+				}
+			}
+		})
+	}
+}
+
+// livingAndDead returns the ID of an owner that is alive until the end of the
+// test, and one that is not. The living one comes first by order of the IDs.
+func livingAndDead(tb testing.TB, path string) (living, dead string) {
+	tb.Helper()
+	store := openSQLite(tb, path)
+	if err := store.Save(&task.Operation{ID: "first", Name: "x", State: task.StateRunning}); err != nil {
+		tb.Fatal(err)
+	}
+	db, err := sql.Open("sqlite3", path)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.QueryRow(`SELECT owner FROM tasks`).Scan(&living); err != nil {
+		tb.Fatal(err)
+	}
+	return living, "ffffffff-ffff-4fff-bfff-ffffffffffff"
+}
+
 // timeNew returns how long New takes on a database after its program has died
 // with those operations running.
 func timeNew(b *testing.B, path, orphans string) time.Duration {
@@ -275,7 +391,7 @@ func timeNew(b *testing.B, path, orphans string) time.Duration {
 }
 
 // history makes a database of n finished operations.
-func history(b *testing.B, n int) (path string) {
+func history(b testing.TB, n int) (path string) {
 	b.Helper()
 	path = testkit.Path(b)
 	openSQLite(b, path).Close()

@@ -177,15 +177,10 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	if fn == nil {
 		return nil, errors.New("the function is nil")
 	}
-	id, err := uuid.NewV7()
-	if err != nil {
-		return nil, err
-	}
 	now := time.Now()
 	created := now.UTC().Truncate(time.Microsecond)
-	op := &Operation{ID: id.String(), Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, owner: m.id}
+	op := &Operation{Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, owner: m.id}
 	t := &task{
-		id:       op.ID,
 		name:     op.Name,
 		fn:       fn,
 		created:  now,
@@ -204,13 +199,21 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	return t, nil
 }
 
-// insert has the row of a new task stored.
+// insert gives a new task its ID and has its row stored. The order of the IDs is
+// that of the rows.
 func (m *Manager) insert(t *task) error {
 	m.mu.Lock()
 	if m.draining {
 		m.mu.Unlock()
 		return ErrClosed
 	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		m.mu.Unlock()
+		return err
+	}
+	t.id = id.String()
+	t.op.ID = t.id
 	// It is live before it is stored: whoever finds its row finds the task.
 	m.tasks[t.id] = t
 	m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
@@ -489,7 +492,7 @@ func (m *Manager) get(id string) (*Operation, error) {
 // submission first: those of this manager as they are now, the others as they
 // are stored. The page is empty, not nil, past the end of the history and if
 // limit is 0. A negative limit or offset is an error, and so is [Before] an
-// unknown operation, which wraps [ErrNotFound].
+// unknown ID that is no UUIDv7, which wraps [ErrNotFound].
 func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
 	if limit < 0 {
 		return nil, fmt.Errorf("task: list: negative limit %d", limit)

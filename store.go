@@ -1,6 +1,8 @@
 package task
 
 import (
+	"cmp"
+	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -9,6 +11,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 // A Persistence stores operations for a [Manager].
@@ -262,10 +266,22 @@ type Filter struct {
 	Name   string  // with exactly this name; "" for all
 	Before string  // submitted before the operation with this ID; "" for all
 
+	// Context is that of who asks, or nil. Once it is done nobody wants the answer:
+	// a store that would go on for long should return its error.
+	Context context.Context
+
 	// With States: the IDs, sorted, of operations whose state is not yet stored.
 	// If they are stored as unfinished, those in Include count as being in one
 	// of the states, and those in Exclude do not.
 	Include, Exclude []string
+}
+
+// ended returns the error of the filter's context.
+func (f Filter) ended() error {
+	if f.Context == nil {
+		return nil
+	}
+	return f.Context.Err()
 }
 
 // matches reports whether a stored operation is one that the filter is for,
@@ -292,27 +308,66 @@ type FilteredLister interface {
 	Persistence
 
 	// ListFiltered does what List does with those operations that the filter
-	// is for. It returns an error that wraps [ErrNotFound] if there is no
-	// operation with the ID Before.
+	// is for. If there is no operation with the ID Before, and that is a UUIDv7,
+	// as Submit makes them, the page begins where it would be: their order is
+	// that of their times. For any other ID, ListFiltered then returns an error
+	// that wraps [ErrNotFound].
 	ListFiltered(f Filter, limit, offset int) ([]*Operation, error)
 }
 
-// listFiltered uses the store's List if there is nothing to filter, its
-// ListFiltered if it has one, and else looks at the whole history.
-func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, error) {
-	if len(f.States) == 0 && f.Name == "" && f.Before == "" {
-		return db.List(limit, offset)
+// isTimed reports whether an ID is a UUIDv7, of which later ones are greater.
+func isTimed(id string) bool {
+	u, err := uuid.Parse(id)
+	return err == nil && u.Version() == 7 && u.String() == id
+}
+
+// neighbour returns the ID before which a list goes on, "" for the start, if it was
+// to go on before a timed ID that is not there. That is the next greater ID, or
+// what is before the first smaller one if that comes earlier: where the clock was
+// set back, rather something twice than something left out.
+func neighbour(newestFirst iter.Seq2[*Operation, error], id string) (before string, err error) {
+	var last, greater, beforeSmaller string
+	var smaller, late bool
+	for op, err := range newestFirst {
+		switch {
+		case err != nil:
+			return "", err
+		case !isTimed(op.ID):
+		case op.ID < id:
+			if !smaller {
+				smaller, beforeSmaller = true, last
+			}
+		case greater == "" || op.ID < greater:
+			greater, late = op.ID, smaller
+		}
+		last = op.ID
 	}
-	if l, ok := db.(FilteredLister); ok {
+	if late {
+		return beforeSmaller, nil
+	}
+	return greater, nil
+}
+
+// listFiltered uses the store's ListFiltered if it has one, its List if there is
+// nothing to filter, and else looks at the whole history.
+func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, error) {
+	if err := f.ended(); err != nil {
+		return nil, err
+	}
+	all := len(f.States) == 0 && f.Name == "" && f.Before == ""
+	if l, ok := db.(FilteredLister); ok && (!all || f.Context != nil) {
 		ops, err := l.ListFiltered(f, limit, offset)
 		if !errors.Is(err, errors.ErrUnsupported) {
 			return ops, notFound(err)
 		}
 	}
+	if all {
+		return db.List(limit, offset)
+	}
 	var ops []*Operation
 	before := f.Before // what is yet to be found
 	for op, err := range history(db) {
-		switch {
+		switch err = cmp.Or(err, f.ended()); {
 		case err != nil:
 			return nil, err
 		case len(ops) == limit:
@@ -328,8 +383,15 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 			ops = append(ops, op)
 		}
 	}
-	if before != "" {
+	if before != "" && !isTimed(before) {
 		return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
+	}
+	if before != "" {
+		var err error
+		if f.Before, err = neighbour(history(db), before); err != nil {
+			return nil, err
+		}
+		return listFiltered(db, f, limit, offset)
 	}
 	return ops, nil
 }

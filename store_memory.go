@@ -97,7 +97,7 @@ func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	defer s.mu.RUnlock()
 	end := len(s.order)
 	if f.Before != "" {
-		end = slices.Index(s.order, s.rows[f.Before])
+		end = s.place(f.Before)
 	}
 	if end < 0 {
 		return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
@@ -116,6 +116,26 @@ func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		}
 	}
 	return ops, nil
+}
+
+// place returns how many rows were submitted before the operation with that ID,
+// or -1 if nobody knows. The caller holds s.mu.
+func (s *MemoryStore) place(id string) int {
+	at := slices.Index(s.order, s.rows[id])
+	if at >= 0 || !isTimed(id) {
+		return at
+	}
+	before, _ := neighbour(func(yield func(*Operation, error) bool) {
+		for _, row := range slices.Backward(s.order) {
+			if !s.gone(row) && !yield(row, nil) {
+				return
+			}
+		}
+	}, id)
+	if before == "" {
+		return len(s.order)
+	}
+	return slices.Index(s.order, s.rows[before])
 }
 
 // Get implements [Persistence].

@@ -118,8 +118,9 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 
 // The table as SPEC.md has it, with what this package adds at the end. A query
 // uses an index only if it repeats the index's expression and its condition.
-// The first index is for recovery and ByState; it stays small, as most
-// operations end DONE. The second one is for Prune.
+// The first index is for ByState; it stays small, as most operations end DONE.
+// The second one is for recovery, and has only unfinished rows: those of the
+// living cost nothing there. The third one is for Prune.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -139,15 +140,17 @@ CREATE TABLE IF NOT EXISTS tasks (
     owner TEXT
 )`,
 		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
+		`CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (` + ownerText + `) WHERE ` + unfinished,
 		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished},
 }
 
-// The conditions and the expression that the indexes have. SQLite would build a
-// set of three states for each statement that writes, and compares with two.
+// The conditions and the expressions that the indexes have. For IN, SQLite would
+// build a set of states for each statement that writes.
 const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
 	finishTime = `ifnull(updated_at, '')`
-	unfinished = `state <> 'DONE' AND state IN ('PENDING', 'RUNNING')`
+	unfinished = `(state = 'PENDING' OR state = 'RUNNING')`
+	ownerText  = `ifnull(CAST(owner AS TEXT), '')` // "" for a row without an owner
 )
 
 // A row is an operation in the form in which it is stored. Databases written
@@ -431,45 +434,146 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 
 // List implements [Persistence].
 func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
-	return s.query(`SELECT `+columns+` FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
+	return s.query(context.Background(), `SELECT `+columns+` FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
 }
 
 // ListFiltered implements [FilteredLister]. By state it uses the index, except
-// for those DONE.
+// for those DONE. What no index has is searched for in steps.
 func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
-	var where []string
-	var args []any
-	if f.Name != "" {
-		where = append(where, `name = ?`)
-		args = append(args, f.Name)
+	ctx := cmp.Or(f.Context, context.Background())
+	if f.Name != "" || slices.Contains(f.States, StateDone) {
+		return s.search(ctx, f, limit, offset)
 	}
+	where, args := `TRUE`, []any(nil)
 	if f.Before != "" {
-		where = append(where, `rowid < (SELECT rowid FROM tasks WHERE id = ?)`)
-		args = append(args, f.Before)
+		place, id := placeOf(f.Before)
+		where, args = `rowid < (`+place+`)`, id
 	}
-	if len(f.States) > 0 {
-		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
-		where, args = whereState(f, where, args, last)
-	}
-	query := `SELECT ` + columns + ` FROM tasks`
-	if len(where) > 0 {
-		query += ` WHERE ` + strings.Join(where, ` AND `)
-	}
-	ops, err := s.query(query+` ORDER BY rowid DESC LIMIT ? OFFSET ?`, append(args, limit, offset)...)
-	if err == nil && len(ops) == 0 && f.Before != "" {
+	from, args := selection(f, where, args, limit, offset)
+	ops, err := s.query(ctx, `SELECT `+columns+from, args...)
+	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
 		_, err = s.Get(f.Before)
 	}
 	return ops, err
 }
 
+// placeOf returns a query for the rowid below which are the rows submitted
+// before an operation: NULL if there is none. Without its row, a timed ID is
+// taken to be behind its nearest neighbours with a smaller ID, and behind any
+// others that are not followed by its next neighbour with a greater one.
+func placeOf(id string) (query string, args []any) {
+	const self = `SELECT rowid FROM tasks WHERE id = ?`
+	if !isTimed(id) {
+		return self, []any{id}
+	}
+	const near = `FROM (SELECT rowid, id FROM tasks WHERE id %s ? ORDER BY id %s LIMIT 100)
+		WHERE id GLOB '????????-????-7???-[89ab]???-????????????'`
+	smaller, greater := fmt.Sprintf(near, `<`, `DESC`), fmt.Sprintf(near, `>`, `ASC`)
+	return `SELECT coalesce((` + self + `), (SELECT max(rowid) FROM (SELECT rowid + 1 AS rowid ` + smaller + `
+		UNION ALL SELECT ifnull((SELECT rowid ` + greater + ` LIMIT 1), 9223372036854775807))))`, []any{id, id, id}
+}
+
+// selection returns the end of a query for the rows for which the filter, but
+// for its Before, and a condition hold.
+func selection(f Filter, where string, args []any, limit, offset int) (string, []any) {
+	if f.Name != "" {
+		where += ` AND name = ?`
+		args = append(args, f.Name)
+	}
+	if len(f.States) > 0 {
+		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
+		where, args = whereState(f, where, args, last)
+	}
+	return ` FROM tasks WHERE ` + where + ` ORDER BY rowid DESC LIMIT ? OFFSET ?`, append(args, limit, offset)
+}
+
+// maxStep is how many rows one step of a search looks at, at most: some fit into
+// SQLite's cache, and take a millisecond. In between others get the connection,
+// the WAL can be checkpointed, and the context counts.
+const maxStep = 5000
+
+// search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
+// it may miss some.
+func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
+	below := sql.NullInt64{Int64: math.MaxInt64, Valid: true}
+	if f.Before != "" {
+		place, id := placeOf(f.Before)
+		err := s.db.Read(ctx, func(c *sql.Conn) error {
+			return c.QueryRowContext(context.Background(), `SELECT (`+place+`)`, id...).Scan(&below)
+		})
+		if err != nil {
+			return nil, err
+		}
+		if !below.Valid {
+			return nil, ErrNotFound
+		}
+	}
+	for n := 100; below.Valid && len(ops) < limit; n = min(2*n, maxStep) {
+		var found []*Operation
+		var next sql.NullInt64
+		var skipped int
+		err := s.db.Read(ctx, func(c *sql.Conn) (err error) {
+			found, skipped, next, err = step(c, f, below.Int64, n, limit-len(ops), offset)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		ops = append(ops, found...)
+		offset -= skipped
+		below = next
+	}
+	return ops, nil
+}
+
+// step looks for operations among the last n rows below a rowid. It returns what
+// it has found, how many it has skipped, and what is the rowid of the next step.
+func step(c *sql.Conn, f Filter, below int64, n, limit, offset int) (ops []*Operation, skipped int, next sql.NullInt64, err error) {
+	query, args := lastOf(f, below, n)
+	if err = c.QueryRowContext(context.Background(), query, args...).Scan(&next); err != nil {
+		return nil, 0, next, err
+	}
+	above := next.Int64
+	if !next.Valid {
+		above = math.MinInt64
+	}
+	const where = `rowid < ? AND rowid >= ?`
+	if offset > 0 {
+		from, args := selection(f, where, []any{below, above}, offset, 0)
+		err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT rowid`+from+`)`, args...).Scan(&skipped)
+		if err != nil {
+			return nil, 0, next, err
+		}
+	}
+	from, args := selection(f, where, []any{below, above}, limit, offset)
+	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columns+from, args...)
+	return ops, skipped, next, err
+}
+
+// lastOf returns a query for the rowid of the n-th row below another, or for NULL
+// if there are fewer. Only rows of the filter's states count if the index has
+// them.
+func lastOf(f Filter, below int64, n int) (query string, args []any) {
+	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
+	if len(f.States) == 0 || slices.Contains(f.States, StateDone) {
+		return fmt.Sprintf(last, ``), []any{below, n - 1}
+	}
+	var queries []string
+	for _, state := range f.States {
+		queries = append(queries, fmt.Sprintf(last, ` AND state = ? AND state <> 'DONE'`))
+		args = append(args, below, string(state), n-1)
+	}
+	return `SELECT max(last) FROM (` + strings.Join(queries, ` UNION ALL `) + `)`, args
+}
+
 // whereState returns a condition that holds for the last rows that are in one
 // of the filter's states and for which where holds. Each state has a query of
 // its own, because only so the index answers each in its order.
-func whereState(f Filter, where []string, args []any, last int64) ([]string, []any) {
+func whereState(f Filter, where string, args []any, last int64) (string, []any) {
 	var queries []string
 	var all []any
 	add := func(format, term string, own ...any) {
-		queries = append(queries, fmt.Sprintf(format, strings.Join(append([]string{term}, where...), ` AND `)))
+		queries = append(queries, fmt.Sprintf(format, term+` AND `+where))
 		all = append(append(all, own...), args...)
 	}
 	for _, state := range f.States {
@@ -488,7 +592,7 @@ func whereState(f Filter, where []string, args []any, last int64) ([]string, []a
 		add(`SELECT rowid FROM tasks WHERE %s`, `id IN (SELECT value FROM json_each(?)) AND state IN ('PENDING', 'RUNNING')`,
 			jsonArray(f.Include))
 	}
-	return []string{`rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`}, all
+	return `rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`, all
 }
 
 func jsonArray[T any](all []T) string {
@@ -498,7 +602,7 @@ func jsonArray[T any](all []T) string {
 
 // Get implements [Persistence].
 func (s *SQLiteStore) Get(id string) (*Operation, error) {
-	ops, err := s.query(`SELECT `+columns+` FROM tasks WHERE id = ?`, id)
+	ops, err := s.query(context.Background(), `SELECT `+columns+` FROM tasks WHERE id = ?`, id)
 	if err != nil {
 		return nil, err
 	}
@@ -509,8 +613,8 @@ func (s *SQLiteStore) Get(id string) (*Operation, error) {
 }
 
 // query returns the operations that a query selects.
-func (s *SQLiteStore) query(query string, args ...any) (ops []*Operation, err error) {
-	err = s.db.Read(func(c *sql.Conn) error {
+func (s *SQLiteStore) query(ctx context.Context, query string, args ...any) (ops []*Operation, err error) {
+	err = s.db.Read(ctx, func(c *sql.Conn) error {
 		ops = nil
 		return scan(c, func(r *row) { ops = append(ops, r.operation()) }, query, args...)
 	})
@@ -557,14 +661,20 @@ func (s *SQLiteStore) Recover(reason string) iter.Seq2[*Operation, error] {
 	}
 }
 
-// ownerText is "" for a row without an owner.
-const ownerText = `ifnull(CAST(owner AS TEXT), '')`
+// ownersQuery steps through the index from one owner to the next, however many
+// rows each has.
+const (
+	nextOwner   = `SELECT min(` + ownerText + `) FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished
+	ownersQuery = `WITH RECURSIVE owners (text) AS (` + nextOwner + ` UNION ALL
+		SELECT (` + nextOwner + ` AND ` + ownerText + ` > owners.text) FROM owners WHERE text IS NOT NULL)
+		SELECT text FROM owners WHERE text IS NOT NULL`
+)
 
 // owners returns the owners of unfinished operations, and those that have left
 // nothing but a file.
 func (s *SQLiteStore) owners() (ids []string, err error) {
-	err = s.db.Read(func(c *sql.Conn) (err error) {
-		ids, err = sqlitefile.Strings(c, `SELECT DISTINCT `+ownerText+` FROM tasks WHERE `+unfinished)
+	err = s.db.Read(context.Background(), func(c *sql.Conn) (err error) {
+		ids, err = sqlitefile.Strings(c, ownersQuery)
 		return err
 	})
 	for _, id := range s.owner.Others() {
@@ -603,7 +713,7 @@ func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, erro
 	if _, again := s.reported.Load(id); unknown == nil || again {
 		return true
 	}
-	ops, err := s.query(`SELECT `+columns+ofOwner, id, 1)
+	ops, err := s.query(context.Background(), `SELECT `+columns+ofOwner, id, 1)
 	if err != nil || len(ops) == 0 {
 		return err == nil || yield(nil, err)
 	}
@@ -613,7 +723,7 @@ func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, erro
 }
 
 // ofOwner selects unfinished operations of an owner.
-const ofOwner = ` FROM tasks WHERE ` + unfinished + ` AND ` + ownerText + ` = ? LIMIT ?`
+const ofOwner = ` FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished + ` AND ` + ownerText + ` = ? LIMIT ?`
 
 // failOrphans marks some operations of a dead owner as failed. It touches no
 // cell that this does not concern: other code may have written it.

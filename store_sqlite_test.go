@@ -17,6 +17,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -239,24 +240,29 @@ func TestSQLiteNewFile(t *testing.T) {
 		sqliteSame(t, "columns", sqliteTexts(t, s.db, columns), want)
 		sqliteSame(t, "indexes", sqliteTexts(t, s.db, "SELECT sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY sql"),
 			[]string{"CREATE INDEX tasks_finished ON tasks (ifnull(updated_at, '')) WHERE (state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')",
-				"CREATE INDEX tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'"})
+				"CREATE INDEX tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'",
+				"CREATE INDEX tasks_unfinished ON tasks (ifnull(CAST(owner AS TEXT), '')) WHERE (state = 'PENDING' OR state = 'RUNNING')"})
 		sqliteSame(t, "other tables", sqliteTexts(t, s.db, "SELECT name FROM sqlite_master WHERE tbl_name <> 'tasks'"), nil)
 	})
 	t.Run("every connection", func(t *testing.T) {
-		for i := range s.db.Stats().MaxOpenConnections {
-			c, err := s.db.Conn(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
+		check := func(name string, c *sql.Conn) {
 			for pragma, want := range map[string]string{"synchronous": "2", "journal_mode": "wal", "busy_timeout": "1000", "journal_size_limit": "67108864"} {
 				if got := sqliteTexts(t, c, "PRAGMA "+pragma); got[0] != want {
-					t.Errorf("connection %d: %s = %s, want %s", i, pragma, got[0], want)
+					t.Errorf("%s: %s = %s, want %s", name, pragma, got[0], want)
 				}
 			}
 		}
-		if n := s.db.Stats().OpenConnections; n < 4 {
-			t.Errorf("%d connections, want several", n)
+		var readers func(n int) error
+		readers = func(n int) error {
+			return s.db.Read(t.Context(), func(c *sql.Conn) error {
+				if check(fmt.Sprint("reader ", n), c); n > 1 {
+					return readers(n - 1)
+				}
+				return s.db.Write(s.db.Deadline(), func(c *sql.Conn) error { check("writer", c); return nil })
+			})
+		}
+		if err := readers(4); err != nil {
+			t.Error(err)
 		}
 	})
 	t.Run("modes", func(t *testing.T) {
@@ -1060,6 +1066,8 @@ func TestSQLitePlan(t *testing.T) {
 				{Filter{States: []State{StateRunning}, Exclude: []string{"99", "199"}}, byState, "SCAN tasks"},
 				{Filter{States: []State{StateRunning, StateFailed}, Before: "500", Include: []string{"99"}, Exclude: []string{"199"}}, byID, "SCAN tasks"},
 				{Filter{Before: "500"}, "INTEGER PRIMARY KEY (rowid<?)", "TEMP B-TREE"},
+				{Filter{Before: "0190d8e0-0000-7000-8000-000000000000"}, "INDEX sqlite_autoindex_tasks_1 (id>?)", "SCAN tasks"},
+				{Filter{Name: "x"}, "INTEGER PRIMARY KEY (rowid>? AND rowid<?)", "SCAN tasks"},
 			} {
 				got := plan("OFFSET", func() {
 					if ops, err := s.ListFiltered(test.f, 5, 0); err != nil || len(ops) != 5 {
@@ -1092,7 +1100,8 @@ func TestSQLitePlan(t *testing.T) {
 					t.Errorf("recovered %d operations, want 10", n)
 				}
 			})
-			if strings.Count(got, byState) < 2 || strings.Contains(got, "SCAN tasks") {
+			if !strings.Contains(got, "INDEX tasks_unfinished (<expr>>?)") || !strings.Contains(got, "INDEX tasks_unfinished (<expr>=?)") ||
+				strings.Contains(got, "SCAN tasks") || strings.Contains(got, "TEMP B-TREE") {
 				t.Errorf("Recover: plan %q", got)
 			}
 			got = plan("UPDATE", func() {
@@ -1102,6 +1111,134 @@ func TestSQLitePlan(t *testing.T) {
 				t.Errorf("WriteBatch: plan %q", got)
 			}
 		})
+	}
+}
+
+// A search in steps finds what one look at the whole history would.
+func TestSQLiteSearch(t *testing.T) {
+	const rows = 2*maxStep + 1000
+	path := filepath.Join(t.TempDir(), "x.db")
+	s := sqliteOpen(t, path)
+	sqliteExecute(t, s.db, fmt.Sprintf(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)
+		INSERT INTO tasks (rowid, id, name, state) SELECT iif(i < 1000, i, i * 1000000), i, CASE WHEN i %% 997 = 0 THEN 'rare' ELSE 'often' END,
+		CASE i %% 7 WHEN 0 THEN 'FAILED' WHEN 1 THEN 'RUNNING' WHEN 2 THEN 'PENDING' ELSE 'DONE' END FROM n`, rows))
+	all, err := s.List(rows, 0)
+	if err != nil || len(all) != rows {
+		t.Fatal(len(all), err)
+	}
+	for _, f := range []Filter{
+		{Name: "rare"},
+		{Name: "never"},
+		{Name: "rare", Before: "9000"},
+		{Name: "rare", Before: "997"},
+		{Name: "often", Before: "3"},
+		{States: []State{StateDone}},
+		{States: []State{StateDone, StateFailed}, Before: "200"},
+		{States: []State{StateDone, StateRunning}, Name: "rare"},
+		{States: []State{StateFailed, StatePending}, Name: "rare"},
+		{States: []State{StateRunning}, Name: "rare", Include: []string{"10967", "997"}},
+		{States: []State{StateRunning, StateDone}, Exclude: []string{"1", "8"}, Before: "20"},
+	} {
+		for _, page := range [][2]int{{1, 0}, {3, 0}, {3, 2}, {2, 9}, {rows, 0}, {5, rows}, {10, rows / 2}, {rows, 50}} {
+			limit, offset := page[0], page[1]
+			want := []string{}
+			for _, op := range all {
+				if n, _ := strconv.Atoi(op.ID); f.Before != "" {
+					if before, _ := strconv.Atoi(f.Before); n >= before {
+						continue
+					}
+				}
+				if f.matches(op) {
+					want = append(want, op.ID)
+				}
+			}
+			want = want[min(offset, len(want)):]
+			want = want[:min(limit, len(want))]
+			got, err := s.ListFiltered(f, limit, offset)
+			if err != nil || !slices.EqualFunc(got, want, func(op *Operation, id string) bool { return op.ID == id }) {
+				t.Errorf("ListFiltered(%+v, %d, %d): %d operations, %v, want %d", f, limit, offset, len(got), err, len(want))
+			}
+		}
+	}
+	if _, err := s.ListFiltered(Filter{Name: "rare", Before: "unknown"}, 1, 0); !errors.Is(err, ErrNotFound) {
+		t.Errorf("before an unknown ID: %v", err)
+	}
+}
+
+// A search ends between two steps once its context is done, and leaves the
+// connection to others between them, also if there is only one.
+func TestSQLiteSearchEnds(t *testing.T) {
+	s, _ := sqliteHistory(t, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
+		INSERT INTO tasks (id, name, state) SELECT i, 'x', 'DONE' FROM n`)
+	s.db.SetMaxOpenConns(1)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	searching := make(chan error)
+	go func() {
+		for {
+			_, err := s.ListFiltered(Filter{Name: "rare", Context: ctx}, 1, 0)
+			if err != nil {
+				searching <- err
+				return
+			}
+		}
+	}()
+	for i := range 20 {
+		if err := s.Save(sqliteOp(fmt.Sprint("new ", i), StatePending)); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	if err := <-searching; err != context.Canceled {
+		t.Errorf("ListFiltered: %v, want the context's error", err)
+	}
+}
+
+// Each step looks at a bounded number of rows, and none follows the end of the
+// context.
+func TestSQLiteSearchSteps(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "app.db")
+	sqliteOpen(t, path).Close()
+	sqliteMake(t, path, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)
+		INSERT INTO tasks (id, name, state) SELECT i, 'x', 'DONE' FROM n`)
+	db, set := hookdriver.Open(t, path)
+	s := sqliteUse(t, db)
+	for _, cancelAt := range []int{1, 3, 1000} {
+		ctx, cancel := context.WithCancel(t.Context())
+		steps := 0
+		set(func(query string, run func() error) error {
+			if strings.Contains(query, "name = ?") {
+				if steps++; steps == cancelAt {
+					cancel()
+				}
+			}
+			return run()
+		})
+		ops, err := s.ListFiltered(Filter{Name: "rare", Context: ctx}, 1, 0)
+		set(hookdriver.Run)
+		cancel()
+		if want := 11; cancelAt == 1000 && (steps != want || err != nil) { // 6,300 rows in the first 6
+			t.Errorf("%d steps, %v, want %d", steps, err, want)
+		} else if cancelAt < 1000 && (steps != cancelAt || !errors.Is(err, context.Canceled) || ops != nil) {
+			t.Errorf("cancelled at step %d: %d steps, %v", cancelAt, steps, err)
+		}
+	}
+}
+
+// A database of an earlier version gets the index that recovery needs.
+func TestSQLiteOlder(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.db")
+	sqliteOpen(t, path).Close()
+	sqliteMake(t, path, `DROP INDEX tasks_unfinished; INSERT INTO tasks (id, name, state) VALUES ('a', 'x', 'RUNNING')`)
+	s := sqliteOpen(t, path)
+	n := 0
+	for op, err := range s.Recover("gone") {
+		if n++; err != nil || op.ID != "a" {
+			t.Errorf("Recover: %v, %v", op, err)
+		}
+	}
+	if n != 1 {
+		t.Errorf("recovered %d operations, want 1", n)
 	}
 }
 

@@ -16,6 +16,8 @@ import (
 	"iter"
 	"sync"
 
+	"github.com/google/uuid"
+
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
 )
@@ -262,6 +264,166 @@ func TestListBeforeUnknown(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestListBeforeDeleted pages through the history while the last operation of each
+// page is deleted, alone or with all newer ones, before the next page is read.
+func TestListBeforeDeleted(t *testing.T) {
+	for name, open := range testkit.Stores {
+		for _, alone := range []bool{true, false} {
+			for filter, opts := range map[string][]task.ListOption{
+				"all": nil, "by name": {task.ByName("x")}, "by state": {task.ByState(task.StateFailed)}, "by states": {task.ByState(task.StateFailed, task.StateDone)},
+			} {
+				t.Run(fmt.Sprintf("%s, alone=%t, %s", name, alone, filter), func(t *testing.T) {
+					db := open(t)
+					inner := db
+					if name == "four methods" {
+						inner = task.NewMemoryStore()
+						db = testkit.Bare(inner)
+					}
+					pageWhilePruning(t, newManager(t, db), inner, alone, opts)
+				})
+			}
+		}
+	}
+}
+
+func pageWhilePruning(t *testing.T, m *task.Manager, db task.Persistence, alone bool, opts []task.ListOption) {
+	const n, limit = 60, 7
+	finish := make(map[string]time.Time)
+	for i := range n {
+		op := &task.Operation{ID: uuid.Must(uuid.NewV7()).String(), Name: "x", State: task.StateFailed}
+		op.UpdatedAt = time.Now().Add(-time.Hour - time.Duration(i)*time.Second) // the newest finished first
+		if last := (n-i)%limit == 0; alone && !last {
+			op.UpdatedAt = time.Now()
+		}
+		finish[op.ID] = op.UpdatedAt
+		must(t, db.Save(op))
+	}
+	var seen []string
+	for last := ""; ; {
+		ops, err := m.List(limit, 0, append(slices.Clone(opts), task.Before(last))...)
+		must(t, err)
+		if len(ops) == 0 {
+			break
+		}
+		for _, op := range ops {
+			seen = append(seen, op.ID)
+		}
+		last = ops[len(ops)-1].ID
+		for _, err := range db.(task.Pruner).Prune(finish[last].Add(time.Millisecond)) {
+			must(t, err)
+		}
+		if _, ok := m.Get(last); ok && len(ops) == limit {
+			t.Fatal("the last operation of the page is still there")
+		}
+	}
+	if !slices.IsSortedFunc(seen, func(a, b string) int { return strings.Compare(b, a) }) || len(seen) != n {
+		t.Errorf("%d operations, want %d, the newest first", len(seen), n)
+	}
+}
+
+// TestListBeforeDeletedClocks: where the clock was set back, the page after a
+// deleted operation may repeat some, but leaves out none.
+func TestListBeforeDeletedClocks(t *testing.T) {
+	var ids []string // by order of submission
+	for i := range 20 {
+		second := 100 + i
+		if i >= 10 {
+			second -= 15
+		}
+		ids = append(ids, fmt.Sprintf("0190%04x-0000-7000-8000-%012d", second, i))
+	}
+	for name, open := range testkit.Stores {
+		for i, deleted := range ids {
+			db := open(t)
+			for _, id := range ids {
+				if id != deleted {
+					must(t, db.Save(&task.Operation{ID: id, Name: "x", State: task.StateDone}))
+				}
+			}
+			ops, err := newManager(t, db).List(100, 0, task.Before(deleted))
+			must(t, err)
+			for _, id := range ids[:i] {
+				if !slices.ContainsFunc(ops, func(op *task.Operation) bool { return op.ID == id }) {
+					t.Errorf("%s: %s is missing after number %d, which was deleted", name, id, i)
+				}
+			}
+		}
+	}
+}
+
+// TestListOrder: operations that are submitted at once are listed in the order of
+// their IDs.
+func TestListOrder(t *testing.T) {
+	m := newManager(t, openSQLite(t, testkit.FastPath(t)))
+	var all sync.WaitGroup
+	for range 64 {
+		all.Go(func() {
+			for range 50 {
+				submit(t, m, nothing)
+			}
+		})
+	}
+	all.Wait()
+	ops, err := m.List(10_000, 0)
+	must(t, err)
+	if len(ops) != 64*50 || !slices.IsSortedFunc(ops, func(a, b *task.Operation) int { return strings.Compare(b.ID, a.ID) }) {
+		t.Errorf("%d operations, not in the order of their IDs", len(ops))
+	}
+}
+
+// TestListContext: List returns the error of its caller's context, whatever the
+// store.
+func TestListContext(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		historyOf(t, m, "D1", "R1")
+		ctx, cancel := context.WithCancel(t.Context())
+		for _, opts := range [][]task.ListOption{{}, {task.ByName("D1")}, {task.ByState(task.StateDone)}} {
+			if ops, err := m.List(1, 0, append(opts, task.WithContext(ctx))...); err != nil || len(ops) != 1 {
+				t.Errorf("%v, %v", ops, err)
+			}
+		}
+		cancel()
+		for _, opts := range [][]task.ListOption{{}, {task.ByName("D1")}} {
+			if ops, err := m.List(1, 0, append(opts, task.WithContext(ctx))...); !errors.Is(err, context.Canceled) {
+				t.Errorf("%v, %v, want the context's error", ops, err)
+			}
+		}
+	})
+	t.Run("during a search in pages", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		fake := testkit.NewFake(nil)
+		for i := range 3000 {
+			must(t, fake.Save(&task.Operation{ID: fmt.Sprint(i), Name: "x"}))
+		}
+		fake.After(func(c *testkit.Call) {
+			if c.Method == "List" {
+				cancel()
+			}
+		})
+		m := newManager(t, testkit.Bare(fake))
+		calls := fake.Count("List")
+		if ops, err := m.List(1, 0, task.ByName("rare"), task.WithContext(ctx)); !errors.Is(err, context.Canceled) {
+			t.Errorf("%v, %v, want the context's error", ops, err)
+		}
+		if n := fake.Count("List") - calls; n > 1 {
+			t.Errorf("%d pages, want 1", n)
+		}
+	})
+}
+
+// TestSubmitBesideSearches submits while many clients search a long history, some
+// of which give up.
+func TestSubmitBesideSearches(t *testing.T) {
+	r := besideSearches(t, 300_000, 100, 2*time.Second)
+	t.Log(r)
+	if r.submits == 0 || r.failed != nil || r.worstSubmit > 500*time.Millisecond {
+		t.Errorf("%v, want none failed, and none to take longer than 0.5 s", r)
+	}
+	if r.worstEnd > 500*time.Millisecond {
+		t.Errorf("%v: a search has gone on after its context", r)
+	}
 }
 
 // TestListByStateNow: List finds an operation by its new state as soon as that

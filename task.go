@@ -218,17 +218,27 @@ func ByState(states ...State) ListOption {
 
 // ByName lets List return only operations with exactly that name, or with any
 // if it is empty. No index helps with that: in a long history a rare name
-// takes a while.
+// takes a while; see [WithContext].
 func ByName(name string) ListOption {
 	return func(f *Filter) { f.Name = validUTF8(name) }
 }
 
 // Before restricts List to operations submitted before the one with that ID,
-// or to none if it is empty. With the last operation of a page it leads to the
+// or not at all if it is empty. With the last operation of a page it leads to the
 // next page, whatever has been submitted meanwhile, and with SQLite as fast as
 // to the first one.
+//
+// If that operation has been deleted, List continues from where it was, by the
+// time in its ID. An unknown ID that is no UUIDv7 is [ErrNotFound].
 func Before(id string) ListOption {
 	return func(f *Filter) { f.Before = id }
+}
+
+// WithContext makes List return ctx's error once ctx is done, so that a search of a
+// long history ends when nobody waits for it any more. An SQLite store notices that
+// after some thousand rows, other stores at the latest when they have answered.
+func WithContext(ctx context.Context) ListOption {
+	return func(f *Filter) { f.Context = ctx }
 }
 
 // A life is what Wait and Watch see of an operation. The manager's mutex guards

@@ -214,7 +214,7 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 	}
 	cursor := query.Get("cursor")
 	ops, err := h.manager.List(limit+1, 0, // one more shows whether there is a next page
-		task.ByState(states...), task.ByName(query.Get("name")), task.Before(cursor))
+		task.WithContext(r.Context()), task.ByState(states...), task.ByName(query.Get("name")), task.Before(cursor))
 	if cursor != "" && errors.Is(err, task.ErrNotFound) {
 		return badParameter("cursor", "operation %.64q not found, start with the first page", cursor)
 	}

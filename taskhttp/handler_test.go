@@ -523,3 +523,40 @@ func TestWaitDeadline(t *testing.T) {
 		}
 	})
 }
+
+// A slowLister searches until its caller's context is done.
+type slowLister struct {
+	*task.MemoryStore
+	searching chan struct{}
+	ended     chan error
+}
+
+func (s slowLister) ListFiltered(f task.Filter, _, _ int) ([]*task.Operation, error) {
+	close(s.searching)
+	select {
+	case <-f.Context.Done():
+	case <-time.After(10 * time.Second):
+	}
+	s.ended <- f.Context.Err()
+	return nil, f.Context.Err()
+}
+
+// TestListEndsWithClient: the search for a list ends when its client is gone.
+func TestListEndsWithClient(t *testing.T) {
+	store := slowLister{task.NewMemoryStore(), make(chan struct{}), make(chan error, 1)}
+	s := newSite(t, mount(newManager(t, store)))
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		<-store.searching
+		cancel()
+	}()
+	req, err := http.NewRequestWithContext(ctx, "GET", s.url+"/?name=rare", nil)
+	must(t, err)
+	if resp, err := s.client.Do(req); err == nil {
+		resp.Body.Close()
+		t.Error("there was a response")
+	}
+	if err := <-store.ended; err == nil {
+		t.Error("the search went on for 10 s")
+	}
+}

@@ -276,9 +276,15 @@ func recoversNoLiving(s *session) {
 var filterChecks = []check{
 	{
 		name: "filtered",
-		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID is an error that wraps task.ErrNotFound.",
+		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID that is no UUIDv7 is an error that wraps task.ErrNotFound.",
 		has:  has[task.FilteredLister],
 		test: filters,
+	},
+	{
+		name: "filtered-deleted",
+		rule: "ListFiltered before a UUIDv7 that is not stored returns the operations that would follow it, by the order of the IDs.",
+		has:  has[task.FilteredLister],
+		test: filtersBeforeDeleted,
 	},
 }
 
@@ -326,11 +332,34 @@ func filters(s *session) {
 			}
 		}
 	}
-	got, err := s.db.(task.FilteredLister).ListFiltered(task.Filter{Before: s.new("").ID}, 10, 0)
+	got, err := s.db.(task.FilteredLister).ListFiltered(task.Filter{Before: "unknown"}, 10, 0)
 	if len(got) > 0 {
 		s.errorf("ListFiltered before an unknown ID = %s", names(got))
 	}
 	s.answer("ListFiltered before an unknown ID", err, task.ErrNotFound)
+}
+
+func filtersBeforeDeleted(s *session) {
+	id := func(i int) string { return fmt.Sprintf("0190%04x-0000-7000-8000-000000000000", i) }
+	for i := range 10 {
+		op := s.new("scrub")
+		if op.ID = id(i); i%3 == 2 {
+			op.ID = fmt.Sprintf("import-%d", i) // has no place by time
+		}
+		if i%3 != 0 {
+			s.save(op)
+		}
+	}
+	for i := range 4 { // 0, 3, 6 and 9 are not stored
+		for _, f := range []task.Filter{{}, {Name: "scrub"}, {States: []task.State{task.StatePending}}, {States: states}} {
+			f.Before = id(3 * i)
+			want := s.page(2*i, 5, 0)
+			got, err := s.db.(task.FilteredLister).ListFiltered(f, 5, 0)
+			if err != nil || !samePage(got, want) {
+				s.errorf("ListFiltered(%+v, 5, 0) = %s, %v, want %s", f, names(got), err, names(want))
+			}
+		}
+	}
 }
 
 // filtered returns what ListFiltered should return.

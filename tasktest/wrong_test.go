@@ -316,6 +316,9 @@ var wrongStores = []wrongStore{
 	{"lists from the beginning again", "filtered", "want 0 operations", once(func() *forgetfulLister {
 		return &forgetfulLister{task.NewMemoryStore()}
 	})},
+	{"continues only after what it has stored", "filtered-deleted", "want 2 operations", once(func() *strictLister {
+		return &strictLister{task.NewMemoryStore()}
+	})},
 	{"prunes by age alone", "prune", "after Prune: List shows", once(func() *eagerPruner {
 		return &eagerPruner{mapStore: newMapStore()}
 	})},
@@ -582,6 +585,18 @@ type forgetfulLister struct{ *task.MemoryStore }
 
 func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
 	f.Before = ""
+	return s.MemoryStore.ListFiltered(f, limit, offset)
+}
+
+// A strictLister has to find the operation Before.
+type strictLister struct{ *task.MemoryStore }
+
+func (s *strictLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	if f.Before != "" {
+		if _, err := s.Get(f.Before); err != nil {
+			return nil, err
+		}
+	}
 	return s.MemoryStore.ListFiltered(f, limit, offset)
 }
 

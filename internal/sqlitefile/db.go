@@ -11,14 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"time"
 )
 
 // A DB is a database that is ready for use. Its methods may be called
 // concurrently.
 type DB struct {
-	*sql.DB
+	*sql.DB         // the pool for writes
+	reads   *sql.DB // for reads; the same pool if there may be no other
 
 	// Timeout bounds each Read and, by way of Deadline, each Write, the wait
 	// for a connection included. Change it only before the first call.
@@ -26,19 +26,27 @@ type DB struct {
 
 	path string      // of the database file; "" if there is none
 	info os.FileInfo // of the file when it was opened
-	owns bool        // Close closes DB
+	owns bool        // Close closes the pools
 }
 
-// defaultTimeout is the Timeout of a new DB.
-const defaultTimeout = 10 * time.Second
+const (
+	defaultTimeout = 10 * time.Second // the Timeout of a new DB
+	readConns      = 4                // the connections for reads of a database that Open has opened
+)
 
 // Open opens the database file at a path that Resolve has returned, "" for a
 // new database in memory. A new file gets the mode and owner of the file at
 // modeOf, if that is not "". The database is written with synchronous=FULL.
 // Open needs the go-sqlite3 driver.
+//
+// Writes have a connection of their own, so that readers can't keep it busy.
 func Open(path, modeOf string) (*DB, error) {
 	if path == "" {
-		return open(dsn(":memory:", "memory", ""), path, 1) // another connection would be another database
+		db, err := open(dsn(":memory:", "memory", ""), 1)
+		if err != nil {
+			return nil, err
+		}
+		return (&DB{DB: db, reads: db, owns: true}).prepared() // another connection would be another database
 	}
 	if _, err := os.Stat(path); err != nil {
 		// SQLite itself creates the file: if this process opened and closed it,
@@ -51,18 +59,26 @@ func Open(path, modeOf string) (*DB, error) {
 			return nil, err
 		}
 	}
-	// A file that is deleted later is not created again unnoticed.
-	return open(dsn(path, "rw", ""), path, max(4, runtime.NumCPU()))
-}
-
-func open(dsn, path string, conns int) (*DB, error) {
-	db, err := openPool(dsn)
+	existing := dsn(path, "rw", "") // a file that is deleted later is not created again unnoticed
+	writes, err := open(existing, 1)
 	if err != nil {
 		return nil, err
 	}
-	db.SetMaxOpenConns(conns)
-	db.SetMaxIdleConns(conns)
-	return (&DB{DB: db, path: path, owns: true, Timeout: defaultTimeout}).prepared()
+	reads, err := open(existing, readConns)
+	if err != nil {
+		return nil, errors.Join(err, writes.Close())
+	}
+	return (&DB{DB: writes, reads: reads, path: path, owns: true}).prepared()
+}
+
+// open returns a pool that keeps so many connections.
+func open(dsn string, conns int) (*sql.DB, error) {
+	db, err := openPool(dsn)
+	if err == nil {
+		db.SetMaxOpenConns(conns)
+		db.SetMaxIdleConns(conns)
+	}
+	return db, err
 }
 
 // Use returns a DB for an application's database, whose settings stay as they
@@ -72,11 +88,12 @@ func Use(db *sql.DB) (*DB, error) {
 	if db == nil {
 		return nil, errors.New("the *sql.DB is nil")
 	}
-	return (&DB{DB: db, Timeout: defaultTimeout}).prepared()
+	return (&DB{DB: db, reads: db}).prepared()
 }
 
 // prepared returns d if the database is suitable, and else closes it.
 func (d *DB) prepared() (*DB, error) {
+	d.Timeout = defaultTimeout
 	if err := d.prepare(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -87,7 +104,7 @@ func (d *DB) prepared() (*DB, error) {
 func (d *DB) prepare() error {
 	var version, journal string
 	var file sql.NullString
-	err := d.Read(func(c *sql.Conn) error {
+	err := d.Read(context.Background(), func(c *sql.Conn) error {
 		return c.QueryRowContext(context.Background(), `SELECT sqlite_version(), (SELECT journal_mode FROM pragma_journal_mode),
 			(SELECT file FROM pragma_database_list WHERE seq = 0)`).Scan(&version, &journal, &file)
 	})
@@ -129,13 +146,17 @@ func (d *DB) Close() error {
 	if !d.owns {
 		return nil
 	}
-	return d.DB.Close()
+	if d.reads == d.DB {
+		return d.DB.Close()
+	}
+	return errors.Join(d.reads.Close(), d.DB.Close())
 }
 
 // Read calls f, which only reads, with a connection. It calls f again while
-// the database is locked, until d.Timeout has passed.
-func (d *DB) Read(f func(*sql.Conn) error) error {
-	return d.retry(d.Deadline(), f)
+// the database is locked, until d.Timeout has passed or ctx is done. It does not
+// interrupt f.
+func (d *DB) Read(ctx context.Context, f func(*sql.Conn) error) error {
+	return d.retry(ctx, d.reads, d.Deadline(), f)
 }
 
 // Deadline returns when a Write that begins now should give up.
@@ -146,7 +167,7 @@ func (d *DB) Deadline() time.Time { return time.Now().Add(d.Timeout) }
 // transaction, until the deadline; f must set its results anew each time. Any
 // other error ends it at once.
 func (d *DB) Write(deadline time.Time, f func(*sql.Conn) error) error {
-	return d.retry(deadline, func(c *sql.Conn) error {
+	return d.retry(context.Background(), d.DB, deadline, func(c *sql.Conn) error {
 		if err := Exec(c, "BEGIN IMMEDIATE"); err != nil {
 			return err
 		}
@@ -181,20 +202,24 @@ func InTransaction(c *sql.Conn) bool {
 	return Exec(c, "BEGIN") != nil || Exec(c, "ROLLBACK") != nil
 }
 
-// retry calls f with a connection while that fails because of a lock, until
-// the deadline.
-func (d *DB) retry(deadline time.Time, f func(*sql.Conn) error) error {
+// retry calls f with a connection of a pool while that fails because of a lock,
+// until the deadline or the end of ctx.
+func (d *DB) retry(ctx context.Context, pool *sql.DB, deadline time.Time, f func(*sql.Conn) error) error {
 	if err := d.checkFile(); err != nil {
 		return err
 	}
 	// Only the wait for a connection gets the context: go-sqlite3 would start
 	// a goroutine for each statement.
-	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	bounded, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	timedOut := errors.New("timed out waiting for a connection to the database")
 	return wait(deadline, Locked, func() (failed error) {
-		c, err := d.Conn(ctx) // which fails if opening it needs a lock
-		if errors.Is(err, context.DeadlineExceeded) {
+		c, err := pool.Conn(bounded) // which fails if opening it needs a lock
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, context.DeadlineExceeded):
 			return timedOut // or what the database has said before
 		}
 		defer func() {

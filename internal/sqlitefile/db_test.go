@@ -188,7 +188,7 @@ func TestConnectionInUse(t *testing.T) {
 	d.Timeout = 50 * time.Millisecond
 	start := time.Now()
 	for what, err := range map[string]error{
-		"Read":  d.Read(func(*sql.Conn) error { return nil }),
+		"Read":  d.Read(t.Context(), func(*sql.Conn) error { return nil }),
 		"Write": d.Write(d.Deadline(), insert),
 	} {
 		if err == nil || !strings.Contains(err.Error(), "timed out waiting for a connection") {
@@ -199,6 +199,63 @@ func TestConnectionInUse(t *testing.T) {
 		t.Errorf("it took %v", took)
 	}
 	c.Close()
+	usable(t, d, 0)
+}
+
+// However many readers there are, a write gets a connection at once. A reader
+// waits for one until its time is up or its context is done.
+func TestReadersLeaveWriter(t *testing.T) {
+	d, err := Open(filepath.Join(t.TempDir(), "x.db"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if err := d.Migrate(table); err != nil {
+		t.Fatal(err)
+	}
+	d.Timeout = 200 * time.Millisecond
+	var beside func(readers int)
+	beside = func(readers int) {
+		err := d.Read(t.Context(), func(c *sql.Conn) error {
+			if _, err := Strings(c, "SELECT id FROM things"); err != nil || readers > 1 {
+				beside(readers - 1)
+				return err
+			}
+			if err := d.Write(d.Deadline(), insert); err != nil {
+				t.Errorf("Write beside %d readers: %v", readConns, err)
+			}
+			if err := d.Read(t.Context(), func(*sql.Conn) error { return nil }); err == nil || !strings.Contains(err.Error(), "timed out waiting") {
+				t.Errorf("one more Read: %v", err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(20*time.Millisecond, cancel)
+			start := time.Now()
+			err := d.Read(ctx, func(*sql.Conn) error { return nil })
+			if took := time.Since(start); !errors.Is(err, context.Canceled) || took > 150*time.Millisecond {
+				t.Errorf("one more Read, cancelled: %v after %v", err, took)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	beside(readConns)
+	usable(t, d, 1)
+}
+
+// The end of a reader's context also ends its wait for a lock.
+func TestReadLocked(t *testing.T) {
+	d, set := hooked(t, ":memory:")
+	set(func(string, func() error) error { return coded(busy) })
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	err := d.Read(ctx, func(c *sql.Conn) error { return Exec(c, "SELECT 1") })
+	if took := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || took > time.Second {
+		t.Errorf("Read: %v after %v", err, took)
+	}
+	set(hookdriver.Run)
 	usable(t, d, 0)
 }
 
@@ -232,7 +289,7 @@ func TestSharedCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	read := func() error {
-		return d.Read(func(c *sql.Conn) error { _, err := Strings(c, "SELECT count(*) FROM things"); return err })
+		return d.Read(t.Context(), func(c *sql.Conn) error { _, err := Strings(c, "SELECT count(*) FROM things"); return err })
 	}
 	done := make(chan error, 2)
 	go func() { done <- read() }()
@@ -453,7 +510,7 @@ func TestCheckFile(t *testing.T) {
 				t.Fatal(err)
 			}
 			for what, err := range map[string]error{
-				"Read":  d.Read(func(*sql.Conn) error { return nil }),
+				"Read":  d.Read(t.Context(), func(*sql.Conn) error { return nil }),
 				"Write": d.Write(d.Deadline(), insert),
 			} {
 				if err == nil || !strings.Contains(err.Error(), "while it was open") {
@@ -475,7 +532,7 @@ func TestWALShrinks(t *testing.T) {
 	if err := d.Migrate(table); err != nil {
 		t.Fatal(err)
 	}
-	reader, err := d.Conn(t.Context())
+	reader, err := d.reads.Conn(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package sqlitefile
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
 	"errors"
@@ -95,7 +96,7 @@ func syncOnOpen(c *sql.Conn) error {
 // enterWAL puts the database into WAL mode. While several processes do that at
 // once, SQLite does not wait for the busy timeout.
 func (d *DB) enterWAL() error {
-	return d.Read(func(c *sql.Conn) error {
+	return d.retry(context.Background(), d.DB, d.Deadline(), func(c *sql.Conn) error {
 		mode, err := Strings(c, "PRAGMA journal_mode = WAL")
 		if err == nil && mode[0] != "wal" {
 			err = fmt.Errorf("the journal mode stays %q", mode[0])

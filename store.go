@@ -266,6 +266,10 @@ type Filter struct {
 	// If they are stored as unfinished, those in Include count as being in one
 	// of the states, and those in Exclude do not.
 	Include, Exclude []string
+
+	// If not 0: in place of metadata and results of more bytes than that there
+	// may be an [Omitted], so that the store does not read them.
+	MaxValue int
 }
 
 // matches reports whether a stored operation is one that the filter is for,
@@ -300,7 +304,8 @@ type FilteredLister interface {
 // listFiltered uses the store's List if there is nothing to filter, its
 // ListFiltered if it has one, and else looks at the whole history.
 func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, error) {
-	if len(f.States) == 0 && f.Name == "" && f.Before == "" {
+	all := len(f.States) == 0 && f.Name == "" && f.Before == ""
+	if all && f.MaxValue == 0 {
 		return db.List(limit, offset)
 	}
 	if l, ok := db.(FilteredLister); ok {
@@ -308,6 +313,9 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 		if !errors.Is(err, errors.ErrUnsupported) {
 			return ops, notFound(err)
 		}
+	}
+	if all {
+		return db.List(limit, offset)
 	}
 	var ops []*Operation
 	before := f.Before // what is yet to be found

@@ -159,7 +159,8 @@ type row struct {
 	rowid                           int64 // not kept: VACUUM changes it
 	id, name, state                 string
 	progress                        int64
-	metadata, result, err           string
+	metadata, result                any // a text, or the length of one that was not read
+	err                             string
 	createdAt, updatedAt, startedAt string
 }
 
@@ -168,6 +169,20 @@ const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TE
 	coalesce(CAST(progress AS INTEGER), 0), coalesce(CAST(metadata AS TEXT), ''), coalesce(CAST(result AS TEXT), ''),
 	coalesce(CAST(error AS TEXT), ''), coalesce(CAST(created_at AS TEXT), ''), coalesce(CAST(updated_at AS TEXT), ''),
 	coalesce(CAST(started_at AS TEXT), '')`
+
+// columnsWithin is columns with the length, an integer, in place of metadata and
+// results of more than max bytes.
+func columnsWithin(max int) string {
+	if max == 0 {
+		return columns
+	}
+	bounded := columns
+	for _, name := range []string{"metadata", "result"} {
+		length, text := `length(CAST(`+name+` AS BLOB))`, `coalesce(CAST(`+name+` AS TEXT), '')`
+		bounded = strings.Replace(bounded, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, max, length, text), 1)
+	}
+	return bounded
+}
 
 // operation turns a row into an operation. What it can't make sense of becomes
 // a zero value: one bad cell must not hide the rest of the history.
@@ -186,11 +201,20 @@ func (r *row) operation() *Operation {
 	}
 }
 
-func cellJSON(cell string) any {
-	if cell == "" || cell == "null" || !json.Valid([]byte(cell)) {
+func cellJSON(cell any) any {
+	var raw json.RawMessage
+	switch cell := cell.(type) {
+	case int64:
+		return Omitted(cell)
+	case string: // or bytes, depending on the driver
+		raw = json.RawMessage(cell)
+	case []byte:
+		raw = cell
+	}
+	if string(raw) == "null" || !json.Valid(raw) {
 		return nil
 	}
-	return json.RawMessage(cell)
+	return raw
 }
 
 // timeFormat has a fixed width, so that the order of texts is that of times,
@@ -436,7 +460,7 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
 		where, args = whereState(f, where, args, last)
 	}
-	query := `SELECT ` + columns + ` FROM tasks`
+	query := `SELECT ` + columnsWithin(f.MaxValue) + ` FROM tasks`
 	if len(where) > 0 {
 		query += ` WHERE ` + strings.Join(where, ` AND `)
 	}

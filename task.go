@@ -231,6 +231,14 @@ func Before(id string) ListOption {
 	return func(f *Filter) { f.Before = id }
 }
 
+// MaxValue lets List leave out metadata and results that take more than that many
+// bytes as JSON: an [Omitted] is in their place, and [Manager.Get] returns them.
+// SQLite does not read them, so that a list needs little memory. With 0 nothing
+// is left out.
+func MaxValue(bytes int) ListOption {
+	return func(f *Filter) { f.MaxValue = max(bytes, 0) }
+}
+
 // A life is what Wait and Watch see of an operation. The manager's mutex guards
 // it until done is closed; then it never changes.
 type life struct {

@@ -316,6 +316,9 @@ var wrongStores = []wrongStore{
 	{"lists from the beginning again", "filtered", "want 0 operations", once(func() *forgetfulLister {
 		return &forgetfulLister{task.NewMemoryStore()}
 	})},
+	{"leaves out all values", "max-value", "Metadata is", once(func() *valuelessLister {
+		return &valuelessLister{task.NewMemoryStore()}
+	})},
 	{"prunes by age alone", "prune", "after Prune: List shows", once(func() *eagerPruner {
 		return &eagerPruner{mapStore: newMapStore()}
 	})},
@@ -583,6 +586,19 @@ type forgetfulLister struct{ *task.MemoryStore }
 func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
 	f.Before = ""
 	return s.MemoryStore.ListFiltered(f, limit, offset)
+}
+
+// A valuelessLister leaves out values that are short, too.
+type valuelessLister struct{ *task.MemoryStore }
+
+func (s *valuelessLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	ops, err := s.MemoryStore.ListFiltered(f, limit, offset)
+	for _, op := range ops {
+		if f.MaxValue > 0 {
+			op.Metadata = task.Omitted(f.MaxValue + 1)
+		}
+	}
+	return ops, err
 }
 
 // An eagerPruner also deletes unfinished operations.

@@ -288,7 +288,8 @@ type stream struct {
 	ctx context.Context // done when the stream must end
 	w   http.ResponseWriter
 	c   *http.ResponseController
-	err error // the first error of writing
+	buf []byte // what is yet to be sent, at most maxPiece
+	err error  // the first error of sending
 }
 
 func streamHeader(w http.ResponseWriter) {
@@ -341,10 +342,23 @@ func (s *stream) snapshot(id string, ops []light, more bool) {
 	s.write([]byte("}\n\n"))
 }
 
-// write writes p in pieces, each with its own deadline. The deadline is after the
+// write sends p, at the latest with the next flush.
+func (s *stream) write(p []byte) {
+	if len(s.buf)+len(p) > maxPiece {
+		s.send(s.buf)
+		s.buf = s.buf[:0]
+	}
+	if len(p) > maxPiece {
+		s.send(p)
+		return
+	}
+	s.buf = append(s.buf, p...)
+}
+
+// send sends p in pieces, each with its own deadline. The deadline is after the
 // next heartbeat: one that passes while the stream is idle would end an HTTP/2
 // stream.
-func (s *stream) write(p []byte) {
+func (s *stream) send(p []byte) {
 	for len(p) > 0 && s.err == nil {
 		n := min(len(p), maxPiece)
 		s.setDeadline()
@@ -382,6 +396,8 @@ func (s *stream) unblock() (stop func()) {
 
 // flush sends the data that was written.
 func (s *stream) flush() {
+	s.send(s.buf)
+	s.buf = nil // an idle stream needs none
 	s.setDeadline()
 	s.err = cmp.Or(s.err, s.c.Flush())
 }

@@ -428,7 +428,7 @@ func (h *handler) respond(w http.ResponseWriter, r *http.Request, status int) (s
 	stop := s.unblock()
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	return s, func() { stop(); cancel() }
+	return s, func() { s.send(s.buf); stop(); cancel() }
 }
 
 // look returns the present state of an operation. Unlike Manager.Get, Wait

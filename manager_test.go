@@ -1355,3 +1355,14 @@ func TestRawForeign(t *testing.T) {
 		}
 	}
 }
+
+// TestRawInvalid: a value of a store that is invalid JSON is nil.
+func TestRawInvalid(t *testing.T) {
+	db := task.NewMemoryStore()
+	must(t, db.Save(&task.Operation{ID: "1", Name: "n", State: task.StateDone, Metadata: json.RawMessage(`{"a":`), Result: json.RawMessage(`1`)}))
+	ops, err := newManager(t, db).Raw().List(10, 0)
+	must(t, err)
+	if ops[0].Metadata != nil || !reflect.DeepEqual(ops[0].Result, json.RawMessage(`1`)) {
+		t.Errorf("metadata %v, result %v", ops[0].Metadata, ops[0].Result)
+	}
+}

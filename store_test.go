@@ -797,3 +797,20 @@ func TestSQLiteMaxValue(t *testing.T) {
 		}
 	}
 }
+
+// TestListMaxValueBare: for MaxValue alone, a store with four methods reads no
+// more than the page.
+func TestListMaxValueBare(t *testing.T) {
+	fake := testkit.NewFake(nil)
+	m := newManager(t, testkit.Bare(fake))
+	wait(t, m, submit(t, m, nothing).ID)
+	fake.Before(func(c *testkit.Call) error {
+		if c.Method == "List" && c.Limit != 10 {
+			t.Errorf("List(%d, %d)", c.Limit, c.Offset)
+		}
+		return nil
+	})
+	if ops, err := m.List(10, 0, task.MaxValue(1)); err != nil || len(ops) != 1 {
+		t.Errorf("%v, %v", ops, err)
+	}
+}

@@ -308,11 +308,16 @@ func TestWatchAllDeleted(t *testing.T) {
 	release()
 	m.Wait(t.Context(), deleted.ID)
 	op := submit(t, m, nothing)
+	seen := 0
 	for got, err := range events {
 		must(t, err)
 		if got.ID == op.ID {
 			break
 		}
+		seen++
+	}
+	if seen != 1 {
+		t.Errorf("%d events of the deleted operation, want its present state only", seen)
 	}
 }
 

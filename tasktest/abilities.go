@@ -276,16 +276,16 @@ func recoversNoLiving(s *session) {
 
 var filterChecks = []check{
 	{
-		name: "filtered",
-		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID is an error that wraps task.ErrNotFound.",
-		has:  has[task.FilteredLister],
-		test: filters,
-	},
-	{
 		name: "max-value",
 		rule: "ListFiltered leaves values as they are, or, those of more bytes than the filter's MaxValue, as a task.Omitted with their length.",
 		has:  has[task.FilteredLister],
 		test: omits,
+	},
+	{
+		name: "filtered",
+		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID is an error that wraps task.ErrNotFound.",
+		has:  has[task.FilteredLister],
+		test: filters,
 	},
 }
 
@@ -340,6 +340,24 @@ func filters(s *session) {
 	s.answer("ListFiltered before an unknown ID", err, task.ErrNotFound)
 }
 
+// filtered returns what ListFiltered should return.
+func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Operation) {
+	n := len(s.want)
+	if f.Before != "" {
+		n = slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == f.Before })
+	}
+	for _, op := range s.page(n, n, 0) {
+		switch {
+		case len(f.States) > 0 && !inStates(f, op), f.Name != "" && f.Name != op.Name:
+		case offset > 0:
+			offset--
+		case len(page) < limit:
+			page = append(page, op)
+		}
+	}
+	return page
+}
+
 // omits lists a value that fits and one that does not, each by way of either field.
 func omits(s *session) {
 	const most = 1000
@@ -365,24 +383,6 @@ func omits(s *session) {
 			s.same(fmt.Sprintf("ListFiltered with MaxValue %d", max), op, &want)
 		}
 	}
-}
-
-// filtered returns what ListFiltered should return.
-func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Operation) {
-	n := len(s.want)
-	if f.Before != "" {
-		n = slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == f.Before })
-	}
-	for _, op := range s.page(n, n, 0) {
-		switch {
-		case len(f.States) > 0 && !inStates(f, op), f.Name != "" && f.Name != op.Name:
-		case offset > 0:
-			offset--
-		case len(page) < limit:
-			page = append(page, op)
-		}
-	}
-	return page
 }
 
 // inStates reports whether an operation is in one of a filter's states, or

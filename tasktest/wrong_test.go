@@ -313,11 +313,11 @@ type wrongStore struct {
 }
 
 var wrongStores = []wrongStore{
-	{"lists from the beginning again", "filtered", "want 0 operations", once(func() *forgetfulLister {
-		return &forgetfulLister{task.NewMemoryStore()}
-	})},
 	{"leaves out all values", "max-value", "Metadata is", once(func() *valuelessLister {
 		return &valuelessLister{task.NewMemoryStore()}
+	})},
+	{"lists from the beginning again", "filtered", "want 0 operations", once(func() *forgetfulLister {
+		return &forgetfulLister{task.NewMemoryStore()}
 	})},
 	{"prunes by age alone", "prune", "after Prune: List shows", once(func() *eagerPruner {
 		return &eagerPruner{mapStore: newMapStore()}
@@ -580,14 +580,6 @@ var wrongStores = []wrongStore{
 	})},
 }
 
-// A forgetfulLister ignores Before.
-type forgetfulLister struct{ *task.MemoryStore }
-
-func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
-	f.Before = ""
-	return s.MemoryStore.ListFiltered(f, limit, offset)
-}
-
 // A valuelessLister leaves out values that are short, too.
 type valuelessLister struct{ *task.MemoryStore }
 
@@ -599,6 +591,14 @@ func (s *valuelessLister) ListFiltered(f task.Filter, limit, offset int) ([]*tas
 		}
 	}
 	return ops, err
+}
+
+// A forgetfulLister ignores Before.
+type forgetfulLister struct{ *task.MemoryStore }
+
+func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	f.Before = ""
+	return s.MemoryStore.ListFiltered(f, limit, offset)
 }
 
 // An eagerPruner also deletes unfinished operations.

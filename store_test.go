@@ -789,11 +789,16 @@ func TestListMaxValue(t *testing.T) {
 func TestSQLiteMaxValue(t *testing.T) {
 	store := openSQLite(t, testkit.Path(t))
 	must(t, store.Save(&task.Operation{ID: "1", Name: "n", State: task.StateDone, Metadata: json.RawMessage(`"ä"`), Result: json.RawMessage(`5`)}))
-	for max, want := range map[int]any{3: task.Omitted(4), 4: json.RawMessage(`"ä"`)} {
-		ops, err := store.ListFiltered(task.Filter{MaxValue: max}, 10, 0)
-		must(t, err)
-		if !reflect.DeepEqual(ops[0].Metadata, want) || !reflect.DeepEqual(ops[0].Result, json.RawMessage(`5`)) {
-			t.Errorf("MaxValue %d: metadata %v, result %v", max, ops[0].Metadata, ops[0].Result)
+	must(t, store.Save(&task.Operation{ID: "2", Name: "newer", State: task.StateFailed}))
+	for _, f := range []task.Filter{{}, {States: []task.State{task.StateDone}}, {States: []task.State{task.StateDone, task.StateRunning}}, {Name: "n"}, {Before: "2"}} {
+		for max, want := range map[int]any{3: task.Omitted(4), 4: json.RawMessage(`"ä"`)} {
+			f.MaxValue = max
+			ops, err := store.ListFiltered(f, 10, 0)
+			must(t, err)
+			op := ops[len(ops)-1]
+			if !reflect.DeepEqual(op.Metadata, want) || !reflect.DeepEqual(op.Result, json.RawMessage(`5`)) {
+				t.Errorf("%+v: metadata %v, result %v", f, op.Metadata, op.Result)
+			}
 		}
 	}
 }

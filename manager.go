@@ -167,7 +167,7 @@ func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation
 	if err != nil {
 		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
-	return m.snapshot(&t.life), nil
+	return m.copyOut(m.snapshot(&t.life)), nil
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -409,7 +409,7 @@ type running struct {
 	t *task
 }
 
-func (r running) snapshot() *Operation { return r.m.snapshot(&r.t.life) }
+func (r running) snapshot() *Operation { return r.m.copyOut(r.m.snapshot(&r.t.life)) }
 
 func (r running) setMetadata(metadata any) error {
 	r.m.mu.Lock()
@@ -440,7 +440,8 @@ func (r running) checkpoint() <-chan error {
 	return done
 }
 
-// snapshot returns an operation, as it is now, as callers get it.
+// snapshot returns an operation as it is now, which never changes: callers get a
+// copy of it, by copyOut or raw.
 func (m *Manager) snapshot(l *life) *Operation {
 	m.mu.Lock()
 	if t := m.tasks[l.op.ID]; t != nil {
@@ -448,7 +449,7 @@ func (m *Manager) snapshot(l *life) *Operation {
 	}
 	op := l.op
 	m.mu.Unlock()
-	return m.copyOut(op)
+	return op
 }
 
 // copyOut returns a copy of op for a caller.
@@ -456,6 +457,15 @@ func (m *Manager) copyOut(op *Operation) *Operation {
 	c := *op
 	c.Metadata = roundTrip(c.Metadata)
 	c.Result = roundTrip(c.Result)
+	c.manager, c.owner = m, ""
+	return &c
+}
+
+// raw returns a copy of op for a caller of [Raw].
+func (m *Manager) raw(op *Operation) *Operation {
+	c := *op
+	c.Metadata = rawValue(c.Metadata)
+	c.Result = rawValue(c.Result)
 	c.manager, c.owner = m, ""
 	return &c
 }
@@ -474,18 +484,19 @@ func (m *Manager) Get(id string) (*Operation, bool) {
 	if err != nil && !errors.Is(err, ErrNotFound) {
 		m.log.Error("task: get", "id", id, "err", err)
 	}
-	return op, err == nil
+	if err != nil {
+		return nil, false
+	}
+	return m.copyOut(op), true
 }
+
+// get returns the operation with that ID as snapshot does.
 
 func (m *Manager) get(id string) (*Operation, error) {
 	if t := m.live(id); t != nil {
 		return m.snapshot(&t.life), nil
 	}
-	op, err := get(m.db, id)
-	if err != nil {
-		return nil, err
-	}
-	return m.copyOut(op), nil
+	return get(m.db, id)
 }
 
 // List returns up to limit operations after skipping offset, the newest
@@ -494,6 +505,11 @@ func (m *Manager) get(id string) (*Operation, error) {
 // limit is 0. A negative limit or offset is an error, and so is [Before] an
 // unknown ID that is no UUIDv7, which wraps [ErrNotFound].
 func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
+	return m.list(limit, offset, opts, m.copyOut)
+}
+
+// list is List, which gives the caller what copied returns.
+func (m *Manager) list(limit, offset int, opts []ListOption, copied func(*Operation) *Operation) ([]*Operation, error) {
 	if limit < 0 {
 		return nil, fmt.Errorf("task: list: negative limit %d", limit)
 	}
@@ -509,14 +525,17 @@ func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, err
 	if limit == 0 {
 		return []*Operation{}, nil
 	}
-	ops, err := m.list(f, limit, offset)
+	ops, err := m.filtered(f, limit, offset)
 	if err != nil {
 		return nil, fmt.Errorf("task: list: %w", err)
+	}
+	for i, op := range ops {
+		ops[i] = copied(op)
 	}
 	return ops, nil
 }
 
-func (m *Manager) list(f Filter, limit, offset int) ([]*Operation, error) {
+func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 	ops := []*Operation{}
 	asked := f
 	for more := false; ; more = true {
@@ -531,7 +550,9 @@ func (m *Manager) list(f Filter, limit, offset int) ([]*Operation, error) {
 		}
 		for _, row := range rows {
 			if op := m.refresh(row); op != nil && asked.matches(op) {
-				ops = append(ops, op)
+				light := *op
+				light.bound(f.MaxValue)
+				ops = append(ops, &light)
 			}
 		}
 		if len(rows) < want || len(ops) == limit || rows[want-1] == nil || rows[want-1].ID == "" {
@@ -562,8 +583,8 @@ func (m *Manager) correct(f *Filter) {
 	slices.Sort(f.Exclude)
 }
 
-// refresh returns the operation of a stored row as it is now, or nil if it has
-// been deleted meanwhile.
+// refresh returns the operation of a stored row as it is now, as snapshot does,
+// or nil if it has been deleted meanwhile.
 func (m *Manager) refresh(row *Operation) *Operation {
 	if row == nil {
 		return nil
@@ -574,7 +595,7 @@ func (m *Manager) refresh(row *Operation) *Operation {
 			return op
 		}
 	}
-	return m.copyOut(row)
+	return row
 }
 
 // Cancel cancels the operation with that ID, and returns at once. A PENDING
@@ -645,6 +666,15 @@ func (m *Manager) cancelError(id string) error {
 // A Func that waits for an operation which can't start before it ends waits
 // for ever; that is not detected.
 func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
+	op, err := m.wait(ctx, id)
+	if op == nil {
+		return nil, err
+	}
+	return m.copyOut(op), err
+}
+
+// wait is Wait, with an operation as snapshot returns it.
+func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 	l, leave, err := m.find(id)
 	if err != nil {
 		return nil, fmt.Errorf("task: wait for %s: %w", id, err)
@@ -661,9 +691,9 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 	case errors.Is(l.err, ErrNotFound):
 		return nil, fmt.Errorf("task: wait for %s: %w", id, l.err)
 	case l.err != nil:
-		return m.copyOut(l.op), fmt.Errorf("task: wait for %s: %w", id, l.err)
+		return l.op, fmt.Errorf("task: wait for %s: %w", id, l.err)
 	}
-	return m.copyOut(l.op), nil
+	return l.op, nil
 }
 
 // await waits until done is closed, or else for the end of ctx, whose error it

@@ -1362,3 +1362,62 @@ func TestCancelBeforeSubmitReturns(t *testing.T) {
 		})
 	}
 }
+
+// TestRaw: Raw returns values as valid JSON that is not decoded.
+func TestRaw(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
+		op := submit(t, m, func(context.Context, func(int)) (any, error) { return []int{1, 2}, nil },
+			task.WithMetadata(map[string]int{"b": 1, "a": 2}))
+		wait(t, m, op.ID)
+		none := submit(t, m, nothing)
+		wait(t, m, none.ID)
+		byList, err := m.Raw().List(10, 0)
+		must(t, err)
+		byWait, err := m.Raw().Wait(t.Context(), op.ID)
+		must(t, err)
+		for _, got := range []*task.Operation{byList[1], byWait} {
+			metadata, _ := got.Metadata.(json.RawMessage)
+			result, _ := got.Result.(json.RawMessage)
+			if string(metadata) != `{"a":2,"b":1}` || string(result) != `[1,2]` {
+				t.Errorf("metadata %T %v, result %T %v", got.Metadata, got.Metadata, got.Result, got.Result)
+			}
+		}
+		if got := byList[0]; got.ID != none.ID || got.Metadata != nil || got.Result != nil {
+			t.Errorf("without values: %+v", got)
+		}
+		if op, err := m.Raw().Wait(t.Context(), "unknown"); op != nil || !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("Wait for an unknown operation: %v, %v", op, err)
+		}
+	})
+}
+
+// TestRawForeign: what other code has stored is valid JSON in valid UTF-8, or nil.
+func TestRawForeign(t *testing.T) {
+	for cell, want := range map[string]any{
+		`CAST(x'22FF22' AS TEXT)`: json.RawMessage(`"` + "\uFFFD" + `"`),
+		`'{"a": '`:                nil,
+		`'null'`:                  nil,
+		`5`:                       json.RawMessage(`5`),
+		`' [1] '`:                 json.RawMessage(` [1] `),
+	} {
+		path := testkit.Path(t)
+		m := newManager(t, openSQLite(t, path))
+		sqliteExec(t, path, `INSERT INTO tasks (id, name, state, result) VALUES ('1', 'foreign', 'DONE', `+cell+`)`)
+		op, err := m.Raw().Wait(t.Context(), "1")
+		must(t, err)
+		if !reflect.DeepEqual(op.Result, want) {
+			t.Errorf("%s: %T %s, want %s", cell, op.Result, op.Result, want)
+		}
+	}
+}
+
+// TestRawInvalid: a value of a store that is invalid JSON is nil.
+func TestRawInvalid(t *testing.T) {
+	db := task.NewMemoryStore()
+	must(t, db.Save(&task.Operation{ID: "1", Name: "n", State: task.StateDone, Metadata: json.RawMessage(`{"a":`), Result: json.RawMessage(`1`)}))
+	ops, err := newManager(t, db).Raw().List(10, 0)
+	must(t, err)
+	if ops[0].Metadata != nil || !reflect.DeepEqual(ops[0].Result, json.RawMessage(`1`)) {
+		t.Errorf("metadata %v, result %v", ops[0].Metadata, ops[0].Result)
+	}
+}

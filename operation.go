@@ -9,6 +9,7 @@ import (
 	"io"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // An Operation is a snapshot of one long-running piece of work: a plain value
@@ -131,6 +132,9 @@ func roundTrip(v any) any {
 	if v == nil { // most often, and a decoder takes a microsecond
 		return nil
 	}
+	if _, ok := v.(Omitted); ok {
+		return v
+	}
 	value, _ := stored(v)
 	raw, _ := value.(json.RawMessage)
 	return decode(raw)
@@ -145,6 +149,42 @@ func stored(v any) (any, error) {
 		return nil, nil
 	}
 	return marshal(v)
+}
+
+// An Omitted stands for metadata or a result that was left out of a list: see
+// [MaxValue]. It is the length of the value's JSON in bytes.
+type Omitted int
+
+// MarshalJSON returns an error: what was left out can't be encoded, nor be
+// stored again.
+func (o Omitted) MarshalJSON() ([]byte, error) {
+	return nil, fmt.Errorf("a value of %d bytes was left out of the list", int(o))
+}
+
+// bound puts an Omitted in the place of metadata and a result of more than max
+// bytes, unless max is 0.
+func (op *Operation) bound(max int) {
+	for _, v := range []*any{&op.Metadata, &op.Result} {
+		if raw, ok := (*v).(json.RawMessage); ok && max > 0 && len(raw) > max {
+			*v = Omitted(len(raw))
+		}
+	}
+}
+
+// rawValue returns a value of an operation as [Raw] does.
+func rawValue(v any) any {
+	if _, ok := v.(Omitted); ok {
+		return v
+	}
+	value, _ := stored(v)
+	raw, _ := value.(json.RawMessage)
+	if !json.Valid(raw) {
+		return nil
+	}
+	if !utf8.Valid(raw) { // only within strings
+		return json.RawMessage(bytes.ToValidUTF8(raw, []byte("\uFFFD")))
+	}
+	return raw
 }
 
 // encode turns Metadata and Result into what stores are given.

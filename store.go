@@ -274,6 +274,10 @@ type Filter struct {
 	// If they are stored as unfinished, those in Include count as being in one
 	// of the states, and those in Exclude do not.
 	Include, Exclude []string
+
+	// If not 0: in place of metadata and results of more bytes than that there
+	// may be an [Omitted], so that the store does not read them.
+	MaxValue int
 }
 
 // ended returns the error of the filter's context.
@@ -355,7 +359,7 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 		return nil, err
 	}
 	all := len(f.States) == 0 && f.Name == "" && f.Before == ""
-	if l, ok := db.(FilteredLister); ok && (!all || f.Context != nil) {
+	if l, ok := db.(FilteredLister); ok && (!all || f.Context != nil || f.MaxValue != 0) {
 		ops, err := l.ListFiltered(f, limit, offset)
 		if !errors.Is(err, errors.ErrUnsupported) {
 			return ops, notFound(err)

@@ -169,7 +169,8 @@ type row struct {
 	rowid                           int64 // not kept: VACUUM changes it
 	id, name, state                 string
 	progress                        int64
-	metadata, result, err           string
+	metadata, result                any // a text, or the length of one that was not read
+	err                             string
 	createdAt, updatedAt, startedAt string
 }
 
@@ -178,6 +179,20 @@ const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TE
 	coalesce(CAST(progress AS INTEGER), 0), coalesce(CAST(metadata AS TEXT), ''), coalesce(CAST(result AS TEXT), ''),
 	coalesce(CAST(error AS TEXT), ''), coalesce(CAST(created_at AS TEXT), ''), coalesce(CAST(updated_at AS TEXT), ''),
 	coalesce(CAST(started_at AS TEXT), '')`
+
+// columnsWithin is columns with the length, an integer, in place of metadata and
+// results of more than max bytes.
+func columnsWithin(max int) string {
+	if max == 0 {
+		return columns
+	}
+	bounded := columns
+	for _, name := range []string{"metadata", "result"} {
+		length, text := `length(CAST(`+name+` AS BLOB))`, `coalesce(CAST(`+name+` AS TEXT), '')`
+		bounded = strings.Replace(bounded, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, max, length, text), 1)
+	}
+	return bounded
+}
 
 // operation turns a row into an operation. What it can't make sense of becomes
 // a zero value: one bad cell must not hide the rest of the history.
@@ -196,11 +211,20 @@ func (r *row) operation() *Operation {
 	}
 }
 
-func cellJSON(cell string) any {
-	if cell == "" || cell == "null" || !json.Valid([]byte(cell)) {
+func cellJSON(cell any) any {
+	var raw json.RawMessage
+	switch cell := cell.(type) {
+	case int64:
+		return Omitted(cell)
+	case string: // or bytes, depending on the driver
+		raw = json.RawMessage(cell)
+	case []byte:
+		raw = cell
+	}
+	if string(raw) == "null" || !json.Valid(raw) {
 		return nil
 	}
-	return json.RawMessage(cell)
+	return raw
 }
 
 // timeFormat has a fixed width, so that the order of texts is that of times,
@@ -450,7 +474,7 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		where, args = `rowid < (`+place+`)`, id
 	}
 	from, args := selection(f, where, args, limit, offset)
-	ops, err := s.query(ctx, `SELECT `+columns+from, args...)
+	ops, err := s.query(ctx, `SELECT `+columnsWithin(f.MaxValue)+from, args...)
 	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
 		_, err = s.Get(f.Before)
 	}
@@ -546,7 +570,7 @@ func step(c *sql.Conn, f Filter, below int64, n, limit, offset int) (ops []*Oper
 		}
 	}
 	from, args := selection(f, where, []any{below, above}, limit, offset)
-	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columns+from, args...)
+	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columnsWithin(f.MaxValue)+from, args...)
 	return ops, skipped, next, err
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -888,4 +889,95 @@ func TestListBesideWriter(t *testing.T) {
 		}
 	}
 	all.Wait()
+}
+
+// TestListMaxValue: List leaves out longer values, by their length in bytes, and
+// says so.
+func TestListMaxValue(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		const most = 100
+		text := func(bytes int) string { return strings.Repeat("ä", bytes/2-1) } // with the quotes so many bytes as JSON
+		fits := submit(t, m, func(context.Context, func(int)) (any, error) { return text(most), nil }, task.WithMetadata(text(most+2)))
+		wait(t, m, fits.ID)
+		long := submit(t, m, func(context.Context, func(int)) (any, error) { return text(most + 2), nil })
+		wait(t, m, long.ID)
+		fn, started, release := blocker(nil)
+		defer release()
+		live := submit(t, m, fn, task.WithMetadata(text(1000)))
+		<-started
+
+		for _, opts := range [][]task.ListOption{
+			{task.MaxValue(most)},
+			{task.MaxValue(most), task.ByState(task.StateDone, task.StateRunning)},
+		} {
+			ops, err := m.List(10, 0, opts...)
+			must(t, err)
+			want := []task.Operation{
+				{ID: live.ID, Metadata: task.Omitted(1000)},
+				{ID: long.ID, Result: task.Omitted(most + 2)},
+				{ID: fits.ID, Metadata: task.Omitted(most + 2), Result: text(most)},
+			}
+			for i, op := range ops {
+				if got := (task.Operation{ID: op.ID, Metadata: op.Metadata, Result: op.Result}); got != want[i] {
+					t.Errorf("got %.200v, want %.200v", got, want[i])
+				}
+			}
+			if len(ops) != len(want) {
+				t.Fatalf("%d operations", len(ops))
+			}
+			if err := ops[1].DecodeResult(new(any)); err == nil || !strings.Contains(err.Error(), "102 bytes was left out") {
+				t.Errorf("decoding what was left out: %v", err)
+			}
+			copied := *ops[1]
+			copied.ID = "copy"
+			if err := db.Save(&copied); err == nil {
+				t.Error("what was left out can be stored")
+			}
+		}
+		for _, max := range []int{0, -1, 1000} {
+			ops, err := m.List(10, 0, task.MaxValue(max))
+			must(t, err)
+			if ops[0].Metadata != text(1000) || ops[1].Result != text(most+2) {
+				t.Errorf("MaxValue(%d) leaves out %.200v", max, ops)
+			}
+		}
+		if op, _ := m.Get(long.ID); op.Result != text(most+2) {
+			t.Errorf("Get has the result %v", op.Result)
+		}
+	})
+}
+
+// TestSQLiteMaxValue: SQLite itself leaves out what is too long.
+func TestSQLiteMaxValue(t *testing.T) {
+	store := openSQLite(t, testkit.Path(t))
+	must(t, store.Save(&task.Operation{ID: "1", Name: "n", State: task.StateDone, Metadata: json.RawMessage(`"ä"`), Result: json.RawMessage(`5`)}))
+	must(t, store.Save(&task.Operation{ID: "2", Name: "newer", State: task.StateFailed}))
+	for _, f := range []task.Filter{{}, {States: []task.State{task.StateDone}}, {States: []task.State{task.StateDone, task.StateRunning}}, {Name: "n"}, {Before: "2"}} {
+		for max, want := range map[int]any{3: task.Omitted(4), 4: json.RawMessage(`"ä"`)} {
+			f.MaxValue = max
+			ops, err := store.ListFiltered(f, 10, 0)
+			must(t, err)
+			op := ops[len(ops)-1]
+			if !reflect.DeepEqual(op.Metadata, want) || !reflect.DeepEqual(op.Result, json.RawMessage(`5`)) {
+				t.Errorf("%+v: metadata %v, result %v", f, op.Metadata, op.Result)
+			}
+		}
+	}
+}
+
+// TestListMaxValueBare: for MaxValue alone, a store with four methods reads no
+// more than the page.
+func TestListMaxValueBare(t *testing.T) {
+	fake := testkit.NewFake(nil)
+	m := newManager(t, testkit.Bare(fake))
+	wait(t, m, submit(t, m, nothing).ID)
+	fake.Before(func(c *testkit.Call) error {
+		if c.Method == "List" && c.Limit != 10 {
+			t.Errorf("List(%d, %d)", c.Limit, c.Offset)
+		}
+		return nil
+	})
+	if ops, err := m.List(10, 0, task.MaxValue(1)); err != nil || len(ops) != 1 {
+		t.Errorf("%v, %v", ops, err)
+	}
 }

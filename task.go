@@ -216,6 +216,14 @@ func ByState(states ...State) ListOption {
 	return func(f *Filter) { f.States = slices.Compact(slices.Sorted(slices.Values(states))) }
 }
 
+// MaxValue lets List leave out metadata and results that take more than that many
+// bytes as JSON: an [Omitted] is in their place, and [Manager.Get] returns them.
+// SQLite does not read them, so that a list needs little memory. With 0 nothing
+// is left out.
+func MaxValue(bytes int) ListOption {
+	return func(f *Filter) { f.MaxValue = max(bytes, 0) }
+}
+
 // ByName lets List return only operations with exactly that name, or with any
 // if it is empty. No index helps with that: in a long history a rare name
 // takes a while; see [WithContext].

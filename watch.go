@@ -57,24 +57,74 @@ func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation
 		if w == nil {
 			w = m.subscribe(ctx, ids)
 		}
-		w.run(ctx, yield)
+		w.run(ctx, func(op *Operation, err error) bool {
+			switch {
+			case op == nil:
+				return yield(nil, err)
+			case err != nil: // deleted
+				return true
+			}
+			return yield(m.copyOut(op), nil)
+		})
 	}
 }
 
-// Subscribe is [Manager.Watch] of all operations in two parts: the operations
-// that are live at the moment of the call, the oldest first, and the changes
-// from that moment on. Range over changes once, or end ctx. It returns
+// Raw is a manager's view for those who pass operations on, as a server does.
+// Metadata and Result of the operations that it returns are nil or valid JSON as
+// a [json.RawMessage] (or an [Omitted], see [MaxValue]). Nobody may modify its
+// bytes, which others hold, too: nothing is decoded or copied.
+type Raw struct{ m *Manager }
+
+// Raw returns the manager's view without decoded values.
+func (m *Manager) Raw() Raw { return Raw{m} }
+
+// List is [Manager.List].
+func (r Raw) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
+	return r.m.list(limit, offset, opts, r.m.raw)
+}
+
+// Wait is [Manager.Wait].
+func (r Raw) Wait(ctx context.Context, id string) (*Operation, error) {
+	op, err := r.m.wait(ctx, id)
+	if op == nil {
+		return nil, err
+	}
+	return r.m.raw(op), err
+}
+
+// Subscribe is [Manager.Watch] in two parts, so that a subscriber knows when it
+// has seen all present states: those at the moment of the call, the oldest
+// first, and the changes from that moment on. Range over changes once, or end
+// ctx. It returns [ErrNotFound] for an unknown ID, and, if none is given,
 // [ErrClosed] once the manager is closed.
-func (m *Manager) Subscribe(ctx context.Context) (live []*Operation, changes iter.Seq2[*Operation, error], err error) {
-	if !isOpen(m.id) {
+//
+// Where no IDs are given, changes yields an operation together with an error that
+// wraps ErrNotFound if it was deleted while it was live: there will be no final
+// state. The changes go on.
+func (r Raw) Subscribe(ctx context.Context, ids ...string) (present []*Operation, changes iter.Seq2[*Operation, error], err error) {
+	m := r.m
+	if len(ids) == 0 && !isOpen(m.id) {
 		return nil, nil, fmt.Errorf("task: subscribe: %w", ErrClosed)
 	}
-	w := m.subscribe(ctx, nil)
-	for _, e := range w.present {
-		live = append(live, m.copyOut(e.op))
+	w := m.subscribe(ctx, slices.Clone(ids))
+	if w.err != nil {
+		w.stop()
+		w.leave()
+		return nil, nil, fmt.Errorf("task: subscribe: %w", w.err)
 	}
-	w.present = nil
-	return live, func(yield func(*Operation, error) bool) { w.run(ctx, yield) }, nil
+	for len(w.present) > 0 && w.present[0].err == nil {
+		e, _ := w.next(ctx)
+		w.seen(e.op)
+		present = append(present, m.raw(e.op))
+	}
+	return present, func(yield func(*Operation, error) bool) {
+		w.run(ctx, func(op *Operation, err error) bool {
+			if op != nil {
+				op = m.raw(op)
+			}
+			return yield(op, err)
+		})
+	}, nil
 }
 
 const (
@@ -193,7 +243,8 @@ func (w *watcher) join(ids []string, lives []*life) {
 	w.reader = m.events.Read(ids...)
 }
 
-// run yields present states, then events.
+// run yields present states, then events, with the operations as snapshot
+// returns them. Of all operations, one that was deleted comes with an error.
 func (w *watcher) run(ctx context.Context, yield func(*Operation, error) bool) {
 	defer w.leave()
 	defer w.stop()
@@ -205,12 +256,17 @@ func (w *watcher) run(ctx context.Context, yield func(*Operation, error) bool) {
 		case err != nil:
 			yield(nil, fmt.Errorf("task: watch: %w", err))
 			return
-		case !yield(w.m.copyOut(e.op), nil):
+		case !yield(e.op, e.err):
 			return
 		}
-		if !e.op.State.live() {
-			delete(w.open, e.op.ID)
-		}
+		w.seen(e.op)
+	}
+}
+
+// seen notes that a state was yielded.
+func (w *watcher) seen(op *Operation) {
+	if !op.State.live() {
+		delete(w.open, op.ID)
 	}
 }
 
@@ -238,7 +294,7 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 			return event{}, err
 		case ok && w.open != nil:
 			return e.Value, e.Value.err
-		case ok && !e.Value.foreign && e.Value.err == nil:
+		case ok && !e.Value.foreign && (e.Value.err == nil || errors.Is(e.Value.err, ErrNotFound)):
 			return e.Value, nil
 		case ok:
 			continue

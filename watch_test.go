@@ -2,6 +2,7 @@ package task_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -307,11 +308,16 @@ func TestWatchAllDeleted(t *testing.T) {
 	release()
 	m.Wait(t.Context(), deleted.ID)
 	op := submit(t, m, nothing)
+	seen := 0
 	for got, err := range events {
 		must(t, err)
 		if got.ID == op.ID {
 			break
 		}
+		seen++
+	}
+	if seen != 1 {
+		t.Errorf("%d events of the deleted operation, want its present state only", seen)
 	}
 }
 
@@ -673,5 +679,79 @@ func TestWatchFailedSubmit(t *testing.T) {
 	}
 	if last == nil || !strings.Contains(last.Error(), "disk full") {
 		t.Errorf("the sequence ended with %v, want the error of Save", last)
+	}
+}
+
+// TestSubscribe: the present states come first, and changes end as those of Watch.
+func TestSubscribe(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
+		done := submit(t, m, nothing, task.WithMetadata("tank"))
+		wait(t, m, done.ID)
+		fn, started, release := blocker(nil)
+		live := submit(t, m, fn)
+		<-started
+		if _, _, err := m.Raw().Subscribe(t.Context(), done.ID, "unknown"); !errors.Is(err, task.ErrNotFound) {
+			t.Errorf("an unknown ID: %v", err)
+		}
+
+		present, changes, err := m.Raw().Subscribe(t.Context(), done.ID)
+		must(t, err)
+		if metadata, _ := present[0].Metadata.(json.RawMessage); len(present) != 1 || string(metadata) != `"tank"` {
+			t.Errorf("present: %v", present)
+		}
+		for op, err := range changes {
+			t.Errorf("changes of a finished operation: %v, %v", op, err)
+		}
+
+		present, changes, err = m.Raw().Subscribe(t.Context(), live.ID, done.ID)
+		must(t, err)
+		if len(present) != 2 {
+			t.Errorf("present: %v", present)
+		}
+		release()
+		var states []task.State
+		for op, err := range changes {
+			must(t, err)
+			states = append(states, op.State)
+		}
+		if !slices.Equal(states, []task.State{task.StateDone}) {
+			t.Errorf("changes: %v", states)
+		}
+
+		must(t, m.Close())
+		if _, _, err := m.Raw().Subscribe(t.Context()); !errors.Is(err, task.ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+		if present, _, err := m.Raw().Subscribe(t.Context(), done.ID); err != nil || len(present) != 1 {
+			t.Errorf("after Close, of a finished operation: %v, %v", present, err)
+		}
+	})
+}
+
+// TestSubscribeDeleted: a subscriber of all operations is told that a live one has
+// been deleted, and the changes go on.
+func TestSubscribeDeleted(t *testing.T) {
+	path := testkit.Path(t)
+	m := newManager(t, openSQLite(t, path))
+	fn, started, release := blocker(nil)
+	deleted := submit(t, m, fn)
+	<-started
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	_, changes, err := m.Raw().Subscribe(ctx)
+	must(t, err)
+	sqliteExec(t, path, "DELETE FROM tasks")
+	release()
+	m.Wait(t.Context(), deleted.ID)
+	op := submit(t, m, nothing)
+	told := false
+	for got, err := range changes {
+		if got.ID == op.ID {
+			break
+		}
+		told = told || got.ID == deleted.ID && errors.Is(err, task.ErrNotFound)
+	}
+	if !told {
+		t.Error("the subscriber is not told of the deletion")
 	}
 }

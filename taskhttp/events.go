@@ -46,19 +46,20 @@ type recorder struct {
 	stop  context.CancelFunc
 	log   *eventlog.Log[entry]
 
-	mu    sync.Mutex                 // guards what follows
-	live  map[string]*task.Operation // after the last event of log
-	ended bool                       // log is closed
+	mu    sync.Mutex       // guards what follows
+	live  map[string]light // after the last event of log
+	ended bool             // log is closed
 
 	// Guarded by the handler's mu.
 	streams int
 	expiry  *time.Timer
 }
 
-// An entry is the new state of an operation.
+// An entry is an event of an operation.
 type entry struct {
+	name  string // of the event
 	state task.State
-	data  []byte // the operation as JSON
+	data  []byte // JSON
 }
 
 // errFinished ends the log of a recorder when all its operations have finished.
@@ -68,7 +69,7 @@ var errFinished = errors.New("finished")
 func record(live []*task.Operation, changes iter.Seq2[*task.Operation, error], stop context.CancelFunc) *recorder {
 	rec := newRecorder(stop)
 	for _, op := range live {
-		rec.live[op.ID] = op
+		rec.live[op.ID] = lighten(op)
 	}
 	go rec.run(changes)
 	return rec
@@ -79,7 +80,7 @@ func newRecorder(stop context.CancelFunc) *recorder {
 		epoch: rand.Text()[:10],
 		stop:  stop,
 		log:   eventlog.New[entry](maxRecent, maxBytes),
-		live:  make(map[string]*task.Operation),
+		live:  make(map[string]light),
 	}
 	rec.log.Read() // never reads, so that the log holds as many events as its bounds allow
 	return rec
@@ -88,13 +89,16 @@ func newRecorder(stop context.CancelFunc) *recorder {
 func (rec *recorder) run(changes iter.Seq2[*task.Operation, error]) {
 	end := errFinished
 	for op, err := range changes {
-		if err == nil {
-			err = rec.put(op)
+		switch {
+		case err == nil:
+			rec.put(lighten(op))
+			continue
+		case op != nil:
+			rec.drop(op.ID)
+			continue
 		}
-		if err != nil {
-			end = err
-			break
-		}
+		end = err
+		break
 	}
 	rec.mu.Lock()
 	defer rec.mu.Unlock()
@@ -103,19 +107,24 @@ func (rec *recorder) run(changes iter.Seq2[*task.Operation, error]) {
 }
 
 // put records the new state of an operation.
-func (rec *recorder) put(op *task.Operation) error {
-	data, err := json.Marshal(op)
-	if err != nil {
-		return err
-	}
+func (rec *recorder) put(op light) {
+	data := op.encode()
 	rec.mu.Lock()
 	defer rec.mu.Unlock()
-	before := rec.live[op.ID]
-	rec.log.Append(op.ID, entry{op.State, data}, len(data), before != nil && before.State == op.State)
+	before, ok := rec.live[op.ID]
+	rec.log.Append(op.ID, entry{"operation", op.State, data}, len(data), ok && before.State == op.State)
 	if rec.live[op.ID] = op; op.State.Finished() {
 		delete(rec.live, op.ID)
 	}
-	return nil
+}
+
+// drop records that an unfinished operation was deleted.
+func (rec *recorder) drop(id string) {
+	data, _ := json.Marshal(map[string]string{"id": id})
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	rec.log.Append(id, entry{"deleted", "", data}, len(data), false)
+	delete(rec.live, id)
 }
 
 func (rec *recorder) over() bool {
@@ -129,12 +138,12 @@ var errExpired = errors.New("event history expired")
 
 // snapshot returns the live operations, running ones first, and a reader of the
 // events after that. With more, there are other live operations.
-func (rec *recorder) snapshot() (ops []*task.Operation, more bool, r *eventlog.Reader[entry]) {
+func (rec *recorder) snapshot() (ops []light, more bool, r *eventlog.Reader[entry]) {
 	rec.mu.Lock()
-	ops = slices.AppendSeq(make([]*task.Operation, 0, len(rec.live)), maps.Values(rec.live))
+	ops = slices.AppendSeq(make([]light, 0, len(rec.live)), maps.Values(rec.live))
 	r = rec.log.Read()
 	rec.mu.Unlock()
-	slices.SortFunc(ops, func(a, b *task.Operation) int {
+	slices.SortFunc(ops, func(a, b light) int {
 		// "RUNNING" comes after "PENDING", IDs by order of submission.
 		return cmp.Or(cmp.Compare(b.State, a.State), cmp.Compare(a.ID, b.ID))
 	})
@@ -166,7 +175,7 @@ func (h *handler) listen() (rec *recorder, leave func(), err error) {
 	defer h.mu.Unlock()
 	if h.recorder == nil || h.recorder.over() {
 		ctx, stop := context.WithCancel(context.Background())
-		live, changes, err := h.manager.Subscribe(ctx)
+		live, changes, err := h.manager.Raw().Subscribe(ctx)
 		if err != nil {
 			stop()
 			return nil, nil, err
@@ -225,7 +234,7 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 		if last != "" {
 			s.reload(errExpired)
 		}
-		var ops []*task.Operation
+		var ops []light
 		var more bool
 		ops, more, reader = rec.snapshot()
 		s.snapshot(rec.eventID(reader.Start), ops, more)
@@ -240,7 +249,13 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 // one gets a response that makes it stop.
 func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	id := r.PathValue("id")
-	if _, err := h.look(id); err != nil {
+	watching, stop := context.WithCancel(context.Background())
+	defer stop()
+	present, changes, err := h.manager.Raw().Subscribe(watching, id)
+	if errors.Is(err, task.ErrNotFound) {
+		return fmt.Errorf("%.64s: %w", id, task.ErrNotFound)
+	}
+	if err != nil {
 		return err
 	}
 	if task.State(r.Header.Get("Last-Event-ID")).Finished() {
@@ -258,22 +273,23 @@ func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values)
 		return err
 	}
 	defer s.unblock()()
-	watching, stop := context.WithCancel(context.Background())
-	defer stop()
-	changes := h.manager.Watch(watching, id)
 	rec := newRecorder(stop)
 	reader := rec.log.Read()
+	for _, op := range present {
+		rec.put(lighten(op))
+	}
 	go rec.run(changes)
 	s.follow(reader, func(e eventlog.Event[entry]) string { return string(e.Value.state) })
 	return nil
 }
 
-// A stream is a response that consists of server-sent events.
+// A stream is a response that is written in pieces, most often server-sent events.
 type stream struct {
 	ctx context.Context // done when the stream must end
 	w   http.ResponseWriter
 	c   *http.ResponseController
-	err error // the first error of writing
+	buf []byte // what is yet to be sent, at most maxPiece
+	err error  // the first error of sending
 }
 
 func streamHeader(w http.ResponseWriter) {
@@ -309,23 +325,40 @@ func (s *stream) reload(why error) {
 	s.event("reload", "", data)
 }
 
-// A snapshot is the first event of a stream of all operations.
-type snapshot struct {
-	Tasks     []*task.Operation `json:"tasks"`               // unfinished ones
-	Truncated bool              `json:"truncated,omitempty"` // there are more
+// snapshot writes the event "snapshot" with some of the live operations, or all.
+func (s *stream) snapshot(id string, ops []light, more bool) {
+	s.write(fmt.Appendf(nil, "event: snapshot\nid: %s\ndata: {\"tasks\":[", id))
+	a := array{s: s}
+	for _, op := range ops {
+		if !a.add(op) {
+			more = true
+			break
+		}
+	}
+	s.write([]byte("]"))
+	if more {
+		s.write([]byte(`,"truncated":true`))
+	}
+	s.write([]byte("}\n\n"))
 }
 
-// snapshot writes the event "snapshot".
-func (s *stream) snapshot(id string, ops []*task.Operation, more bool) {
-	data, err := json.Marshal(snapshot{ops, more})
-	s.err = cmp.Or(s.err, err)
-	s.event("snapshot", id, data)
+// write sends p, at the latest with the next flush.
+func (s *stream) write(p []byte) {
+	if len(s.buf)+len(p) > maxPiece {
+		s.send(s.buf)
+		s.buf = s.buf[:0]
+	}
+	if len(p) > maxPiece {
+		s.send(p)
+		return
+	}
+	s.buf = append(s.buf, p...)
 }
 
-// write writes p in pieces, each with its own deadline. The deadline is after the
+// send sends p in pieces, each with its own deadline. The deadline is after the
 // next heartbeat: one that passes while the stream is idle would end an HTTP/2
 // stream.
-func (s *stream) write(p []byte) {
+func (s *stream) send(p []byte) {
 	for len(p) > 0 && s.err == nil {
 		n := min(len(p), maxPiece)
 		s.setDeadline()
@@ -363,6 +396,8 @@ func (s *stream) unblock() (stop func()) {
 
 // flush sends the data that was written.
 func (s *stream) flush() {
+	s.send(s.buf)
+	s.buf = nil // an idle stream needs none
 	s.setDeadline()
 	s.err = cmp.Or(s.err, s.c.Flush())
 }
@@ -407,7 +442,7 @@ func (s *stream) batch(r *eventlog.Reader[entry], eventID func(eventlog.Event[en
 		if !ok {
 			break
 		}
-		s.event("operation", eventID(e), e.Value.data)
+		s.event(e.Value.name, eventID(e), e.Value.data)
 		size += len(e.Value.data)
 		sent = true
 	}

@@ -145,8 +145,8 @@ func TestEventsReload(t *testing.T) {
 		r := s.listen(t.Context(), "/events")
 		r.want("snapshot c RUNNING 5")
 		r.body.Close()
-		for range 9 {
-			run(t, m, "big", strings.Repeat("x", 1<<20), nil)
+		for range 600 {
+			run(t, m, "big", strings.Repeat("x", 15_000), nil)
 		}
 		synctest.Wait()
 		r = s.listen(t.Context(), "/events", "Last-Event-ID", r.lastID)
@@ -207,8 +207,8 @@ func TestEventsSlowClient(t *testing.T) {
 		s := newPipeSite(t, mount(m))
 		r := s.listen(t.Context(), "/events")
 		r.want("snapshot")
-		for range 15 {
-			run(t, m, "big", strings.Repeat("x", 1<<20), nil)
+		for range 1000 {
+			run(t, m, "big", strings.Repeat("x", 15_000), nil)
 		}
 		for {
 			e, err := r.next()

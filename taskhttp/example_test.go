@@ -5,8 +5,12 @@ import (
 	"crypto/subtle"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/taskhttp"
@@ -92,4 +96,47 @@ func ExampleHandler_authentication() {
 	// Output:
 	// 401
 	// 200
+}
+
+// Without a login, a page from the internet could reach the handler by a name of
+// its own that resolves to this machine (DNS rebinding). This handler serves only
+// requests for the names of the machine and for IP addresses: a name that the page
+// controls is none of them.
+func ExampleHandler_hosts() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	names := []string{"localhost", "nas.example.org"}
+	known := func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			host, _, err := net.SplitHostPort(r.Host)
+			if err != nil { // there is no port
+				host = r.Host
+			}
+			_, err = netip.ParseAddr(strings.Trim(host, "[]"))
+			if err != nil && !slices.Contains(names, strings.ToLower(host)) {
+				http.Error(w, "unknown host", http.StatusMisdirectedRequest)
+				return
+			}
+			h.ServeHTTP(w, r)
+		})
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(manager)))
+
+	server := httptest.NewServer(known(mux)) // all handlers, not only this one
+	defer server.Close()
+	for _, host := range []string{"nas.example.org", "NAS.example.org:8080", "127.0.0.1:8080", "[::1]:8080", "rebound.example.com"} {
+		r, _ := http.NewRequest("GET", server.URL+"/api/tasks/", nil)
+		r.Host = host
+		answer, _ := http.DefaultClient.Do(r)
+		answer.Body.Close()
+		fmt.Println(host, answer.StatusCode)
+	}
+	// Output:
+	// nas.example.org 200
+	// NAS.example.org:8080 200
+	// 127.0.0.1:8080 200
+	// [::1]:8080 200
+	// rebound.example.com 421
 }

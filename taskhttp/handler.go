@@ -3,6 +3,7 @@
 //
 //	GET  /               lists the history, newest first, by state and name, in pages
 //	GET  /{id}           returns one operation
+//	GET  /{id}/result    downloads its result
 //	POST /{id}/cancel    cancels one operation
 //	GET  /{id}/wait      waits until one operation has finished
 //	GET  /events         streams the changes of all operations
@@ -25,22 +26,40 @@
 // the list again. The event "closed" means that the manager is closed. A client
 // therefore never misses a final state without a notice. An event may come twice,
 // and GET may return a newer state than the next event: compare updated_at. A
-// finished operation never changes.
+// finished operation never changes. The event "deleted" means that an unfinished
+// operation was deleted from the database: it has no final state.
+//
+// Lists and events are light: metadata and results of more than 16 KiB as JSON are
+// left out, which metadata_omitted and result_omitted say, and names and errors are
+// cut to that length. GET /{id} has them whole. A page ends before its limit when
+// it has 8 MiB: a client goes on for as long as there is a next_cursor. A client
+// that receives nothing for 25 seconds loses its connection.
 //
 //	curl -N localhost:8080/api/tasks/events
 //
 // Every client that reaches the [Handler] can see and cancel every operation.
 // Wrap the handler in the application's own authentication, as the package's
 // example does.
+//
+// A handler without authentication is not safe because it listens on 127.0.0.1, or
+// only in a local network. A page from the internet that a user of that network
+// looks at can have its own name resolve to such an address (DNS rebinding). To the
+// browser and to [http.CrossOriginProtection] its requests then have the same
+// origin, so that it can read and cancel everything. Their Host header has the name
+// of the page, and nothing in this package looks at that: refuse requests for names
+// that are not the server's own, as an example does. A login by password or by a
+// cookie of the server's own name helps, too, as the browser does not send these to
+// another name.
 package taskhttp
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
+	"mime"
 	"net/http"
 	"net/url"
 	"path"
@@ -56,11 +75,16 @@ import (
 const (
 	defaultLimit = 50 // operations on a page
 	maxLimit     = 500
+	listChunk    = 64 // operations that are read at once
+
+	maxValue = 16 << 10 // bytes of metadata, results and texts in lists and events
+	maxPage  = 8 << 20  // bytes of a list or a snapshot
 
 	defaultTimeout = 30 * time.Second // of a wait
 	maxTimeout     = 10 * time.Minute
 
-	// grace is how long a client may take to receive a piece of a stream.
+	// grace is how long a client may take to receive a piece of a response, in
+	// addition to the time between heartbeats.
 	grace = 10 * time.Second
 
 	// shutdownGrace is how long streams and waits continue after the start of the
@@ -121,6 +145,7 @@ func (h *handler) routes() []route {
 	return []route{
 		{"GET", "/{$}", []string{"state", "name", "limit", "cursor"}, h.list},
 		{"GET", "/{id}", nil, h.get},
+		{"GET", "/{id}/result", nil, h.result},
 		{"POST", "/{id}/cancel", nil, h.cancel},
 		{"GET", "/{id}/wait", []string{"timeout"}, h.wait},
 		{"GET", "/events", nil, h.events},
@@ -197,12 +222,6 @@ func (f *refusal) Header() http.Header {
 func (f *refusal) Write(p []byte) (int, error) { return len(p), nil }
 func (f *refusal) WriteHeader(int)             {}
 
-// A page is the response body of the list.
-type page struct {
-	Tasks      []*task.Operation `json:"tasks"`
-	NextCursor string            `json:"next_cursor,omitempty"` // of the next page; empty on the last one
-}
-
 func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values) error {
 	states, err := parseStates(query["state"])
 	if err != nil {
@@ -213,20 +232,111 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 		return err
 	}
 	cursor := query.Get("cursor")
-	ops, err := h.manager.List(limit+1, 0, // one more shows whether there is a next page
-		task.WithContext(r.Context()), task.ByState(states...), task.ByName(query.Get("name")), task.Before(cursor))
+	next, stop := iter.Pull2(h.history(min(limit+1, listChunk), cursor,
+		task.WithContext(r.Context()), task.ByState(states...), task.ByName(query.Get("name"))))
+	defer stop()
+	op, err, more := next()
 	if cursor != "" && errors.Is(err, task.ErrNotFound) {
 		return badParameter("cursor", "operation %.64q not found, start with the first page", cursor)
 	}
 	if err != nil {
 		return err
 	}
-	answer := page{Tasks: ops}
-	if len(ops) > limit {
-		answer.Tasks = ops[:limit]
-		answer.NextCursor = ops[limit-1].ID
+	s, end := h.respond(w, r, http.StatusOK)
+	defer end()
+	s.write([]byte(`{"tasks":[`))
+	a, last := array{s: s}, ""
+	for n := 0; more && err == nil && n < limit && a.add(lighten(op)); n++ {
+		last = op.ID
+		op, err, more = next()
 	}
-	return writeJSON(w, http.StatusOK, answer)
+	s.write([]byte("]"))
+	if more { // an error is for the request for the next page
+		id, _ := json.Marshal(last)
+		s.write(fmt.Appendf(nil, `,"next_cursor":%s`, id))
+	}
+	s.write([]byte("}\n"))
+	return nil
+}
+
+// history yields the operations before the one with that ID, chunk by chunk.
+func (h *handler) history(chunk int, before string, opts ...task.ListOption) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		for more := true; more; {
+			ops, err := h.manager.Raw().List(chunk, 0, append(opts, task.MaxValue(maxValue), task.Before(before))...)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			for _, op := range ops {
+				if !yield(op, nil) {
+					return
+				}
+				before = op.ID
+			}
+			more = len(ops) == chunk
+		}
+	}
+}
+
+// A light is an operation as lists and events have it.
+type light struct {
+	*task.Operation
+	MetadataOmitted bool `json:"metadata_omitted,omitempty"`
+	ResultOmitted   bool `json:"result_omitted,omitempty"`
+}
+
+// lighten returns op without what is too long for a list.
+func lighten(op *task.Operation) light {
+	c := *op
+	c.Name, c.Error = cut(c.Name), cut(c.Error)
+	return light{&c, omit(&c.Metadata), omit(&c.Result)}
+}
+
+// omit reports whether a value was left out of a list, or has to be.
+func omit(v *any) bool {
+	_, omitted := (*v).(task.Omitted)
+	raw, _ := (*v).(json.RawMessage)
+	if omitted = omitted || len(raw) > maxValue; omitted {
+		*v = nil
+	}
+	return omitted
+}
+
+func cut(text string) string {
+	if len(text) <= maxValue {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxValue], "") + "…"
+}
+
+// encode returns an operation as JSON, or one that says why it has none.
+func (l light) encode() []byte {
+	data, err := json.Marshal(l)
+	if err != nil {
+		data, _ = json.Marshal(task.Operation{ID: l.ID, Name: l.Name, State: l.State, Error: "can't be shown: " + err.Error()})
+	}
+	return data
+}
+
+// An array writes operations as the elements of a JSON array.
+type array struct {
+	s    *stream
+	size int
+}
+
+// add writes an operation, and reports whether there was room for it.
+func (a *array) add(op light) bool {
+	data := op.encode()
+	if a.s.err != nil || a.size > 0 && a.size+len(data) > maxPage {
+		return false
+	}
+	if a.size > 0 {
+		a.s.write([]byte(","))
+	}
+	a.s.write(data)
+	a.size += len(data) + 1
+	return true
 }
 
 var allStates = []task.State{
@@ -265,7 +375,61 @@ func (h *handler) get(w http.ResponseWriter, r *http.Request, _ url.Values) erro
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, http.StatusOK, op)
+	return h.whole(w, r, http.StatusOK, op)
+}
+
+func (h *handler) result(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+	id := r.PathValue("id")
+	op, err := h.look(id)
+	if err != nil {
+		return err
+	}
+	raw, ok := op.Result.(json.RawMessage)
+	if !ok {
+		Problem(w, r, http.StatusNotFound, fmt.Errorf("%.64s has no result", id))
+		return nil
+	}
+	w.Header().Set("Content-Disposition", mime.FormatMediaType("attachment", map[string]string{"filename": "result-" + id + ".json"}))
+	w.Header().Set("Content-Length", strconv.Itoa(len(raw)))
+	s, end := h.respond(w, r, http.StatusOK)
+	defer end()
+	s.write(raw)
+	return nil
+}
+
+// whole writes the response with an operation and all that it has, its values as
+// they are stored.
+func (h *handler) whole(w http.ResponseWriter, r *http.Request, status int, op *task.Operation) error {
+	rest := *op
+	rest.Metadata, rest.Result = nil, nil
+	data, err := json.Marshal(rest)
+	if err != nil {
+		return err
+	}
+	s, end := h.respond(w, r, status)
+	defer end()
+	s.write(data[:len(data)-1])
+	if raw, ok := op.Metadata.(json.RawMessage); ok {
+		s.write([]byte(`,"metadata":`))
+		s.write(raw)
+	}
+	if raw, ok := op.Result.(json.RawMessage); ok {
+		s.write([]byte(`,"result":`))
+		s.write(raw)
+	}
+	s.write([]byte("}\n"))
+	return nil
+}
+
+// respond begins a response of JSON, which the stream writes. The caller must call
+// end.
+func (h *handler) respond(w http.ResponseWriter, r *http.Request, status int) (s *stream, end func()) {
+	ctx, cancel := h.context(r)
+	s = &stream{ctx: ctx, w: w, c: http.NewResponseController(w)}
+	stop := s.unblock()
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	return s, func() { s.send(s.buf); stop(); cancel() }
 }
 
 // look returns the present state of an operation. Unlike Manager.Get, Wait
@@ -274,7 +438,7 @@ func (h *handler) get(w http.ResponseWriter, r *http.Request, _ url.Values) erro
 func (h *handler) look(id string) (*task.Operation, error) {
 	done, cancel := context.WithCancel(context.Background())
 	cancel()
-	op, err := h.manager.Wait(done, id)
+	op, err := h.manager.Raw().Wait(done, id)
 	switch {
 	case op != nil:
 		return op, nil
@@ -305,7 +469,7 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	case err != nil: // it had finished before
 		status = http.StatusOK
 	}
-	return writeJSON(w, status, op)
+	return h.whole(w, r, status, op)
 }
 
 func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values) error {
@@ -313,20 +477,16 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 	if err != nil {
 		return err
 	}
-	c := http.NewResponseController(w)
-	c.SetWriteDeadline(time.Time{}) // while it waits
+	http.NewResponseController(w).SetWriteDeadline(time.Time{}) // while it waits
 	ctx, cancel := h.context(r)
 	defer cancel()
 	ctx, cancel = context.WithTimeout(ctx, timeout)
 	defer cancel()
-	op, err := h.manager.Wait(ctx, r.PathValue("id"))
+	op, err := h.manager.Raw().Wait(ctx, r.PathValue("id"))
 	if err != nil && ctx.Err() == nil || op == nil {
 		return err
 	}
-	if server, ok := r.Context().Value(http.ServerContextKey).(*http.Server); ok && server.WriteTimeout > 0 {
-		c.SetWriteDeadline(time.Now().Add(server.WriteTimeout)) // as for any other response
-	}
-	return writeJSON(w, http.StatusOK, op) // in its present state, if the time is up
+	return h.whole(w, r, http.StatusOK, op) // in its present state, if the time is up
 }
 
 func parseTimeout(value string) (time.Duration, error) {
@@ -377,19 +537,12 @@ func Accepted(w http.ResponseWriter, base string, op *task.Operation) {
 	header.Set("Location", strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID))
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
-	if err := writeJSON(w, http.StatusAccepted, op); err != nil {
+	body, err := json.Marshal(op)
+	if err != nil {
 		Error(w, nil, err)
+		return
 	}
-}
-
-// writeJSON writes v as the response, or returns an error if v can't be encoded.
-func writeJSON(w http.ResponseWriter, status int, v any) error {
-	var body bytes.Buffer
-	if err := json.NewEncoder(&body).Encode(v); err != nil {
-		return err
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	w.Write(body.Bytes()) // an error means that the client has disconnected
-	return nil
+	header.Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusAccepted)
+	w.Write(append(body, '\n')) // an error means that the client has disconnected
 }

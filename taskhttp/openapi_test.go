@@ -177,6 +177,7 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	a := asker{newPipeSite(t, h), check}
 	done := run(t, m, "done", map[string]any{"disks": 4}, nil).ID
 	run(t, m, "failed", []int{1}, errors.New("no"))
+	run(t, m, "big", strings.Repeat("x", 100_000), errors.New(strings.Repeat("x", 100_000)))
 	live := newPuppet(t, m, "live", task.WithMetadata("tank")).ID
 	others := newPuppet(t, other, "another's").ID
 	synctest.Wait()
@@ -184,7 +185,7 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	a.askHealthy(done, live, others)
 	other.Close()
 	store.fail(true)
-	for _, operation := range []string{"GET /", "GET /{id}", "GET /{id}/wait", "GET /{id}/events", "POST /{id}/cancel"} {
+	for _, operation := range []string{"GET /", "GET /{id}", "GET /{id}/result", "GET /{id}/wait", "GET /{id}/events", "POST /{id}/cancel"} {
 		a.ask(operation, done, "")
 	}
 	store.fail(false)
@@ -243,6 +244,9 @@ func (a asker) askHealthy(done, live, others string) {
 	a.ask("GET /{id}", done, "")
 	a.ask("GET /{id}", live, "")
 	a.ask("GET /{id}", "nonsense", "")
+	a.ask("GET /{id}/result", done, "")
+	a.ask("GET /{id}/result", live, "")
+	a.ask("GET /{id}/result", "nonsense", "")
 	a.ask("GET /{id}/wait", done, "?timeout=1s")
 	a.ask("GET /{id}/wait", live, "?timeout=1s")
 	a.ask("GET /{id}/wait", live, "?timeout=soon")
@@ -273,7 +277,7 @@ func list(t *testing.T, store *brokenStore, m *task.Manager) []*task.Operation {
 // checkEvents validates the data of events.
 func (d *document) checkEvents(t *testing.T, name, body string) {
 	t.Helper()
-	schemas := map[string]string{"snapshot": "Snapshot", "operation": "Task", "reload": "Note", "closed": "Note"}
+	schemas := map[string]string{"snapshot": "Snapshot", "operation": "Task", "deleted": "Deleted", "reload": "Note", "closed": "Note"}
 	r := &reader{t: t, lines: bufio.NewReader(strings.NewReader(body))}
 	for {
 		e, err := r.next()

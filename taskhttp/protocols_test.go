@@ -155,6 +155,8 @@ var exchanges = []exchange{
 	{route: "GET /", path: "/", status: 200, contentType: jsonType, body: `"tasks":[{`},
 	{route: "GET /", path: "/?limit=x", status: 400, contentType: problemType, body: "parameter limit"},
 	{route: "GET /{id}", path: "/DONE", status: 200, contentType: jsonType, body: `"state":"DONE"`},
+	{route: "GET /{id}/result", path: "/DONE/result", status: 200, contentType: jsonType, body: `"well"`},
+	{route: "GET /{id}/result", path: "/LIVE/result", status: 404, contentType: problemType, body: "has no result"},
 	{route: "GET /{id}", path: "/unknown", status: 404, contentType: problemType, body: "operation not found"},
 	{route: "POST /{id}/cancel", path: "/STOP/cancel", status: 202, contentType: jsonType, body: `"name":"stop"`},
 	{route: "POST /{id}/cancel", path: "/DONE/cancel", status: 200, contentType: jsonType, body: `"state":"DONE"`},
@@ -192,7 +194,7 @@ func TestProtocols(t *testing.T) {
 		m := newManager(t, nil)
 		s := serve(mount(m))
 		ids := strings.NewReplacer(
-			"DONE", run(t, m, "done", nil, nil).ID,
+			"DONE", run(t, m, "done", "well", nil).ID,
 			"LIVE", newPuppet(t, m, "live").ID,
 			"STOP", newPuppet(t, m, "stop").ID)
 		for _, e := range exchanges {
@@ -408,8 +410,8 @@ func TestStreamsBlocked(t *testing.T) {
 	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {
 		m := newManager(t, nil)
 		s := serve(mount(m))
-		for range 12 { // more than the buffers of client and server hold
-			newPuppet(t, m, "live", task.WithMetadata(strings.Repeat("x", 1<<20)))
+		for range 600 { // more than the buffers of client and server hold
+			newPuppet(t, m, "live", task.WithMetadata(strings.Repeat("x", 15_000)))
 		}
 		answer := s.request(t.Context(), "GET", "/events", nil)
 		defer answer.Body.Close()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/mynt-nas/task"
@@ -275,6 +276,12 @@ func recoversNoLiving(s *session) {
 
 var filterChecks = []check{
 	{
+		name: "max-value",
+		rule: "ListFiltered leaves values as they are, or, those of more bytes than the filter's MaxValue, as a task.Omitted with their length.",
+		has:  has[task.FilteredLister],
+		test: omits,
+	},
+	{
 		name: "filtered",
 		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID that is no UUIDv7 is an error that wraps task.ErrNotFound.",
 		has:  has[task.FilteredLister],
@@ -378,6 +385,33 @@ func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Opera
 		}
 	}
 	return page
+}
+
+// omits lists a value that fits and one that does not, each by way of either field.
+func omits(s *session) {
+	const most = 1000
+	fits, long := json.RawMessage(`"fits"`), json.RawMessage(`"`+strings.Repeat("ä", most)+`"`)
+	for _, values := range [][2]json.RawMessage{{fits, long}, {long, fits}} {
+		op := s.new("values")
+		op.Metadata, op.Result = values[0], values[1]
+		s.save(op)
+	}
+	for _, max := range []int{0, most, 10 * most} {
+		got, err := s.db.(task.FilteredLister).ListFiltered(task.Filter{MaxValue: max}, 10, 0)
+		if err != nil || len(got) != 2 {
+			s.errorf("ListFiltered with MaxValue %d = %s, %v, want 2 operations", max, names(got), err)
+			continue
+		}
+		for i, op := range got {
+			want := s.want[1-i]
+			for got, want := range map[*any]any{&op.Metadata: want.Metadata, &op.Result: want.Result} {
+				if o, ok := (*got).(task.Omitted); ok && max == most && int(o) > most && len(want.(json.RawMessage)) > most {
+					*got = want
+				}
+			}
+			s.same(fmt.Sprintf("ListFiltered with MaxValue %d", max), op, &want)
+		}
+	}
 }
 
 // inStates reports whether an operation is in one of a filter's states, or

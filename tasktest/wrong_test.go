@@ -313,6 +313,9 @@ type wrongStore struct {
 }
 
 var wrongStores = []wrongStore{
+	{"leaves out all values", "max-value", "Metadata is", once(func() *valuelessLister {
+		return &valuelessLister{task.NewMemoryStore()}
+	})},
 	{"lists from the beginning again", "filtered", "want 0 operations", once(func() *forgetfulLister {
 		return &forgetfulLister{task.NewMemoryStore()}
 	})},
@@ -578,6 +581,19 @@ var wrongStores = []wrongStore{
 	{"yields what it does not store", "recover-break", "What Recover yields is stored", once(func() recoverStore {
 		return recoverStore{newMapStore(), isOrphan, func(*mapStore, task.Operation) {}}
 	})},
+}
+
+// A valuelessLister leaves out values that are short, too.
+type valuelessLister struct{ *task.MemoryStore }
+
+func (s *valuelessLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	ops, err := s.MemoryStore.ListFiltered(f, limit, offset)
+	for _, op := range ops {
+		if f.MaxValue > 0 {
+			op.Metadata = task.Omitted(f.MaxValue + 1)
+		}
+	}
+	return ops, err
 }
 
 // A forgetfulLister ignores Before.

@@ -104,6 +104,28 @@ func (b *tab) last(pool, kind, state, text string) {
 		pool, kind, state, text))
 }
 
+// TestNasdLongResult checks that the page loads a result that events leave out: a
+// long list of corrupted files.
+func TestNasdLongResult(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	name := func(i int) string { return fmt.Sprint(strings.Repeat("x", 240), i) }
+	for i := range 100 {
+		must(t, os.WriteFile(d.file("tank", name(i)), []byte("hello"), 0o600))
+	}
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "DONE", "100 files")
+	for i := range 100 {
+		d.corrupt(d.file("tank", name(i)), "hallo")
+	}
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "FAILED", "corrupted: "+name(0))
+	b.press("tank", "Accept as it is")
+	b.last("tank", "accept", "DONE", "100 files")
+}
+
 // TestNasd tries everything that examples/nasd does in the browser.
 func TestNasd(t *testing.T) {
 	b := newTab(t)

@@ -19,6 +19,7 @@ import (
 	"github.com/chromedp/chromedp"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // A tab is the tab of a browser of its own. It collects what goes wrong.
@@ -192,6 +193,45 @@ func TestPage(t *testing.T) {
 	// An operation that fails shows its error.
 	id = d.run("Replicate tank", "error", "disk ada3 does not answer")
 	b.show(id, "FAILED", "disk ada3 does not answer")
+}
+
+// TestLongValues checks that the details load what the list leaves out.
+func TestLongValues(t *testing.T) {
+	d := newDaemon(t)
+	b := newTab(t)
+	long := func(word string) string { return `["` + word + `", "` + strings.Repeat("x", 20_000) + `"]` }
+	id := d.start("Report", "metadata", long("started"))
+	b.open(d.page())
+	b.show(id, "RUNNING", "Report")
+	b.click(`li[data-id="` + id + `"] .open`)
+	b.until(`$("detail").innerText.includes('"started"')`)
+	d.tell(id, "result", long("well"))
+	b.until(`$("detail").innerText.includes('"well"') && $("detail").innerText.includes('"started"')`)
+	b.click("#detail-close")
+
+	b.open(d.page()) // now from the history
+	b.show(id, "DONE", "Report")
+	b.click(`li[data-id="` + id + `"] .open`)
+	b.until(`$("detail").innerText.includes('"well"') && $("detail").innerText.includes('"started"')`)
+	b.click("#detail-close")
+
+	testkit.Exec(t, d.path, "DELETE FROM tasks")
+	b.click(`li[data-id="` + id + `"] .open`)
+	b.until(`$("detail").innerText.includes("Can't be loaded: ` + id + `: operation not found")`)
+	b.nothingWrong("404")
+}
+
+// TestDeleted checks that a task leaves the list when its row is deleted while
+// it runs.
+func TestDeleted(t *testing.T) {
+	d := newDaemon(t)
+	b := newTab(t)
+	b.open(d.page())
+	id := d.start("Scrub tank")
+	b.show(id, "RUNNING", "Scrub tank")
+	testkit.Exec(t, d.path, "DELETE FROM tasks")
+	d.tell(id, "result", "1")
+	b.until(row(id) + ` === null`)
 }
 
 func TestCancel(t *testing.T) {

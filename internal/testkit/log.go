@@ -102,6 +102,7 @@ func (l *Log) Recovered() (ids []string, n int) {
 // WantRecovered checks which operations were logged as interrupted.
 func (l *Log) WantRecovered(t testing.TB, want ...string) {
 	t.Helper()
+	Until(func() bool { _, n := l.Recovered(); return n >= len(want) }) // it is logged in another goroutine
 	got, n := l.Recovered()
 	slices.Sort(want)
 	known := func(id string) bool { _, ok := slices.BinarySearch(want, id); return ok }

@@ -505,7 +505,7 @@ func FuzzRoundTrip(f *testing.F) {
 
 	// Opened and closed for each round; one file for all, because making one
 	// takes long.
-	path := filepath.Join(f.TempDir(), "tasks.db")
+	path := testkit.FastPath(f)
 	f.Fuzz(func(t *testing.T, name, key string, metadata, change, result []byte, failure string) {
 		r := &fuzzRound{name: name, key: key, metadata: decodeValue(metadata), result: decodeValue(result), failure: failure}
 		if len(change) > 0 {
@@ -850,7 +850,7 @@ func fuzzLocal(path string) bool {
 }
 
 func fuzzPath(t *testing.T, path string, mode byte) {
-	root := t.TempDir()
+	root := filepath.Dir(testkit.FastPath(t))
 	dir := filepath.Join(root, "in", "here")
 	testkit.Must(t, os.MkdirAll(dir, 0o700))
 	t.Chdir(dir)

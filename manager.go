@@ -869,6 +869,7 @@ func (m *Manager) close() {
 	m.mu.Lock()
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
 	m.backlog.retryAt = time.Time{}
+	m.backlog.changed = nil // all have a final state by now
 	m.mu.Unlock()
 	m.writer.signal()
 	<-m.writer.stopped

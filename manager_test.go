@@ -517,6 +517,20 @@ func afterClose(t *testing.T, m *task.Manager, ops map[string]*task.Operation) {
 	}
 }
 
+// TestCloseAtOnce: Close of a manager whose operations have finished waits for
+// nothing.
+func TestCloseAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		wait(t, m, submit(t, m, nothing).ID)
+		start := time.Now()
+		must(t, m.Close())
+		if d := time.Since(start); d > 0 {
+			t.Errorf("Close took %v", d)
+		}
+	})
+}
+
 // TestCloseBesideSubmit has Submit and Close race: every accepted operation
 // must be finished in the store.
 func TestCloseBesideSubmit(t *testing.T) {

@@ -15,7 +15,9 @@
 //
 // Cancel does not wait until the operation has ended. Its response has the status
 // 202 and the operation as it is then: a PENDING operation will not start, but
-// becomes CANCELLED only when that is stored. Wait returns it after that.
+// becomes CANCELLED only when that is stored. Wait returns it after that. Its
+// error then says from which address it was cancelled, and the reason that the
+// query's parameter of that name gives.
 //
 // A stream of events begins with the event "snapshot", which holds the live
 // operations, and continues with an event "operation" for each change. No change
@@ -60,6 +62,7 @@ import (
 	"iter"
 	"maps"
 	"mime"
+	"net"
 	"net/http"
 	"net/url"
 	"path"
@@ -146,7 +149,7 @@ func (h *handler) routes() []route {
 		{"GET", "/{$}", []string{"state", "name", "limit", "cursor"}, h.list},
 		{"GET", "/{id}", nil, h.get},
 		{"GET", "/{id}/result", nil, h.result},
-		{"POST", "/{id}/cancel", nil, h.cancel},
+		{"POST", "/{id}/cancel", []string{"reason"}, h.cancel},
 		{"GET", "/{id}/wait", []string{"timeout"}, h.wait},
 		{"GET", "/events", nil, h.events},
 		{"GET", "/{id}/events", nil, h.eventsOf},
@@ -449,9 +452,13 @@ func (h *handler) look(id string) (*task.Operation, error) {
 	}
 }
 
-func (h *handler) cancel(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+func (h *handler) cancel(w http.ResponseWriter, r *http.Request, query url.Values) error {
+	reason := query.Get("reason")
+	if len(reason) > maxReason {
+		return badParameter("reason", "it has more than %d bytes", maxReason)
+	}
 	id := r.PathValue("id")
-	err := h.manager.Cancel(id)
+	err := h.manager.CancelCause(id, cancelText(r, reason))
 	switch {
 	case errors.Is(err, errors.ErrUnsupported): // another manager runs it
 		Problem(w, r, http.StatusConflict, err)
@@ -470,6 +477,22 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, _ url.Values) e
 		status = http.StatusOK
 	}
 	return h.whole(w, r, status, op)
+}
+
+// maxReason is the length in bytes that the reason for a cancel may have.
+const maxReason = 1000
+
+// cancelText says who cancels an operation, and why. Behind a proxy, the address
+// is the proxy's; over a Unix socket there is none.
+func cancelText(r *http.Request, reason string) string {
+	text := "cancelled over HTTP"
+	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
+		text += " from " + host
+	}
+	if reason != "" {
+		text += ": " + reason
+	}
+	return text
 }
 
 func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values) error {

@@ -196,6 +196,12 @@ func TestCancel(t *testing.T) {
 			}
 		})
 	}
+	why := newPuppet(t, m, "why")
+	s.fails("POST", "/"+why.ID+"/cancel?reason="+strings.Repeat("x", 1001), 400, "reason")
+	s.do("POST", "/"+why.ID+"/cancel?reason=maintenance%0Atonight", 202, nil)
+	if got, err := m.Wait(t.Context(), why.ID); err != nil || got.State != task.StateCancelled || got.Error != "cancelled over HTTP from 127.0.0.1: maintenance\ntonight" {
+		t.Errorf("%+v, %v", got, err)
+	}
 	answer := s.request(t.Context(), "POST", "/"+running.ID+"/cancel", strings.NewReader(strings.Repeat("ignored", 1<<20)))
 	answer.Body.Close()
 	if answer.StatusCode != 200 {

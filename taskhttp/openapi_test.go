@@ -255,6 +255,7 @@ func (a asker) askHealthy(done, live, others string) {
 	a.ask("GET /{id}/events", done, "", "Last-Event-ID", "DONE")
 	a.ask("GET /{id}/events", "nonsense", "")
 	a.ask("POST /{id}/cancel", done, "")
+	a.ask("POST /{id}/cancel", live, "?reason="+strings.Repeat("x", 1001))
 	a.ask("POST /{id}/cancel", "nonsense", "")
 	a.ask("POST /{id}/cancel", others, "")
 	a.ask("POST /{id}/cancel", live, "", "Origin", "https://evil.example")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"time"
 )
@@ -45,8 +46,22 @@ func (m *Manager) recoverFrom(live func(id string) bool) error {
 		if n++; n <= maxOrphanLogs {
 			m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
 		}
+		m.callRecovered(op)
 	}
 	return nil
+}
+
+// callRecovered calls the function that WithRecovered has set.
+func (m *Manager) callRecovered(op *Operation) {
+	defer func() {
+		if r := recover(); r != nil {
+			m.log.Error("task: the function of WithRecovered panicked", "id", op.ID,
+				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+		}
+	}()
+	if m.recovered != nil {
+		m.recovered(m.copyOut(op))
+	}
 }
 
 // recoverLoop calls recover until it succeeds or the manager is closed.

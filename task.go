@@ -137,6 +137,7 @@ type options struct {
 	log       *slog.Logger
 	limit     int           // how many functions may run at once; 0 for any number
 	retention time.Duration // how long to keep the history; 0 for ever
+	recovered func(*Operation)
 }
 
 // WithLogger makes the manager log to l instead of [slog.Default]. It logs
@@ -166,6 +167,15 @@ func WithLimit(n int) Option {
 // them for good, as is the default. See [Manager.Prune].
 func WithRetention(age time.Duration) Option {
 	return func(o *options) { o.retention = max(age, 0) }
+}
+
+// WithRecovered has f called with each operation that the manager finds
+// interrupted and has marked as FAILED, metadata included, so that the program
+// can do what is left of it: by [New] before it returns, and later whenever the
+// manager notices that another process on the database has died. The calls come
+// one at a time at the start, but may overlap after it. A panic of f is logged.
+func WithRecovered(f func(op *Operation)) Option {
+	return func(o *options) { o.recovered = f }
 }
 
 // A SubmitOption configures one operation.

@@ -82,7 +82,7 @@ func TestWrong(t *testing.T) {
 	}{
 		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row"},
 		{name: "final state forgotten", store: "forgetful", want: "shown as finished"},
-		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to a dead process"},
+		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
 		{name: "recovery of live operations", store: "ruthless", want: "Task failed due to system restart"},
 		{
 			name:   "row deleted",

@@ -38,7 +38,7 @@ import (
 type Manager struct {
 	// Immutable.
 	options
-	id       string // the owner of what it submits, for MemoryStore
+	id       string // the owner of what it submits, if the store has none
 	db       Persistence
 	ctx      context.Context // the parent of every function's context
 	cancel   context.CancelCauseFunc
@@ -179,7 +179,7 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	}
 	now := time.Now()
 	created := now.UTC().Truncate(time.Microsecond)
-	op := &Operation{Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, owner: m.id}
+	op := &Operation{Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, Owner: m.owner()}
 	t := &task{
 		name:     op.Name,
 		fn:       fn,
@@ -197,6 +197,14 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 		}
 	}
 	return t, nil
+}
+
+// owner returns the Owner of what the manager submits now.
+func (m *Manager) owner() string {
+	if s, ok := m.db.(interface{ Owner() string }); ok {
+		return s.Owner()
+	}
+	return m.id
 }
 
 // insert gives a new task its ID and has its row stored. The order of the IDs is
@@ -457,7 +465,7 @@ func (m *Manager) copyOut(op *Operation) *Operation {
 	c := *op
 	c.Metadata = roundTrip(c.Metadata)
 	c.Result = roundTrip(c.Result)
-	c.manager, c.owner = m, ""
+	c.manager = m
 	return &c
 }
 
@@ -466,7 +474,7 @@ func (m *Manager) raw(op *Operation) *Operation {
 	c := *op
 	c.Metadata = rawValue(c.Metadata)
 	c.Result = rawValue(c.Result)
-	c.manager, c.owner = m, ""
+	c.manager = m
 	return &c
 }
 

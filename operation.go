@@ -19,7 +19,8 @@ type Operation struct {
 	ID       string `json:"id"` // a UUID, version 7
 	Name     string `json:"name"`
 	State    State  `json:"state"`
-	Progress int    `json:"progress"` // percent, 0..100; 100 once DONE
+	Progress int    `json:"progress"`          // percent, 0..100; 100 once DONE
+	Message  string `json:"message,omitempty"` // what it is doing, in words
 
 	// Metadata and Result are what a round trip through JSON gives: nil, bool,
 	// string, json.Number, []any or map[string]any, the same just after the
@@ -41,8 +42,15 @@ type Operation struct {
 	StartedAt time.Time `json:"started_at,omitzero"` // zero if it never started
 	UpdatedAt time.Time `json:"updated_at"`          // the finish time, once finished
 
+	// Owner is who runs it, or has run it: the ID of the store by which it was
+	// submitted, or that of the manager, if the store has none.
+	Owner string `json:"owner,omitempty"`
+
+	// Cancelling says that somebody has asked for its cancellation, and that its
+	// final state is yet to come.
+	Cancelling bool `json:"cancelling,omitempty"`
+
 	manager *Manager // nil if the operation did not come from one
-	owner   string   // the ID of the manager that has submitted it, for MemoryStore
 }
 
 // Cancel does what [Manager.Cancel] does with op.ID.

@@ -41,10 +41,11 @@ type Persistence interface {
 	Save(op *Operation) error
 
 	// Update stores the present state of an operation that is stored and not
-	// finished: everything but its ID, Name and CreatedAt. If it is not stored
-	// or is DONE, FAILED or CANCELLED already, Update changes nothing and
-	// returns an error that wraps [ErrNotFound]. On any other error the
-	// operation should be as it was; the manager tries again.
+	// finished: everything but its ID, Name, CreatedAt and Owner, and but a
+	// Cancelling that is true already. If it is not stored, or is DONE, FAILED or
+	// CANCELLED already, Update changes nothing and returns an error that wraps
+	// [ErrNotFound]. On any other error the operation should be as it was; the
+	// manager tries again.
 	Update(op *Operation) error
 
 	// List returns operations by order of their Save, the last one first,

@@ -57,7 +57,8 @@ func (s *MemoryStore) Update(op *Operation) error {
 	if row == nil || row.State.Finished() {
 		return ErrNotFound
 	}
-	with.Name, with.CreatedAt, with.owner = row.Name, row.CreatedAt, row.owner
+	with.Name, with.CreatedAt, with.Owner = row.Name, row.CreatedAt, row.Owner
+	with.Cancelling = row.Cancelling && row.State.live() || op.Cancelling
 	*row = with
 	s.retire(row)
 	return nil
@@ -155,7 +156,7 @@ func (s *MemoryStore) Recover(reason string) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		ops, _ := s.ListFiltered(Filter{States: []State{StatePending, StateRunning}}, math.MaxInt, 0)
 		for _, op := range ops {
-			if isOpen(op.owner) {
+			if isOpen(op.Owner) {
 				continue
 			}
 			op, err := failOrphan(s, op.ID, reason)

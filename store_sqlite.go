@@ -98,6 +98,9 @@ func (s *SQLiteStore) Close() error {
 	return errors.Join(s.db.Close(), s.owner.Release())
 }
 
+// Owner returns the Owner of the operations that the store saves: a UUID.
+func (s *SQLiteStore) Owner() string { return s.owner.ID }
+
 // newStore returns a store in the database at a path, which open opens. A new
 // file gets the mode of the owner's.
 func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*SQLiteStore, error) {
@@ -124,7 +127,7 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
-	Added:    []string{"started_at DATETIME", "owner TEXT"},
+	Added:    []string{"started_at DATETIME", "owner TEXT", "message TEXT", "cancel_cause TEXT", "cancel_requested_at DATETIME"},
 	Create: []string{`
 CREATE TABLE IF NOT EXISTS tasks (
     id TEXT PRIMARY KEY,
@@ -137,7 +140,10 @@ CREATE TABLE IF NOT EXISTS tasks (
     created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
     updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
     started_at DATETIME,
-    owner TEXT
+    owner TEXT,
+    message TEXT,
+    cancel_cause TEXT,
+    cancel_requested_at DATETIME
 )`,
 		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
 		`CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (` + ownerText + `) WHERE ` + unfinished,
@@ -172,13 +178,15 @@ type row struct {
 	metadata, result                any // a text, or the length of one that was not read
 	err                             string
 	createdAt, updatedAt, startedAt string
+	owner, message, cancelRequested string
 }
 
 // columns are what a row is read from.
 const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TEXT), ''), coalesce(CAST(state AS TEXT), ''),
 	coalesce(CAST(progress AS INTEGER), 0), coalesce(CAST(metadata AS TEXT), ''), coalesce(CAST(result AS TEXT), ''),
 	coalesce(CAST(error AS TEXT), ''), coalesce(CAST(created_at AS TEXT), ''), coalesce(CAST(updated_at AS TEXT), ''),
-	coalesce(CAST(started_at AS TEXT), '')`
+	coalesce(CAST(started_at AS TEXT), ''), coalesce(CAST(owner AS TEXT), ''), coalesce(CAST(message AS TEXT), ''),
+	coalesce(CAST(cancel_requested_at AS TEXT), '')`
 
 // columnsWithin is columns with the length, an integer, in place of metadata and
 // results of more than max bytes.
@@ -198,16 +206,19 @@ func columnsWithin(max int) string {
 // a zero value: one bad cell must not hide the rest of the history.
 func (r *row) operation() *Operation {
 	return &Operation{
-		ID:        r.id,
-		Name:      validUTF8(r.name),
-		State:     State(r.state),
-		Progress:  int(min(max(r.progress, 0), 100)),
-		Metadata:  cellJSON(r.metadata),
-		Result:    cellJSON(r.result),
-		Error:     validUTF8(r.err),
-		CreatedAt: cellTime(r.createdAt),
-		StartedAt: cellTime(r.startedAt),
-		UpdatedAt: cellTime(r.updatedAt),
+		ID:         r.id,
+		Name:       validUTF8(r.name),
+		State:      State(r.state),
+		Progress:   int(min(max(r.progress, 0), 100)),
+		Message:    validUTF8(r.message),
+		Metadata:   cellJSON(r.metadata),
+		Result:     cellJSON(r.result),
+		Error:      validUTF8(r.err),
+		CreatedAt:  cellTime(r.createdAt),
+		StartedAt:  cellTime(r.startedAt),
+		UpdatedAt:  cellTime(r.updatedAt),
+		Owner:      r.owner,
+		Cancelling: r.cancelRequested != "" && State(r.state).live(),
 	}
 }
 
@@ -296,14 +307,16 @@ func newStatement(format, one string, params int, none error) *statement {
 // update never finishes an operation twice, and never creates one again that
 // has been deleted.
 var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.column2, metadata = v.column3, result = v.column4,
-	error = v.column5, updated_at = v.column6, started_at = v.column7
-	FROM (VALUES %s) AS v WHERE id = v.column8 AND state IN ('PENDING', 'RUNNING')`,
+	error = v.column5, updated_at = v.column6, started_at = v.column7, message = v.column8,
+	cancel_requested_at = coalesce(cancel_requested_at, v.column9)
+	FROM (VALUES %s) AS v WHERE id = v.column10 AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(v.column11, owner)`,
 	`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
-	updated_at = ?, started_at = ? WHERE id = ? AND state IN ('PENDING', 'RUNNING')`, 8, ErrNotFound)
+	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
+	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`, 11, ErrNotFound)
 
 // insert begins with the parameters of update.
-var insert = newStatement(`INSERT INTO tasks
-	(state, progress, metadata, result, error, updated_at, started_at, id, name, created_at, owner) VALUES %s`, "", 11,
+var insert = newStatement(`INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
+	message, cancel_requested_at, id, owner, name, created_at) VALUES %s`, "", 13,
 	errors.New("a trigger of the database has ignored the new row"))
 
 // A write is a row to insert or to update.
@@ -313,17 +326,21 @@ type write struct {
 	err  *error // where the outcome goes
 }
 
-// args returns the cells of an operation's row.
-func (s *SQLiteStore) args(op *Operation) ([]any, error) {
+// cells returns those of an operation's row.
+func cells(op *Operation, owner string) ([]any, error) {
 	c := *op
 	if err := c.encode(); err != nil {
 		return nil, err
 	}
 	metadata, _ := c.Metadata.(json.RawMessage)
 	result, _ := c.Result.(json.RawMessage)
+	requested := ""
+	if op.Cancelling {
+		requested = formatTime(latest(op.UpdatedAt, op.CreatedAt))
+	}
 	return []any{string(op.State), op.Progress, textCell(string(metadata)), textCell(string(result)), textCell(op.Error),
-		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), op.ID,
-		op.Name, textCell(formatTime(op.CreatedAt)), s.owner.ID}, nil
+		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), textCell(op.Message), textCell(requested), op.ID,
+		textCell(owner), op.Name, textCell(formatTime(op.CreatedAt))}, nil
 }
 
 // Save implements [Persistence].
@@ -346,12 +363,15 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
 	for i, op := range slices.Concat(saves, updates) {
-		stmt := insert
+		stmt, owner := insert, s.Owner()
 		if i >= len(saves) {
 			stmt = update
+			if op.Owner != owner {
+				owner = "" // any
+			}
 		}
 		var args []any
-		if args, errs[i] = s.args(op); errs[i] == nil {
+		if args, errs[i] = cells(op, owner); errs[i] == nil {
 			writes = append(writes, write{stmt, args, &errs[i]})
 		}
 	}
@@ -655,7 +675,7 @@ func scan(c *sql.Conn, f func(*row), query string, args ...any) error {
 	for rows.Next() {
 		var r row
 		err := rows.Scan(&r.rowid, &r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result, &r.err,
-			&r.createdAt, &r.updatedAt, &r.startedAt)
+			&r.createdAt, &r.updatedAt, &r.startedAt, &r.owner, &r.message, &r.cancelRequested)
 		if err != nil {
 			return err
 		}

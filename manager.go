@@ -201,10 +201,11 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 
 // owner returns the Owner of what the manager submits now.
 func (m *Manager) owner() string {
+	var id string
 	if s, ok := m.db.(interface{ Owner() string }); ok {
-		return s.Owner()
+		id = s.Owner()
 	}
-	return m.id
+	return cmp.Or(id, m.id)
 }
 
 // insert gives a new task its ID and has its row stored. The order of the IDs is

@@ -24,7 +24,7 @@ func TestBus(t *testing.T) {
 	}
 	want("slow", slow, "1", 0)
 	want("slow", slow, "2", 0)
-	b.lose()
+	b.markLoss()
 	b.publish(&task.Operation{ID: "5"})
 	b.publish(&task.Operation{ID: "6"})
 	b.close()

@@ -305,10 +305,10 @@ func TestWait(t *testing.T) {
 func TestWaitStops(t *testing.T) {
 	tests := []struct {
 		name string
-		stop func(s *site, gone context.CancelFunc, m *task.Manager, op *controlled)
+		stop func(s *site, disconnect context.CancelFunc, m *task.Manager, op *controlled)
 		want string // the state in the response; empty without a response
 	}{
-		{"client gone", func(_ *site, gone context.CancelFunc, _ *task.Manager, _ *controlled) { gone() }, ""},
+		{"client disconnects", func(_ *site, disconnect context.CancelFunc, _ *task.Manager, _ *controlled) { disconnect() }, ""},
 		{"server shut down", func(s *site, _ context.CancelFunc, _ *task.Manager, _ *controlled) {
 			must(s.t, s.server.Shutdown(context.Background()))
 		}, "RUNNING"},
@@ -326,10 +326,10 @@ func TestWaitStops(t *testing.T) {
 					returned <- time.Now()
 				}))
 				op := newControlled(t, m, "live")
-				ctx, gone := context.WithCancel(t.Context())
+				ctx, disconnect := context.WithCancel(t.Context())
 				start := time.Now()
 				stopped := make(chan bool)
-				time.AfterFunc(3*time.Second, func() { test.stop(s, gone, m, op); close(stopped) })
+				time.AfterFunc(3*time.Second, func() { test.stop(s, disconnect, m, op); close(stopped) })
 				r, _ := http.NewRequestWithContext(ctx, "GET", s.url+"/"+op.ID+"/wait?timeout=10m", nil)
 				answer, err := s.client.Do(r)
 				body := ""
@@ -345,7 +345,7 @@ func TestWaitStops(t *testing.T) {
 					t.Errorf("error %v, body %q, want %q", err, body, test.want)
 				}
 				<-stopped
-				gone()
+				disconnect()
 				m.Close()
 			})
 		})

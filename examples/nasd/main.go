@@ -21,7 +21,7 @@
 //	pools/NAME/manifest        the checksums of the files
 //	pools/NAME/snapshots/ID/   snapshots of the files, for reading only
 //
-// It has no users: whoever can connect may do everything. By default it listens
+// It has no users: every client that can connect may do everything. By default it listens
 // on 127.0.0.1, so that only programs on this machine can connect; to admit
 // others, put an authenticating proxy in front of it. The proxy must send the Host
 // header 127.0.0.1: names other than localhost are refused, because a page of

@@ -39,7 +39,7 @@ type snapshotResult struct {
 //
 // No file of the pool is ever linked to a snapshot: a program that changes it
 // in place would change the snapshot, too. A file that is unchanged since the
-// previous snapshot, by its size and time, is linked to that one, where nobody
+// previous snapshot, by its size and time, is linked to that one, where nothing
 // changes it; a disk that corrupts it corrupts both. Any other file is cloned, if
 // the file system supports that, or copied.
 func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error) {

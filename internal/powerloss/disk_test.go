@@ -119,7 +119,7 @@ func newDisk() *disk {
 func (d *disk) apply(e entry) error {
 	f := d.fds[e.fd]
 	switch e.kind {
-	case 'P': // a new process: the old descriptors are gone
+	case 'P': // a new process: the old descriptors are closed
 		clear(d.fds)
 		clear(d.syncs)
 	case 'D':

@@ -216,7 +216,7 @@ func (c *checker) checkRecovered(r row) {
 	p, session := submitter(r.name)
 	switch status := c.statuses[p]; {
 	case status == nil:
-		c.violation("nobody has submitted %+v", r)
+		c.violation("no worker has submitted %+v", r)
 	case !status.killed:
 		c.violation("an operation of a live process was marked as interrupted: %+v", r)
 	case c.closed[session]:
@@ -232,7 +232,7 @@ func (c *checker) checkUnfinished(r row) {
 	p, session := submitter(r.name)
 	switch status := c.statuses[p]; {
 	case status == nil:
-		c.violation("nobody has submitted %+v", r)
+		c.violation("no worker has submitted %+v", r)
 	case status.recovered:
 		c.violation("an unfinished operation belongs to a dead process: %+v", r)
 	case c.closed[session]:

@@ -10,9 +10,9 @@
 //	go run ./internal/storm -for 30s
 //	go run ./internal/storm -for 15m -kills 1000
 //
-// At the end it prints a line of figures. If it has found violations, it prints them,
-// exits with status 1 and does not delete the database and the journals. It needs cgo, and
-// a system with file locks.
+// At the end it prints a line of figures. If it has found violations, it prints
+// them, exits with status 1 and does not delete the database and the journals. It
+// needs cgo, and a system with file locks.
 package main
 
 import (

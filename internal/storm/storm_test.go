@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 		faultyStores["early"] = newEarlyStore
 		faultyStores["lossy"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &lossyStore{SQLiteStore: s} }
 		faultyStores["no recovery"] = func(_ string, s *task.SQLiteStore) task.Persistence { return nonRecoveringStore{s} }
-		faultyStores["recovers live"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
+		faultyStores["recovers all"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
 		os.Exit(work(text))
 	}
 	os.Exit(m.Run())
@@ -83,7 +83,7 @@ func TestViolations(t *testing.T) {
 		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row"},
 		{name: "final state not stored", store: "lossy", want: "shown as finished"},
 		{name: "no recovery", store: "no recovery", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
-		{name: "recovery of live operations", store: "recovers live", want: "Task failed due to system restart"},
+		{name: "recovery of live operations", store: "recovers all", want: "Task failed due to system restart"},
 		{
 			name:   "row deleted",
 			change: `DELETE FROM tasks WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE')`,
@@ -106,9 +106,9 @@ func TestViolations(t *testing.T) {
 			want: "Task failed due to system restart",
 		},
 		{
-			name:   "row that nobody submitted",
+			name:   "row that no worker submitted",
 			change: `INSERT OR IGNORE INTO tasks (id, name, state, owner) VALUES ('x', 'x', 'PENDING', NULL)`,
-			want:   "nobody has submitted",
+			want:   "no worker has submitted",
 		},
 		{
 			name: "index corrupt",

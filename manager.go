@@ -212,7 +212,7 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 // owner returns the Owner of what the manager submits now.
 func (m *Manager) owner() string {
 	if s, ok := m.db.(interface{ Owner() string }); ok {
-		return s.Owner()
+		return cmp.Or(s.Owner(), m.id)
 	}
 	return m.id
 }
@@ -344,6 +344,9 @@ func (m *Manager) written(b batch) (more bool) {
 	defer m.mu.Unlock()
 	now := time.Now()
 	m.backlog.writing = nil
+	for _, w := range b.unknown {
+		m.backlog.again(w, now)
+	}
 	for _, w := range b.inserts {
 		m.afterInsert(w)
 	}
@@ -362,9 +365,6 @@ func (m *Manager) written(b batch) (more bool) {
 			answer(w.checkpoints, w.err)
 		}
 	}
-	for _, w := range b.unknown {
-		m.backlog.again(w, now)
-	}
 	more = more || len(m.backlog.retry)+len(m.backlog.unknown) > 0
 	if !more {
 		m.backlog.backoff, m.backlog.retryAt = 0, time.Time{}
@@ -379,12 +379,15 @@ func (m *Manager) afterInsert(w record) {
 	close(t.inserted)
 	if w.err != nil {
 		if !errors.Is(w.err, ErrExists) {
-			m.backlog.remember(w.op, w.err)
+			m.backlog.remember(w)
 		}
 		m.settle(t, nil, w.err)
 		return
 	}
 	t.stored = StatePending
+	if t.given {
+		m.backlog.forget(t.id)
+	}
 	m.emit(t, false)
 	switch {
 	case t.final != nil: // cancelled by someone who has found its row

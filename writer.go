@@ -39,8 +39,9 @@ const (
 // A record is one row to store, and what has become of it.
 type record struct {
 	t     *task      // nil for an insert of unknown outcome
-	op    *Operation // the row, which never changes
+	op    *Operation // the row, which never changes; of an insert of unknown outcome some fields
 	final bool       // it is the final state of t
+	given bool       // the row of an insert of unknown outcome may be another's
 	err   error
 
 	checkpoints []chan error // to be answered
@@ -69,7 +70,7 @@ type backlog struct {
 	before    int       // how many of changed the last take has left
 	urgent    bool      // do not delay those of changed that Checkpoint waits for
 	retry     []record  // final states that were refused
-	unknown   []record  // inserts of unknown outcome, with ID, CreatedAt, Owner and an Error
+	unknown   []record  // inserts of unknown outcome
 	writing   []*task   // whose updates are being written
 
 	retryAt time.Time // when to try again what has failed
@@ -190,12 +191,19 @@ func (b *backlog) again(w record, now time.Time) {
 
 // remember notes an insert that has failed. Should the row be there after all,
 // then as one that has FAILED.
-func (b *backlog) remember(op *Operation, err error) {
+func (b *backlog) remember(w record) {
 	if len(b.unknown) >= maxUnknown { // recovery will find it
 		return
 	}
-	text := validUTF8("not started, because Submit failed: " + err.Error())
-	b.unknown = append(b.unknown, record{op: &Operation{ID: op.ID, CreatedAt: op.CreatedAt, Owner: op.Owner, Error: text}})
+	failed := &Operation{ID: w.op.ID, CreatedAt: w.op.CreatedAt, Owner: w.op.Owner}
+	failed.Error = validUTF8("not started, because Submit failed: " + w.err.Error())
+	b.unknown = append(b.unknown, record{op: failed, given: w.t.given})
+}
+
+// forget drops what remember has noted of an ID, which is that of another insert
+// now.
+func (b *backlog) forget(id string) {
+	b.unknown = slices.DeleteFunc(b.unknown, func(w record) bool { return w.op.ID == id })
 }
 
 // unstored yields the tasks that are in another state than the database has it.
@@ -278,7 +286,7 @@ func (w *writer) write(b *batch) {
 	for failed == nil && len(b.unknown) > 0 {
 		first := b.unknown[0]
 		b.unknown = b.unknown[1:]
-		if failed = w.failInsert(first.op); failed != nil {
+		if failed = w.failInsert(first); failed != nil {
 			first.err = failed
 			b.unknown = append(b.unknown, first)
 		}
@@ -301,10 +309,10 @@ func (w *writer) write(b *batch) {
 
 // failInsert marks the row of an insert of unknown outcome as FAILED, if there
 // is one.
-func (w *writer) failInsert(op *Operation) error {
-	row, err := get(w.db, op.ID)
-	if err == nil && op.saved(row) {
-		_, err = failOrphan(w.db, op.ID, op.Error)
+func (w *writer) failInsert(u record) error {
+	row, err := get(w.db, u.op.ID)
+	if err == nil && (!u.given || u.op.saved(row)) {
+		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
 	}
 	if errors.Is(err, ErrNotFound) {
 		return nil

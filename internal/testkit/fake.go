@@ -135,6 +135,16 @@ func unsupported(db task.Persistence, method string) error {
 	return fmt.Errorf("%T has no %s: %w", db, method, errors.ErrUnsupported)
 }
 
+// Owner returns what the store behind the fake has, if that has the method.
+func (f *Fake) Owner() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if db, ok := f.db.(interface{ Owner() string }); ok {
+		return db.Owner()
+	}
+	return ""
+}
+
 // Save implements [task.Persistence].
 func (f *Fake) Save(op *task.Operation) error {
 	c := &Call{Method: "Save", ID: op.ID, Saves: []*task.Operation{op}}

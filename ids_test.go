@@ -446,6 +446,26 @@ func TestUnknownInsertRefused(t *testing.T) {
 	})
 }
 
+// TestExistsNotLogged: an ID that exists is no trouble with the store.
+func TestExistsNotLogged(t *testing.T) {
+	for name, open := range testkit.Stores {
+		t.Run(name, func(t *testing.T) {
+			db := open(t)
+			m := newManager(t, db)
+			wait(t, m, submit(t, m, nothing, task.WithID("a")).ID)
+			m, l := testkit.NewLogged(t, db)
+			for range 3 {
+				op, err := m.Submit("again", never, task.WithID("a"))
+				wantExists(t, op, err, "a", task.StateDone)
+			}
+			must(t, m.Close())
+			if text := l.String(); text != "" {
+				t.Errorf("logged: %s", text)
+			}
+		})
+	}
+}
+
 func TestWithUnique(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		if op, err := m.Submit("x", never, task.WithUnique("")); err == nil || op != nil {

@@ -310,10 +310,8 @@ func (m *Manager) inserted(t *task) (*Operation, error) {
 		return nil, fmt.Errorf("the store refuses %s, as if that existed: %w", t.id, err)
 	case err != nil, !exists && t.op.saved(op):
 		return nil, t.insertErr
-	case !exists:
-		return op, fmt.Errorf("%s: %w: %w", t.id, ErrExists, t.insertErr)
 	}
-	return op, fmt.Errorf("%s: %w", t.id, t.insertErr)
+	return op, fmt.Errorf("%s: %w", t.id, ErrExists)
 }
 
 // next implements source.

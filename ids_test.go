@@ -375,20 +375,12 @@ func TestSubmitAgainAfterFailure(t *testing.T) {
 					if bare {
 						db = testkit.Bare(fake)
 					}
-					failing := true
-					fake.Before(func(c *testkit.Call) error {
-						if failing {
-							return errDisk
-						}
-						return nil
-					})
-					failing = false
 					m := newManager(t, db)
-					failing = true
+					fake.Before(func(*testkit.Call) error { return errDisk })
 					if _, err := m.Submit("first", never, task.WithID("a")); !errors.Is(err, errDisk) {
 						t.Fatalf("Submit: %v", err)
 					}
-					failing = false
+					fake.Before(nil)
 					if other {
 						m = newManager(t, memory)
 					}

@@ -737,8 +737,11 @@ func (m *Manager) CancelCause(id, text string) error {
 	if t == nil || t.hidden() {
 		m.mu.Unlock()
 		err := m.cancelError(id)
-		if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // it was stored just now
-			return m.CancelCause(id, text)
+		if errors.Is(err, errors.ErrUnsupported) { // or it was submitted here meanwhile
+			if m.liveRow(id) != nil {
+				return m.CancelCause(id, text)
+			}
+			err = m.cancelError(id)
 		}
 		return fmt.Errorf("task: cancel %s: %w", id, err)
 	}

@@ -37,7 +37,9 @@ import (
 type Persistence interface {
 	// Save stores a new operation. On return it is durable, as far as the
 	// store promises that. If there is an operation with the same ID already,
-	// Save leaves that as it is and returns an error.
+	// Save leaves that as it is and returns an error. That wraps [ErrExists] if
+	// the store can tell; after any other error the manager looks with Get,
+	// where it matters. No other error wraps ErrExists.
 	Save(op *Operation) error
 
 	// Update stores the present state of an operation that is stored and not

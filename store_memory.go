@@ -37,7 +37,7 @@ func (s *MemoryStore) Save(op *Operation) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.rows[op.ID] != nil {
-		return fmt.Errorf("operation %s is already stored", op.ID)
+		return ErrExists
 	}
 	s.rows[op.ID] = &row
 	s.order = append(s.order, &row)

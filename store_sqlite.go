@@ -316,8 +316,11 @@ var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.colu
 
 // insert begins with the parameters of update.
 var insert = newStatement(`INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
-	message, cancel_requested_at, id, owner, name, created_at) VALUES %s`, "", 13,
+	message, cancel_requested_at, id, owner, name, created_at) VALUES %s ON CONFLICT (id) DO NOTHING`, "", 13,
 	errors.New("a trigger of the database has ignored the new row"))
+
+// idCell is the place of the ID among the parameters.
+const idCell = 9
 
 // A write is a row to insert or to update.
 type write struct {
@@ -355,8 +358,8 @@ func (s *SQLiteStore) Update(op *Operation) error {
 
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
-// has (UPDATE ... FROM takes one of two for the same operation), the rows are
-// written one by one instead, in their order. If COMMIT finds no room for all of
+// has (an ID may exist, and UPDATE ... FROM takes one of two for the same
+// operation), the rows are written one by one instead, in their order. If COMMIT finds no room for all of
 // them, those are stored for which there is room. Any other failure of BEGIN or
 // COMMIT, and a database that stays locked, fail the whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
@@ -449,7 +452,9 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 				err := writeRows(c, writes[i:i+1])
 				*w.err = err
 				switch {
-				case err == nil || err == w.none:
+				case err == nil || err == ErrNotFound:
+				case err == insert.none:
+					*w.err = whyIgnored(c, w.args[idCell], err)
 				case sqlitefile.Locked(err):
 					return err
 				case !sqlitefile.InTransaction(c):
@@ -474,6 +479,16 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 		s.writeEach(deadline, writes[:end])
 		writes = writes[next:]
 	}
+}
+
+// whyIgnored returns why no row was inserted: that there is one with the same ID,
+// or else err.
+func whyIgnored(c *sql.Conn, id any, err error) error {
+	ids, readErr := sqlitefile.Strings(c, `SELECT id FROM tasks WHERE id = ?`, id)
+	if len(ids) > 0 {
+		return ErrExists
+	}
+	return cmp.Or(readErr, err)
 }
 
 // List implements [Persistence].

@@ -458,6 +458,7 @@ func TestError(t *testing.T) {
 		status int
 	}{
 		{fmt.Errorf("pool: %w", task.ErrNotFound), 404},
+		{fmt.Errorf("a: %w", task.ErrExists), 409},
 		{fmt.Errorf("submit: %w", task.ErrClosed), 503},
 		{fmt.Errorf("watch: %w", task.ErrLagged), 503},
 		{fmt.Errorf("prune: %w", errors.ErrUnsupported), 501},

@@ -144,6 +144,15 @@ func (s *injected) do(method string, call func() error) error {
 	return cmp.Or(err, own)
 }
 
+// Owner returns what db's has, if that has the method, so that operations show
+// the same Owner as without Inject.
+func (s *injected) Owner() string {
+	if db, ok := s.db.(interface{ Owner() string }); ok {
+		return db.Owner()
+	}
+	return ""
+}
+
 func (s *injected) Save(op *task.Operation) error {
 	return s.do("Save", func() error { return s.db.Save(op) })
 }

@@ -379,6 +379,23 @@ var wrongStores = []wrongStore{
 		s.put(*op)
 		return nil
 	})},
+	{"takes upper and lower case for the same", "ids", "Save(", saving(func(s *mapStore, op *task.Operation) error {
+		s.mu.Lock()
+		for id := range s.rows {
+			if strings.EqualFold(id, op.ID) {
+				s.mu.Unlock()
+				return task.ErrExists
+			}
+		}
+		s.mu.Unlock()
+		return s.Save(op)
+	})},
+	{"runs what is finished again", "manager-ids", "1 functions have run, want 0", saving(func(s *mapStore, op *task.Operation) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.put(*op)
+		return nil
+	})},
 	{"accepts duplicates silently", "save-duplicate", "want an error", saving(func(s *mapStore, op *task.Operation) error {
 		s.Save(op)
 		return nil

@@ -604,7 +604,7 @@ func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (
 	var below *place
 	var few window
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-		if below, err = start(c, f); err == nil && below != nil {
+		if below, err = start(c, f); err == nil && below != nil && (f.ByFinish || f.ranged()) {
 			few, err = fewFor(c, f, *below)
 		}
 		return err
@@ -645,7 +645,7 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 			err = fmt.Errorf("%s, finished: %w", f.Before, ErrNotFound)
 		}
 	case f.ByFinish:
-		and, args := bounds(f)
+		and, args, _, _ := bounds(f)
 		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+byFinish+and+orderByFinish+` LIMIT 1`, args...).Scan(&at.finish)
 		if err == sql.ErrNoRows {
 			return nil, nil
@@ -661,25 +661,33 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 	return &at, err
 }
 
-// bounds returns what is to be added to a condition for finished rows that may be
-// in the filter's range of time: in a foreign layout, the text of an earlier time
-// may be behind, and that of a later one before it.
-func bounds(f Filter) (and string, args []any) {
-	if !f.FinishedAfter.IsZero() {
-		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
+// bounds returns conditions for finished rows that may be in the filter's range of
+// time, each to be added to another: one of a range in the index, and one that, of
+// those in the package's own layout, leaves out what is not in the range. In a
+// foreign layout, texts may be out of place.
+func bounds(f Filter) (index string, indexArgs []any, exact string, exactArgs []any) {
+	add := func(op string, t time.Time, slack time.Duration) {
+		if t.IsZero() {
+			return
+		}
+		index += ` AND ` + finishTime + op + ` ?`
+		indexArgs = append(indexArgs, bound(t, slack))
+		exact += ` AND (` + finishTime + op + ` ? OR ` + finishTime + ` NOT GLOB '????-??-?? ??:??:??.??????')`
+		exactArgs = append(exactArgs, bound(t, 0))
 	}
-	if !f.FinishedBefore.IsZero() {
-		and, args = and+` AND `+finishTime+` < ?`, append(args, bound(f.FinishedBefore, foreignSlack))
-	}
-	return and, args
+	add(` >=`, f.FinishedAfter, -foreignSlack)
+	add(` <=`, f.FinishedBefore, foreignSlack)
+	return index, indexArgs, exact, exactArgs
 }
 
 func bound(t time.Time, slack time.Duration) string {
 	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
 	if t.Before(last) {
 		last = t
+	} else {
+		slack = max(slack, time.Second)
 	}
-	if t = last.Add(slack); t.Year() > 9999 {
+	if t = last.Add(slack).UTC(); t.Year() > 9999 {
 		return ":" // which is behind all digits
 	}
 	return formatTime(t)
@@ -691,26 +699,40 @@ type window struct {
 	args  []any
 }
 
-// fewFor returns a window for the rest of the list, if an index that is not in its
-// order shows that this is one step. Else its condition is empty.
+// fewFor returns a window for the rest of the list if, by an index that is not in
+// its order, one step is enough. Else its condition is empty.
 func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
-	index, order := `tasks_finished`, `rowid < ?`
-	and, args := bounds(f)
-	cond, rest := finished+and, []any{below.rowid}
-	switch {
-	case f.ByFinish && len(f.States) > 0 && !slices.Contains(f.States, StateDone):
-		index, cond, args = `tasks_state_not_done`, `state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
-		order, rest = finished+` AND (`+finishTime+`, rowid) < (?, ?)`, []any{below.finish, below.rowid}
-	case f.ByFinish || !f.ranged():
-		return w, nil
+	type index struct {
+		name, where string
+		args        []any
+		exact       string
+		exactArgs   []any
 	}
-	query := `SELECT rowid FROM tasks INDEXED BY ` + index + ` WHERE ` + cond
-	var n int
-	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (`+query+` LIMIT ?)`, append(slices.Clip(args), maxStep+1)...).Scan(&n)
-	if err == nil && n <= maxStep {
-		w = window{`rowid IN (` + query + `) AND ` + order, append(args, rest...)}
+	var all []index
+	if f.ranged() && !f.ByFinish {
+		and, args, exact, exactArgs := bounds(f)
+		all = append(all, index{`tasks_finished`, finished + and, args, exact, exactArgs})
 	}
-	return w, err
+	if len(f.States) > 0 && !slices.Contains(f.States, StateDone) {
+		all = append(all, index{`tasks_state_not_done`, `state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}, ``, nil})
+	}
+	for _, i := range all {
+		from := ` FROM tasks INDEXED BY ` + i.name + ` WHERE ` + i.where
+		var few bool
+		err := c.QueryRowContext(context.Background(), `SELECT count(*) <= ? AND total(few) <= ? FROM (SELECT TRUE`+i.exact+` AS few`+from+` LIMIT ?)`,
+			slices.Concat([]any{10 * maxStep, maxStep}, i.exactArgs, i.args, []any{10*maxStep + 1})...).Scan(&few)
+		if err != nil {
+			return w, err
+		}
+		if few {
+			w = window{`rowid IN (SELECT rowid` + from + i.exact + `) AND `, slices.Concat(i.args, i.exactArgs)}
+			if f.ByFinish {
+				return window{w.where + finished + ` AND (` + finishTime + `, rowid) < (?, ?)`, append(w.args, below.finish, below.rowid)}, nil
+			}
+			return window{w.where + `rowid < ?`, append(w.args, below.rowid)}, nil
+		}
+	}
+	return w, nil
 }
 
 // windowOf returns a window for the next n rows below a place, or for fewer in one
@@ -732,7 +754,7 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 	and, args := ` AND `+finishTime+` = ? AND rowid < ?`, []any{below.finish, below.rowid}
 	if !same {
 		f.FinishedBefore = time.Time{} // that is a place above this one
-		and, args = bounds(f)
+		and, args, _, _ = bounds(f)
 		and, args = ` AND `+finishTime+` < ?`+and, append([]any{below.finish}, args...)
 	}
 	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
@@ -753,9 +775,9 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 // inRange returns a window for those of its rows that have finished in the filter's
 // range of time.
 func (w window) inRange(c *sql.Conn, f Filter) (window, error) {
-	and, args := bounds(f)
+	and, args, exact, exactArgs := bounds(f)
 	rows, err := c.QueryContext(context.Background(), `SELECT rowid, CAST(`+finishTime+` AS TEXT) FROM tasks NOT INDEXED WHERE `+
-		w.where+` AND `+finished+and, slices.Concat(w.args, args)...)
+		w.where+` AND `+finished+and+exact, slices.Concat(w.args, args, exactArgs)...)
 	if err != nil {
 		return w, err
 	}
@@ -799,7 +821,7 @@ func step(c *sql.Conn, f Filter, w window, limit, offset int) (ops []*Operation,
 // them.
 func lastOf(f Filter, below int64, n int) (query string, args []any) {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
-	if len(f.States) == 0 || slices.Contains(f.States, StateDone) {
+	if len(f.States) == 0 || slices.Contains(f.States, StateDone) || f.ranged() {
 		return fmt.Sprintf(last, ``), []any{below, n - 1}
 	}
 	var queries []string

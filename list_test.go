@@ -1,7 +1,9 @@
 package task_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -169,4 +171,192 @@ func listedIDs(ops []*task.Operation) (ids []string) {
 		ids = append(ids, op.ID)
 	}
 	return ids
+}
+
+// TestListMetadataKeys: keys and values are compared as they are, whatever they
+// mean in a JSON path, and cells that are no JSON hide nothing.
+func TestListMetadataKeys(t *testing.T) {
+	keys := []string{"", ".", "a.b", "$", "$.a", "a\"b", "a'b", "a\\b", "[0]", "#", "a\x00b", "a", "ü", "\u2028", "<&>", "😀", "a%b", "?", "0"}
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		for _, key := range keys {
+			op := submit(t, m, nothing, task.WithMetadata(map[string]any{key: "value of " + key, "other": 1}))
+			wait(t, m, op.ID)
+		}
+		for _, other := range []any{[]string{"value of 0"}, "value of a", nil, map[string]any{"a": []string{"value of a"}}, map[string]any{"b": "value of a"}} {
+			wait(t, m, submit(t, m, nothing, task.WithMetadata(other)).ID)
+		}
+		for _, key := range keys {
+			for _, opts := range [][]task.ListOption{nil, {task.ByFinish()}, {task.ByFinish(), task.MaxValue(1)}, {task.ByState(task.StateDone)}} {
+				ops, err := m.List(100, 0, append(opts, task.ByMetadata(key, "value of "+key))...)
+				if err != nil || len(ops) != 1 {
+					t.Errorf("key %q: %d operations, %v", key, len(ops), err)
+				}
+			}
+			if ops, err := m.List(100, 0, task.ByMetadata(key, "value of "+key), task.ByMetadata("other", "1")); err != nil || len(ops) != 0 {
+				t.Errorf("key %q and a number: %d operations, %v", key, len(ops), err)
+			}
+		}
+	})
+}
+
+// TestListWhileChanging: what is live matches by what it is now, not by what is
+// stored, and is never listed as finished, also while nothing can be stored.
+func TestListWhileChanging(t *testing.T) {
+	for name, open := range testkit.Stores {
+		t.Run(name, func(t *testing.T) {
+			fake := testkit.NewFake(open(t))
+			var db task.Persistence = fake
+			if name == "four methods" {
+				db = testkit.Bare(fake)
+			}
+			m := newManager(t, db)
+			wait(t, m, submit(t, m, nothing, task.WithMetadata(map[string]string{"pool": "old"})).ID)
+			started, end := make(chan context.Context), make(chan struct{})
+			op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+				started <- ctx
+				<-end
+				return nil, nil
+			}, task.WithMetadata(map[string]string{"pool": "old"}))
+			ctx := <-started
+			fake.Before(func(c *testkit.Call) error {
+				if len(c.Saves)+len(c.Updates) > 0 {
+					return errDisk
+				}
+				return nil
+			})
+			must(t, task.SetMetadata(ctx, map[string]string{"pool": "new"}))
+			check := func(want int, opts ...task.ListOption) {
+				t.Helper()
+				if ops, err := m.List(10, 0, opts...); err != nil || len(ops) != want {
+					t.Errorf("%d operations, %v, want %d", len(ops), err, want)
+				}
+			}
+			unfinished := func() {
+				t.Helper()
+				check(1, task.ByMetadata("pool", "new"))
+				check(1, task.ByMetadata("pool", "old"))
+				check(0, task.ByMetadata("pool", "old"), task.Before(op.ID), task.ByState(task.StateRunning))
+				check(1, task.ByMetadata("pool", "new"), task.ByState(task.StateRunning))
+				check(0, task.ByMetadata("pool", "old"), task.ByState(task.StateRunning))
+				check(1, task.ByFinish())
+				check(0, task.ByFinish(), task.ByMetadata("pool", "new"))
+				check(1, task.FinishedAfter(op.CreatedAt.Add(-time.Hour)))
+				check(0, task.FinishedBefore(time.Now().Add(time.Hour)), task.ByState(task.StateRunning))
+				if ops, err := m.List(1, 1, task.ByMetadata("pool", "old")); err != nil || len(ops) != 0 {
+					t.Errorf("behind an operation that has changed: %d, %v", len(ops), err)
+				}
+				if _, err := m.List(1, 0, task.ByFinish(), task.Before(op.ID)); !errors.Is(err, task.ErrNotFound) {
+					t.Errorf("by finish, before an unfinished operation: %v", err)
+				}
+			}
+			unfinished()
+			close(end)
+			must(t, testkit.Until(func() bool { op, _ := m.Get(op.ID); return op.Error != "" })) // its end can't be stored
+			unfinished()
+			fake.Before(nil)
+			wait(t, m, op.ID)
+			check(2, task.ByFinish())
+			check(1, task.ByFinish(), task.Before(op.ID))
+			check(1, task.ByFinish(), task.ByMetadata("pool", "new"))
+			check(2, task.FinishedAfter(op.CreatedAt.Add(-time.Hour)))
+		})
+	}
+}
+
+// TestListFinal: an operation that the database has as finished, while its manager
+// still waits for the answer, is not listed as finished.
+func TestListFinal(t *testing.T) {
+	fake := testkit.NewFake(openSQLite(t, testkit.Path(t)))
+	m := newManager(t, fake)
+	wait(t, m, submit(t, m, nothing).ID)
+	stored, answer := make(chan struct{}), make(chan struct{})
+	fake.After(func(c *testkit.Call) {
+		if c.Finished() {
+			close(stored)
+			<-answer
+		}
+	})
+	op := submit(t, m, nothing)
+	<-stored
+	for _, opts := range [][]task.ListOption{{task.ByFinish()}, {task.FinishedAfter(finishStart.AddDate(-10, 0, 0))}} {
+		if ops, err := m.List(1, 0, opts...); err != nil || len(ops) != 1 || ops[0].ID == op.ID {
+			t.Errorf("%q, %v, want the other operation", listedIDs(ops), err)
+		}
+	}
+	fake.After(nil)
+	close(answer)
+	wait(t, m, op.ID)
+	if ops, err := m.List(1, 0, task.ByFinish()); err != nil || len(ops) != 1 || ops[0].ID != op.ID {
+		t.Errorf("%q, %v", listedIDs(ops), err)
+	}
+}
+
+// TestListByFinishBefore: a cursor has to be a finished operation.
+func TestListByFinishBefore(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		historyOf(t, m, "D1", "R1", "F1")
+		running, err := m.List(1, 0, task.ByState(task.StateRunning))
+		must(t, err)
+		for _, id := range []string{running[0].ID, "unknown", "0190d8e0-0000-7000-8000-000000000000"} {
+			for _, opts := range [][]task.ListOption{nil, {task.Containing("1")}, {task.ByState(task.StateFailed)}} {
+				if ops, err := m.List(10, 0, append(opts, task.ByFinish(), task.Before(id))...); !errors.Is(err, task.ErrNotFound) {
+					t.Errorf("before %s: %q, %v", id, names(ops), err)
+				}
+			}
+		}
+	})
+}
+
+// TestListByFinishOrder: operations that finish in another order than they were
+// submitted, page by page.
+func TestListByFinishOrder(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		ends := make(map[string]chan struct{})
+		ids := make(map[string]string)
+		for _, name := range []string{"A", "B", "C", "D", "E"} {
+			end := make(chan struct{})
+			op, err := m.Submit(name, func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
+			must(t, err)
+			ends[name], ids[name] = end, op.ID
+		}
+		for _, name := range []string{"C", "A", "E", "B"} {
+			close(ends[name])
+			wait(t, m, ids[name])
+			time.Sleep(time.Millisecond)
+		}
+		var got []string
+		for before := ""; ; {
+			ops, err := m.List(2, 0, task.ByFinish(), task.Before(before))
+			must(t, err)
+			if len(ops) == 0 {
+				break
+			}
+			got, before = append(got, names(ops)), ops[len(ops)-1].ID
+		}
+		if want := []string{"B E", "A C"}; !slices.Equal(got, want) {
+			t.Errorf("pages %q, want %q", got, want)
+		}
+		close(ends["D"])
+	})
+}
+
+// TestListContaining: ASCII letters are the same in either case, others are not.
+func TestListContaining(t *testing.T) {
+	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		for _, name := range []string{"Scrub TANK", "100% of_it", "ÄRGER", "a\x00b", "x\xffy"} {
+			op, err := m.Submit(name, nothing)
+			must(t, err)
+			wait(t, m, op.ID)
+		}
+		for text, want := range map[string]int{
+			"": 5, "scrub tank": 1, "B T": 1, "k": 1, "%": 1, "_": 1, "__": 0, "Är": 1, "ärg": 0, "RGER": 1, "a\x00B": 1, "\x00": 1,
+			"\xff": 1, "\ufffdY": 1, "*": 0, "' OR 1": 0,
+		} {
+			for _, opts := range [][]task.ListOption{nil, {task.ByFinish()}} {
+				if ops, err := m.List(10, 0, append(opts, task.Containing(text))...); err != nil || len(ops) != want {
+					t.Errorf("containing %q: %q, %v, want %d", text, names(ops), err, want)
+				}
+			}
+		}
+	})
 }

@@ -592,11 +592,15 @@ func whereNow(f Filter) (and string, args []any) {
 // the WAL can be checkpointed, and the context counts.
 const maxStep = 5000
 
-// A place is one in a list. Only with ByFinish has it a finish.
+// A place is one in a list. Only with ByFinish it has a finish.
 type place struct {
-	finish any // a cell
+	finish any // a cell of finishTime
 	rowid  int64
 }
+
+// placeFinish is the parameter for a place's finish. As that, some drivers return
+// nil for bytes of which there are none.
+const placeFinish = `coalesce(?, x'')`
 
 // search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
 // it may miss some.
@@ -727,7 +731,7 @@ func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
 		if few {
 			w = window{`rowid IN (SELECT rowid` + from + i.exact + `) AND `, slices.Concat(i.args, i.exactArgs)}
 			if f.ByFinish {
-				return window{w.where + finished + ` AND (` + finishTime + `, rowid) < (?, ?)`, append(w.args, below.finish, below.rowid)}, nil
+				return window{w.where + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`, append(w.args, below.finish, below.rowid)}, nil
 			}
 			return window{w.where + `rowid < ?`, append(w.args, below.rowid)}, nil
 		}
@@ -751,11 +755,11 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 		return window{`rowid < ? AND rowid >= ?`, []any{below.rowid, last.Int64}}, next, err
 	}
 	same := below.rowid > math.MinInt64
-	and, args := ` AND `+finishTime+` = ? AND rowid < ?`, []any{below.finish, below.rowid}
+	and, args := ` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, []any{below.finish, below.rowid}
 	if !same {
 		f.FinishedBefore = time.Time{} // that is a place above this one
 		and, args, _, _ = bounds(f)
-		and, args = ` AND `+finishTime+` < ?`+and, append([]any{below.finish}, args...)
+		and, args = ` AND `+finishTime+` < `+placeFinish+and, append([]any{below.finish}, args...)
 	}
 	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
 	var last place

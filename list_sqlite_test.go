@@ -18,7 +18,7 @@ func TestSQLiteListPlan(t *testing.T) {
 	at := func(minute int) time.Time { return time.Date(2024, 1, 1, 0, minute, 0, 0, time.UTC) }
 	for _, analyze := range []string{"", "; ANALYZE"} {
 		t.Run("after "+analyze, func(t *testing.T) {
-			s, plan := sqliteHistory(t, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
+			s, plan := sqliteHistory(t, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 25000)
 				INSERT INTO tasks (id, name, state, updated_at, metadata)
 				SELECT i, 'x', CASE WHEN i % 10 = 0 THEN 'FAILED' WHEN i % 100 = 99 THEN 'RUNNING' ELSE 'DONE' END,
 					strftime('%F %T.000000', '2024-01-01', (i / 2) || ' minutes'), '{"pool":"tank"}' FROM n`+analyze)

@@ -608,7 +608,7 @@ func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (
 	var below *place
 	var few window
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-		if below, err = start(c, f); err == nil && below != nil && (f.ByFinish || f.ranged()) {
+		if below, err = start(c, f); err == nil && below != nil {
 			few, err = fewFor(c, f, *below)
 		}
 		return err
@@ -649,7 +649,7 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 			err = fmt.Errorf("%s, finished: %w", f.Before, ErrNotFound)
 		}
 	case f.ByFinish:
-		and, args, _, _ := bounds(f)
+		and, args := bounds(f)
 		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+byFinish+and+orderByFinish+` LIMIT 1`, args...).Scan(&at.finish)
 		if err == sql.ErrNoRows {
 			return nil, nil
@@ -665,33 +665,24 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 	return &at, err
 }
 
-// bounds returns conditions for finished rows that may be in the filter's range of
-// time, each to be added to another: one of a range in the index, and one that, of
-// those in the package's own layout, leaves out what is not in the range. In a
-// foreign layout, texts may be out of place.
-func bounds(f Filter) (index string, indexArgs []any, exact string, exactArgs []any) {
-	add := func(op string, t time.Time, slack time.Duration) {
-		if t.IsZero() {
-			return
-		}
-		index += ` AND ` + finishTime + op + ` ?`
-		indexArgs = append(indexArgs, bound(t, slack))
-		exact += ` AND (` + finishTime + op + ` ? OR ` + finishTime + ` NOT GLOB '????-??-?? ??:??:??.??????')`
-		exactArgs = append(exactArgs, bound(t, 0))
+// bounds returns what is to be added to a condition for finished rows that may be
+// in the filter's range of time.
+func bounds(f Filter) (and string, args []any) {
+	if !f.FinishedAfter.IsZero() {
+		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
 	}
-	add(` >=`, f.FinishedAfter, -foreignSlack)
-	add(` <=`, f.FinishedBefore, foreignSlack)
-	return index, indexArgs, exact, exactArgs
+	if !f.FinishedBefore.IsZero() {
+		and, args = and+` AND `+finishTime+` <= ?`, append(args, bound(f.FinishedBefore, foreignSlack))
+	}
+	return and, args
 }
 
+// bound returns where in the order of texts a time is, with some slack.
 func bound(t time.Time, slack time.Duration) string {
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if t.Before(last) {
-		last = t
-	} else {
-		slack = max(slack, time.Second)
+	if t = t.UTC(); t.Year() < 9999 {
+		t = t.Add(slack)
 	}
-	if t = last.Add(slack).UTC(); t.Year() > 9999 {
+	if t.Year() > 9999 { // which has more digits
 		return ":" // which is behind all digits
 	}
 	return formatTime(t)
@@ -703,38 +694,32 @@ type window struct {
 	args  []any
 }
 
-// fewFor returns a window for the rest of the list if, by an index that is not in
-// its order, one step is enough. Else its condition is empty.
+// fewFor returns a window for the rest of the list if an index that is not in its
+// order has so few rows for it that one step is enough. Else its condition is empty.
 func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
-	type index struct {
-		name, where string
-		args        []any
-		exact       string
-		exactArgs   []any
+	var from string
+	var args []any
+	switch {
+	case !f.ByFinish && !f.ranged():
+		return w, nil
+	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
+		from, args = ` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
+	case !f.ByFinish:
+		from, args = bounds(f)
+		from = byFinish + from
+	default:
+		return w, nil
 	}
-	var all []index
-	if f.ranged() && !f.ByFinish {
-		and, args, exact, exactArgs := bounds(f)
-		all = append(all, index{`tasks_finished`, finished + and, args, exact, exactArgs})
+	const few = 4 * maxStep // most of which are only counted, or in the slack
+	var n int
+	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT 1`+from+` LIMIT ?)`, append(slices.Clip(args), few+1)...).Scan(&n)
+	if err != nil || n > few {
+		return w, err
 	}
-	if len(f.States) > 0 && !slices.Contains(f.States, StateDone) {
-		all = append(all, index{`tasks_state_not_done`, `state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}, ``, nil})
-	}
-	for _, i := range all {
-		from := ` FROM tasks INDEXED BY ` + i.name + ` WHERE ` + i.where
-		var few bool
-		err := c.QueryRowContext(context.Background(), `SELECT count(*) <= ? AND total(few) <= ? FROM (SELECT TRUE`+i.exact+` AS few`+from+` LIMIT ?)`,
-			slices.Concat([]any{10 * maxStep, maxStep}, i.exactArgs, i.args, []any{10*maxStep + 1})...).Scan(&few)
-		if err != nil {
-			return w, err
-		}
-		if few {
-			w = window{`rowid IN (SELECT rowid` + from + i.exact + `) AND `, slices.Concat(i.args, i.exactArgs)}
-			if f.ByFinish {
-				return window{w.where + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`, append(w.args, below.finish, below.rowid)}, nil
-			}
-			return window{w.where + `rowid < ?`, append(w.args, below.rowid)}, nil
-		}
+	w = window{`rowid IN (SELECT rowid` + from + `) AND rowid < ?`, append(args, below.rowid)}
+	if f.ByFinish {
+		w.where = `rowid IN (SELECT rowid` + from + `) AND ` + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`
+		w.args = append(args, below.finish, below.rowid)
 	}
 	return w, nil
 }
@@ -758,7 +743,7 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 	and, args := ` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, []any{below.finish, below.rowid}
 	if !same {
 		f.FinishedBefore = time.Time{} // that is a place above this one
-		and, args, _, _ = bounds(f)
+		and, args = bounds(f)
 		and, args = ` AND `+finishTime+` < `+placeFinish+and, append([]any{below.finish}, args...)
 	}
 	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
@@ -779,9 +764,9 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 // inRange returns a window for those of its rows that have finished in the filter's
 // range of time.
 func (w window) inRange(c *sql.Conn, f Filter) (window, error) {
-	and, args, exact, exactArgs := bounds(f)
+	and, args := bounds(f)
 	rows, err := c.QueryContext(context.Background(), `SELECT rowid, CAST(`+finishTime+` AS TEXT) FROM tasks NOT INDEXED WHERE `+
-		w.where+` AND `+finished+and+exact, slices.Concat(w.args, args, exactArgs)...)
+		w.where+` AND `+finished+and, slices.Concat(w.args, args)...)
 	if err != nil {
 		return w, err
 	}
@@ -1058,12 +1043,8 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 // count as times.
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if before.Add(foreignSlack).After(last) {
-		before = last.Add(-foreignSlack)
-	}
 	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
-		at.finish, formatTime(before.Add(foreignSlack)), formatTime(before), pruneChunk, pruneChunk)
+		at.finish, bound(before, foreignSlack), bound(before, 0), pruneChunk, pruneChunk)
 	if err != nil {
 		return next, 0, err
 	}

@@ -746,7 +746,7 @@ func TestFailedOpen(t *testing.T) {
 // TestCrowd has ten thousand goroutines use one manager.
 func TestCrowd(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		const n = 10_000
+		const n = 3000
 		var crowd sync.WaitGroup
 		var mu sync.Mutex
 		ids := make(map[string]bool)
@@ -1206,35 +1206,33 @@ func TestLargeValues(t *testing.T) {
 		{"encoded, over the limit", json.RawMessage(fmt.Sprintf("%q", quoted(limit+1))), false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			dbs := map[string]task.Persistence{"memory": nil}
+			var db task.Persistence
 			if tt.kept { // else no store sees it
-				dbs["sqlite"] = openSQLite(t, testkit.FastPath(t))
+				db = openSQLite(t, testkit.FastPath(t))
 			}
-			for name, db := range dbs {
-				m := newManager(t, db)
-				if op, err := m.Submit("x", nothing, task.WithMetadata(tt.value)); (err == nil) != tt.kept || (op == nil) == tt.kept {
-					t.Errorf("%s: Submit with metadata: %v", name, err)
-				}
-				var set error
-				result := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
-					set = task.SetMetadata(ctx, tt.value)
-					return tt.value, nil
-				}, task.WithMetadata("first"))
-				failing := submit(t, m, func(context.Context, func(int)) (any, error) { return tt.value, errDisk })
+			m := newManager(t, db)
+			if op, err := m.Submit("x", nothing, task.WithMetadata(tt.value)); (err == nil) != tt.kept || (op == nil) == tt.kept {
+				t.Errorf("Submit with metadata: %v", err)
+			}
+			var set error
+			result := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+				set = task.SetMetadata(ctx, tt.value)
+				return tt.value, nil
+			}, task.WithMetadata("first"))
+			failing := submit(t, m, func(context.Context, func(int)) (any, error) { return tt.value, errDisk })
 
-				got := wait(t, m, result.ID)
-				if (set == nil) != tt.kept {
-					t.Errorf("%s: SetMetadata: %v", name, set)
-				}
-				if got.State != task.StateDone || (got.Result != nil) != tt.kept || (got.Metadata == "first") == tt.kept ||
-					strings.HasPrefix(got.Error, "result not kept: ") == tt.kept {
-					t.Errorf("%s: %s, kept %v, error %q", name, got.State, got.Result != nil, got.Error)
-				}
-				got = wait(t, m, failing.ID)
-				if got.State != task.StateFailed || (got.Result != nil) != tt.kept || !strings.HasPrefix(got.Error, "disk full") ||
-					strings.Contains(got.Error, "result not kept: ") == tt.kept {
-					t.Errorf("%s: %s, kept %v, error %q", name, got.State, got.Result != nil, got.Error)
-				}
+			got := wait(t, m, result.ID)
+			if (set == nil) != tt.kept {
+				t.Errorf("SetMetadata: %v", set)
+			}
+			if got.State != task.StateDone || (got.Result != nil) != tt.kept || (got.Metadata == "first") == tt.kept ||
+				strings.HasPrefix(got.Error, "result not kept: ") == tt.kept {
+				t.Errorf("%s, kept %v, error %q", got.State, got.Result != nil, got.Error)
+			}
+			got = wait(t, m, failing.ID)
+			if got.State != task.StateFailed || (got.Result != nil) != tt.kept || !strings.HasPrefix(got.Error, "disk full") ||
+				strings.Contains(got.Error, "result not kept: ") == tt.kept {
+				t.Errorf("%s, kept %v, error %q", got.State, got.Result != nil, got.Error)
 			}
 		})
 	}

@@ -417,7 +417,7 @@ func TestListContext(t *testing.T) {
 // TestSubmitBesideSearches submits while many clients search a long history, some
 // of which give up.
 func TestSubmitBesideSearches(t *testing.T) {
-	r := besideSearches(t, 300_000, 100, 2*time.Second)
+	r := besideSearches(t, 100_000, 100, 700*time.Millisecond)
 	t.Log(r)
 	if r.submits == 0 || r.failed != nil || r.worstSubmit > 500*time.Millisecond {
 		t.Errorf("%v, want none failed, and none to take longer than 0.5 s", r)

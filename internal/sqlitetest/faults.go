@@ -39,6 +39,7 @@ func testLocked(t *testing.T, open Opener) {
 	} {
 		for _, timeout := range []string{"busy_timeout(0)", "busy_timeout(20)"} {
 			t.Run(test.name+", "+timeout, func(t *testing.T) {
+				t.Parallel()
 				path := filepath.Join(t.TempDir(), "app.db")
 				Execute(t, open(t, path), App+"PRAGMA journal_mode = "+test.journal)
 				db := open(t, path, timeout)

@@ -22,6 +22,24 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
+func TestMain(m *testing.M) { testkit.Main(m, nil) }
+
+// Short names of what most tests here use.
+var (
+	quiet          = testkit.Quiet
+	must           = testkit.Must
+	openSQLite     = testkit.OpenSQLite
+	sqliteExec     = testkit.Exec
+	newManager     = testkit.NewManager
+	eachStore      = testkit.EachStore
+	submit         = testkit.Submit
+	wait           = testkit.Wait
+	blocker        = testkit.Blocker
+	nothing        = testkit.Nothing
+	untilCancelled = testkit.UntilCancelled
+	errDisk        = testkit.ErrDisk
+)
+
 func cancelSelf(ctx context.Context) {
 	op, _ := task.FromContext(ctx)
 	op.Cancel()
@@ -29,24 +47,13 @@ func cancelSelf(ctx context.Context) {
 }
 
 type (
-	panicJSON  struct{}
 	goexitJSON struct{}
 	panicError struct{}
 )
 
-func (panicJSON) MarshalJSON() ([]byte, error) { panic("no JSON today") }
-
 func (goexitJSON) MarshalJSON() ([]byte, error) { runtime.Goexit(); return nil, nil }
 
 func (panicError) Error() string { panic("no text today") }
-
-func deep(n int) any {
-	var v any = "bottom"
-	for range n {
-		v = []any{v}
-	}
-	return v
-}
 
 var errBoom = errors.New("boom")
 
@@ -96,8 +103,8 @@ var outcomes = map[string]struct {
 	"channel":         {func(context.Context, func(int)) (any, error) { return make(chan int), nil }, task.StateDone, 100, nil, "result not kept: json: unsupported type: chan int"},
 	"NaN":             {func(context.Context, func(int)) (any, error) { return math.NaN(), nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
-	"too deep":        {func(context.Context, func(int)) (any, error) { return deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
-	"JSON panics":     {func(context.Context, func(int)) (any, error) { return panicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"too deep":        {func(context.Context, func(int)) (any, error) { return testkit.Deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON panics":     {func(context.Context, func(int)) (any, error) { return testkit.PanicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), errBoom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
 	"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},
@@ -190,7 +197,7 @@ func TestSubmitRefuses(t *testing.T) {
 		"empty name":        {"", nothing, nil, "name is empty"},
 		"nil function":      {"x", nil, nil, "function is nil"},
 		"metadata channel":  {"x", nothing, task.WithMetadata(make(chan int)), "metadata: json: unsupported type"},
-		"metadata panics":   {"x", nothing, task.WithMetadata(panicJSON{}), "no JSON today"},
+		"metadata panics":   {"x", nothing, task.WithMetadata(testkit.PanicJSON{}), "no JSON today"},
 		"metadata infinite": {"x", nothing, task.WithMetadata(math.Inf(1)), "metadata"},
 	}
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
@@ -260,7 +267,7 @@ func TestMetadata(t *testing.T) {
 			if op, ok := task.FromContext(ctx); !ok || op.Name != "test" || op.State != task.StateRunning || op.StartedAt.IsZero() {
 				t.Errorf("FromContext: %+v, %v", op, ok)
 			}
-			for _, bad := range []any{make(chan int), panicJSON{}} {
+			for _, bad := range []any{make(chan int), testkit.PanicJSON{}} {
 				if err := task.SetMetadata(ctx, bad); err == nil {
 					t.Errorf("SetMetadata(%T) returned no error", bad)
 				}

@@ -1,12 +1,12 @@
 // Package testkit has what the tests of this module share: stores and managers
 // that are closed and checked for leaks at the end of a test, functions to
-// submit, a fake store, a log that can be read, and child processes.
+// submit and compare operations, a fake store, a log that can be read, and child
+// processes.
 package testkit
 
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"os"
@@ -184,20 +184,4 @@ func Blocker(err error) (fn task.Func, started chan struct{}, release func()) {
 		return nil, err
 	}
 	return fn, started, sync.OnceFunc(func() { close(released) })
-}
-
-// JSON returns an operation as JSON, or the error's text. Two operations with
-// the same JSON show the same.
-func JSON(op *task.Operation) string {
-	raw, err := json.Marshal(op)
-	if err != nil {
-		return err.Error()
-	}
-	return string(raw)
-}
-
-// Same reports whether two operations show the same, their times apart.
-func Same(a, b task.Operation) bool {
-	a.CreatedAt, a.StartedAt, a.UpdatedAt = b.CreatedAt, b.StartedAt, b.UpdatedAt
-	return JSON(&a) == JSON(&b)
 }

@@ -206,14 +206,14 @@ func (b *backlog) forget(id string) {
 	b.unknown = slices.DeleteFunc(b.unknown, func(w record) bool { return w.op.ID == id })
 }
 
-// unstored yields the tasks that are in another state than the database has it.
+// unstored yields the tasks of which the database may not have the present state.
 func (b *backlog) unstored(yield func(*task) bool) {
 	tasks := slices.Concat(b.changed, b.writing)
 	for _, w := range slices.Concat(b.finals, b.retry) {
 		tasks = append(tasks, w.t)
 	}
 	for _, t := range tasks {
-		if t.op.State != t.stored && !yield(t) {
+		if !yield(t) {
 			return
 		}
 	}

@@ -29,10 +29,10 @@ func badParameter(name, format string, args ...any) error {
 	return badRequest{fmt.Errorf("parameter "+name+": "+format, args...)}
 }
 
-// Error writes err as problem details ([RFC 9457]) with the matching status:
-// 404 for [task.ErrNotFound], 409 for [task.ErrExists], 503 for [task.ErrClosed],
-// 501 for [errors.ErrUnsupported], 504 for [context.DeadlineExceeded], 413 for a
-// body beyond the limit of [http.MaxBytesReader], and 500 for any other error.
+// Error writes err as problem details ([RFC 9457]) with the matching status: 404
+// for [task.ErrNotFound], 409 for [task.ErrExists], 503 for [task.ErrClosed] and [task.ErrLagged], 501 for
+// [errors.ErrUnsupported], 504 for [context.DeadlineExceeded], 413 for a body
+// beyond the limit of [http.MaxBytesReader], and 500 for any other error.
 //
 // The response contains the error's text.
 //

@@ -131,18 +131,18 @@ func (f *Fake) do(c *Call, call func(db task.Persistence)) *Call {
 	return c
 }
 
-func unsupported(db task.Persistence, method string) error {
-	return fmt.Errorf("%T has no %s: %w", db, method, errors.ErrUnsupported)
-}
-
-// Owner returns what the store behind the fake has, if that has the method.
+// Owner returns the Owner of what the store saves, "" if it has none.
 func (f *Fake) Owner() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if db, ok := f.db.(interface{ Owner() string }); ok {
-		return db.Owner()
+	if s, ok := f.db.(interface{ Owner() string }); ok {
+		return s.Owner()
 	}
 	return ""
+}
+
+func unsupported(db task.Persistence, method string) error {
+	return fmt.Errorf("%T has no %s: %w", db, method, errors.ErrUnsupported)
 }
 
 // Save implements [task.Persistence].

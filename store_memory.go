@@ -1,7 +1,6 @@
 package task
 
 import (
-	"fmt"
 	"iter"
 	"math"
 	"slices"

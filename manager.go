@@ -158,8 +158,9 @@ func newManager(db Persistence, opts []Option) *Manager {
 // empty, fn is nil or the metadata can't be kept, after Close, Shutdown or Drain
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
 // that takes at most about 20 seconds: up to 10 in which an earlier write gives
-// up, and 10 for this one. With a store that has only the four methods, Submit
-// may wait for one store call per changed operation.
+// up, and 10 for this one; with [WithID], 10 more to find out whether the ID
+// exists. With a store that has only the four methods, Submit may wait for one
+// store call per changed operation.
 //
 // With an error that wraps [ErrExists], Submit returns the operation that
 // exists: see [WithID] and [WithUnique].

@@ -362,9 +362,10 @@ func (s *SQLiteStore) Update(op *Operation) error {
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
 // has (an ID may exist, and UPDATE ... FROM takes one of two for the same
-// operation), the rows are written one by one instead, in their order. If COMMIT finds no room for all of
-// them, those are stored for which there is room. Any other failure of BEGIN or
-// COMMIT, and a database that stays locked, fail the whole batch.
+// operation), the rows are written one by one instead, in their order. If COMMIT
+// finds no room for all of them, those are stored for which there is room. Any
+// other failure of BEGIN or COMMIT, and a database that stays locked, fail the
+// whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))

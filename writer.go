@@ -308,10 +308,10 @@ func (w *writer) write(b *batch) {
 }
 
 // failInsert marks the row of an insert of unknown outcome as FAILED, if there
-// is one.
+// is one. With an ID that the caller gave, it must be this manager's for certain.
 func (w *writer) failInsert(u record) error {
 	row, err := get(w.db, u.op.ID)
-	if err == nil && (!u.given || u.op.saved(row)) {
+	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
 		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
 	}
 	if errors.Is(err, ErrNotFound) {

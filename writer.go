@@ -33,13 +33,14 @@ const (
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = time.Second
 
-	maxUnknown = 10_000 // inserts of unknown outcome that are remembered
+	maxUnknown      = 10_000  // inserts of unknown outcome that are remembered
+	maxUnknownValue = 4 << 10 // bytes of metadata that are remembered of each
 )
 
 // A record is one row to store, and what has become of it.
 type record struct {
 	t     *task      // nil for an insert of unknown outcome
-	op    *Operation // the row, which never changes; of an insert of unknown outcome some fields
+	op    *Operation // the row, which never changes; an insert of unknown outcome has FAILED
 	final bool       // it is the final state of t
 	given bool       // the row of an insert of unknown outcome may be another's
 	err   error
@@ -195,9 +196,11 @@ func (b *backlog) remember(w record) {
 	if len(b.unknown) >= maxUnknown { // recovery will find it
 		return
 	}
-	failed := &Operation{ID: w.op.ID, CreatedAt: w.op.CreatedAt, Owner: w.op.Owner}
+	failed := *w.op
+	failed.State, failed.UpdatedAt = StateFailed, latest(wall(), failed.UpdatedAt)
 	failed.Error = validUTF8("not started, because Submit failed: " + w.err.Error())
-	b.unknown = append(b.unknown, record{op: failed, given: w.t.given})
+	failed.bound(maxUnknownValue)
+	b.unknown = append(b.unknown, record{op: &failed, given: w.t.given})
 }
 
 // forget drops what remember has noted of an ID, which is that of another insert
@@ -282,13 +285,15 @@ func (w *writer) run() {
 // unknown outcome come first: a new one of the same ID is not to be taken for
 // them. Those that are left in the batch are to be tried again.
 func (w *writer) write(b *batch) {
-	var failed error
-	for failed == nil && len(b.unknown) > 0 {
-		first := b.unknown[0]
-		b.unknown = b.unknown[1:]
-		if failed = w.failInsert(first); failed != nil {
-			first.err = failed
-			b.unknown = append(b.unknown, first)
+	start, unknown := time.Now(), b.unknown
+	b.unknown = nil
+	for i, u := range unknown {
+		if time.Since(start) > maxBackoff { // the rest goes first next time
+			b.unknown = append(unknown[i:], b.unknown...)
+			break
+		}
+		if u.err = w.failInsert(u); u.err != nil {
+			b.unknown = append(b.unknown, u)
 		}
 	}
 	if len(b.inserts)+len(b.updates) == 0 {
@@ -309,10 +314,16 @@ func (w *writer) write(b *batch) {
 
 // failInsert marks the row of an insert of unknown outcome as FAILED, if there
 // is one. With an ID that the caller gave, it must be this manager's for certain.
-func (w *writer) failInsert(u record) error {
-	row, err := get(w.db, u.op.ID)
-	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
-		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
+func (w *writer) failInsert(u record) (err error) {
+	op := *u.op
+	if _, omitted := op.Metadata.(Omitted); omitted || u.given {
+		var row *Operation
+		row, err = get(w.db, op.ID)
+		if err == nil && (!u.given || op.saved(row) && row.Owner != "") {
+			_, err = failOrphan(w.db, op.ID, op.Error)
+		}
+	} else {
+		err = notFound(w.db.Update(&op))
 	}
 	if errors.Is(err, ErrNotFound) {
 		return nil

@@ -323,8 +323,9 @@ func TestFoundBeforeAnswer(t *testing.T) {
 // metadata, and a Submit of the same ID never runs.
 func TestLostAnswer(t *testing.T) {
 	for name, open := range testkit.Stores {
-		for _, id := range []string{"a", ""} {
-			t.Run(fmt.Sprintf("%s %q", name, id), func(t *testing.T) {
+		for i, id := range []string{"a", "", "a", ""} {
+			metadata := strings.Repeat("tank", 1+i/2*5000) // not all are remembered
+			t.Run(fmt.Sprintf("%s %q %d", name, id, len(metadata)), func(t *testing.T) {
 				db := testkit.NewFake(open(t))
 				var m *task.Manager
 				if name == "four methods" {
@@ -342,7 +343,7 @@ func TestLostAnswer(t *testing.T) {
 						c.Err, c.Errs = nil, slices.Repeat([]error{errDisk}, len(c.Errs))
 					}
 				})
-				opts := []task.SubmitOption{task.WithMetadata("tank")}
+				opts := []task.SubmitOption{task.WithMetadata(metadata)}
 				if id != "" {
 					opts = append(opts, task.WithID(id))
 				}
@@ -354,7 +355,7 @@ func TestLostAnswer(t *testing.T) {
 					wantExists(t, op, err, id)
 				}
 				got := wait(t, m, stored.Load().(string))
-				if got.State != task.StateFailed || got.Metadata != "tank" || !strings.Contains(got.Error, errDisk.Error()) {
+				if got.State != task.StateFailed || got.Metadata != metadata || !strings.Contains(got.Error, errDisk.Error()) {
 					t.Errorf("stored %+v", got)
 				}
 			})

@@ -33,7 +33,8 @@ const (
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = time.Second
 
-	maxUnknown = 10_000 // inserts of unknown outcome that are remembered
+	maxUnknown      = 10_000  // inserts of unknown outcome that are remembered
+	maxUnknownValue = 4 << 10 // bytes of metadata that are remembered of each
 )
 
 // A record is one row to store, and what has become of it.
@@ -56,7 +57,7 @@ func answer(checkpoints []chan error, err error) {
 // A batch is what one call of the store writes.
 type batch struct {
 	inserts, updates []record
-	unknown          []record // inserts of unknown outcome with given IDs
+	unknown          []record // inserts of unknown outcome that have to be read first
 }
 
 func (b *batch) empty() bool { return len(b.inserts)+len(b.updates)+len(b.unknown) == 0 }
@@ -70,7 +71,7 @@ type backlog struct {
 	before    int       // how many of changed the last take has left
 	urgent    bool      // do not delay those of changed that Checkpoint waits for
 	retry     []record  // final states that were refused, and inserts of unknown outcome
-	unknown   []record  // inserts of unknown outcome with given IDs
+	unknown   []record  // inserts of unknown outcome that have to be read first
 	writing   []*task   // whose updates are being written
 
 	retryAt time.Time // when to try again what has failed
@@ -196,13 +197,14 @@ func (b *backlog) remember(w record) {
 		return
 	}
 	failed := *w.op
-	failed.State, failed.UpdatedAt = StateFailed, wall()
+	failed.State, failed.UpdatedAt = StateFailed, latest(wall(), failed.UpdatedAt)
+	failed.bound(maxUnknownValue)
 	failed.Error = validUTF8("not started, because Submit failed: " + w.err.Error())
 	b.tryAgain(record{op: &failed, given: w.t.given})
 }
 
 func (b *backlog) tryAgain(w record) {
-	if w.given {
+	if _, omitted := w.op.Metadata.(Omitted); omitted || w.given {
 		b.unknown = append(b.unknown, w)
 	} else {
 		b.retry = append(b.retry, w)
@@ -288,16 +290,18 @@ func (w *writer) run() {
 }
 
 // write stores a batch, and notes in it the outcome of each row. Inserts of
-// unknown outcome with given IDs come first: a new one of the same ID is not to
-// be taken for them. Those that are left in the batch are to be tried again.
+// unknown outcome that have to be read come first: a new one of the same ID is
+// not to be taken for them. Those that are left in the batch are to be tried again.
 func (w *writer) write(b *batch) {
-	var failed error
-	for failed == nil && len(b.unknown) > 0 {
-		first := b.unknown[0]
-		b.unknown = b.unknown[1:]
-		if failed = w.failInsert(first); failed != nil {
-			first.err = failed
-			b.unknown = append(b.unknown, first)
+	start, unknown := time.Now(), b.unknown
+	b.unknown = nil
+	for i, u := range unknown {
+		if time.Since(start) > maxBackoff { // the rest goes first next time
+			b.unknown = append(unknown[i:], b.unknown...)
+			break
+		}
+		if u.err = w.failInsert(u); u.err != nil {
+			b.unknown = append(b.unknown, u)
 		}
 	}
 	if len(b.inserts)+len(b.updates) == 0 {
@@ -316,11 +320,11 @@ func (w *writer) write(b *batch) {
 	}
 }
 
-// failInsert marks the row of an insert of unknown outcome with a given ID as
-// FAILED, if it is this manager's for certain.
+// failInsert marks the row of an insert of unknown outcome as FAILED. With an ID
+// that the caller gave, it must be this manager's for certain.
 func (w *writer) failInsert(u record) error {
 	row, err := get(w.db, u.op.ID)
-	if err == nil && u.op.saved(row) && row.Owner != "" {
+	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
 		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
 	}
 	if errors.Is(err, ErrNotFound) {

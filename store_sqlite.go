@@ -124,7 +124,7 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 // uses an index only if it repeats the index's expression and its condition.
 // The first index is for ByState; it stays small, as most operations end DONE.
 // The second one is for recovery, and has only unfinished rows: those of the
-// living cost nothing there. The third one is for Prune.
+// living cost nothing there. The third one is for Prune and ByFinish.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},

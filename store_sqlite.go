@@ -124,7 +124,7 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 // uses an index only if it repeats the index's expression and its condition.
 // The first index is for ByState; it stays small, as most operations end DONE.
 // The second one is for recovery, and has only unfinished rows: those of the
-// living cost nothing there. The third one is for Prune.
+// living cost nothing there. The third one is for Prune and ByFinish.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -622,20 +622,21 @@ const placeFinish = `coalesce(?, x'')`
 // it may miss some.
 func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
 	var below *place
-	var few window
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-		if below, err = start(c, f); err == nil && below != nil {
-			few, err = fewFor(c, f, *below)
-		}
+		below, err = start(c, f)
 		return err
 	})
-	for n := 100; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
+	const first = 100
+	for n := first; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
 		var found []*Operation
 		var skipped int
 		var next *place
 		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-			w := few
-			if next = nil; w.where == "" {
+			var w window
+			if n == 2*first { // what is frequent has been found by now
+				w, err = fewFor(c, f, *below)
+			}
+			if next = nil; err == nil && w.where == "" {
 				w, next, err = windowOf(c, f, *below, n)
 			}
 			if err == nil {

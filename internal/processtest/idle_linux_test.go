@@ -34,8 +34,8 @@ func TestIdle(t *testing.T) {
 		used := usageOf(t, pid)
 		t.Logf("in %v: CPU time %d ticks, system calls that read or write %d, switches %d", length,
 			used.ticks-before[i].ticks, used.calls-before[i].calls, used.switches-before[i].switches)
-		// The runtime itself wakes up now and then, once a minute or so.
-		if used.ticks != before[i].ticks || used.calls != before[i].calls || used.switches > before[i].switches+5 {
+		// The runtime itself wakes up once a minute.
+		if used.ticks != before[i].ticks || used.calls > before[i].calls+2 || used.switches > before[i].switches+5 {
 			t.Errorf("an idle process has gone from %+v to %+v", before[i], used)
 		}
 	}

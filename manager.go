@@ -902,6 +902,10 @@ func (m *Manager) close() {
 	m.mu.Lock()
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
 	m.dropUnwaited()
+	if m.endLook != nil {
+		m.endLook() // another one takes its place if somebody waits
+		m.endLook = nil
+	}
 	m.lookOut()
 	m.backlog.retryAt = time.Time{}
 	m.backlog.changed = nil // all have a final state by now

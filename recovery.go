@@ -128,26 +128,28 @@ func (m *Manager) lookOut() {
 	case needed && m.endLook == nil:
 		var ctx context.Context
 		ctx, m.endLook = context.WithCancel(context.Background())
-		go m.looker(ctx)
+		db := m.db
+		if m.stopping { // it may be closed while Changes would wait
+			db = nil
+		}
+		go m.looker(ctx, db)
 	case !needed && m.endLook != nil:
 		m.endLook()
 		m.endLook = nil
 	}
 }
 
-// looker looks at what others have changed, until ctx is done. Most operations
-// end before the first look. Looks take no more than a tenth of the time.
-func (m *Manager) looker(ctx context.Context) {
+// looker looks at what others have changed, until ctx is done; db tells when. Most
+// operations end before the first look. Looks take no more than a tenth of the time.
+func (m *Manager) looker(ctx context.Context, db Persistence) {
 	for recovers := false; sleep(ctx, pollInterval); {
 		if !recovers {
 			recovers = true
 			go m.recoverOthers(ctx)
 		}
-		for err := range hints(ctx, m.db) {
+		for err := range hints(ctx, db) {
 			start := time.Now()
-			if err == nil {
-				err = m.look()
-			}
+			err = errors.Join(err, m.look())
 			sleep(ctx, 9*time.Since(start))
 			if err != nil {
 				m.log.Debug("task: looking at the operations of others failed", "err", err)

@@ -544,3 +544,29 @@ func calls(db *testkit.Fake) (n int) {
 	}
 	return n
 }
+
+// TestWaitEnds: whoever waits for an operation of another manager gets ErrClosed
+// after manager and store were closed, and Close leaves no connection open.
+func TestWaitEnds(t *testing.T) {
+	path := testkit.Path(t)
+	other := testkit.NewManager(t, testkit.OpenSQLite(t, path))
+	op := testkit.Submit(t, other, testkit.UntilCancelled)
+	store := testkit.OpenSQLite(t, path)
+	m := testkit.NewManager(t, store)
+	waited := make(chan error)
+	go func() {
+		_, err := m.Wait(t.Context(), op.ID)
+		waited <- err
+	}()
+	time.Sleep(500 * time.Millisecond) // until it looks for changes
+	testkit.Must(t, m.Close())
+	testkit.Must(t, store.Close())
+	select {
+	case err := <-waited:
+		if !errors.Is(err, task.ErrClosed) {
+			t.Errorf("Wait: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("Wait hangs")
+	}
+}

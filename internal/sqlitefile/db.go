@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"iter"
 	"os"
+	"sync"
 	"time"
 )
 
@@ -28,6 +29,7 @@ type DB struct {
 	path string      // of the database file; "" if there is none
 	info os.FileInfo // of the file when it was opened
 	owns bool        // Close closes the pools
+	kept sync.Map    // the connections of Changes
 }
 
 const (
@@ -147,6 +149,10 @@ func (d *DB) Close() error {
 	if !d.owns {
 		return nil
 	}
+	d.kept.Range(func(c, _ any) bool {
+		c.(*sql.Conn).Close() // which Changes notices
+		return true
+	})
 	if d.reads == d.DB {
 		return d.DB.Close()
 	}
@@ -305,7 +311,11 @@ func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
 			}
 			return
 		}
-		defer c.Close()
+		d.kept.Store(c, nil)
+		defer func() {
+			d.kept.Delete(c)
+			c.Close()
+		}()
 		for last := int64(-1); ; {
 			// The number is that of the connection: its own commits do not change it.
 			var version int64

@@ -53,6 +53,7 @@ type Manager struct {
 	closeOnce sync.Once
 
 	looking    chan struct{} // full during a look
+	nextFull   time.Time     // when a look may read the unfinished operations again; guarded by looking
 	recovering sync.Mutex    // held while a looker recovers
 
 	// functions counts the goroutines that run functions, and those that retry

@@ -139,8 +139,11 @@ func (m *Manager) lookOut() {
 	}
 }
 
+// errNotAll is returned by look when it left out what takes long.
+var errNotAll = errors.New("the unfinished operations are looked at later")
+
 // looker looks at what others have changed, until ctx is done; db tells when. Most
-// operations end before the first look. Looks take no more than a tenth of the time.
+// operations end before the first look.
 func (m *Manager) looker(ctx context.Context, db Persistence) {
 	for recovers := false; sleep(ctx, pollInterval); {
 		if !recovers {
@@ -148,13 +151,13 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 			go m.recoverOthers(ctx)
 		}
 		for err := range hints(ctx, db) {
-			start := time.Now()
-			err = errors.Join(err, m.look())
-			sleep(ctx, 9*time.Since(start))
-			if err != nil {
-				m.log.Debug("task: looking at the operations of others failed", "err", err)
-				break // to look again without waiting for a change
+			if err = errors.Join(err, m.look(false)); err == nil {
+				continue
 			}
+			if !errors.Is(err, errNotAll) {
+				m.log.Debug("task: looking at the operations of others failed", "err", err)
+			}
+			break // to look again without waiting for a change
 		}
 	}
 }
@@ -175,8 +178,9 @@ func (m *Manager) recoverOthers(ctx context.Context) {
 	}
 }
 
-// look looks once.
-func (m *Manager) look() error {
+// look looks once. Unless full says otherwise, it leaves out the unfinished
+// operations, which may be many, when those would take more than a tenth of the time.
+func (m *Manager) look(full bool) error {
 	m.looking <- struct{}{}
 	defer func() { <-m.looking }()
 	m.mu.Lock()
@@ -193,12 +197,18 @@ func (m *Manager) look() error {
 	if err == nil && all {
 		err = m.readNewest(look)
 	}
-	if err == nil && (all || many) {
+	start := time.Now()
+	switch {
+	case err != nil:
+	case !full && start.Before(m.nextFull):
+		return errNotAll
+	case all || many:
 		err = m.readUnfinished(look)
 	}
 	if err == nil {
 		err = m.readRest(look)
 	}
+	m.nextFull = time.Now().Add(9 * time.Since(start))
 	if err != nil {
 		return err
 	}
@@ -277,7 +287,14 @@ func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation,
 func (m *Manager) readUnfinished(look int) error {
 	l, ok := m.db.(FilteredLister)
 	f := Filter{States: []State{StatePending, StateRunning}, MaxValue: maxLight}
+	heard := time.Now()
 	for ok {
+		if time.Since(heard) > pollInterval { // requests do not wait for the end
+			if err := m.hear(); err != nil {
+				return err
+			}
+			heard = time.Now()
+		}
 		page, err := l.ListFiltered(f, maxSeen, 0)
 		if errors.Is(err, errors.ErrUnsupported) {
 			return nil
@@ -434,7 +451,7 @@ func (m *Manager) followAll(ctx context.Context) {
 		return
 	}
 	looked := make(chan error, 1)
-	go func() { looked <- m.look() }()
+	go func() { looked <- m.look(true) }()
 	select {
 	case <-looked: // if that has failed, the looker tries again
 	case <-ctx.Done():

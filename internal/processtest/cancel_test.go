@@ -76,8 +76,18 @@ func TestCancelUnheard(t *testing.T) {
 		if got, ok := m.Get(id); !ok || !got.Cancelling || got.State.Finished() {
 			t.Errorf("after Cancel: %+v", got)
 		}
-		time.AfterFunc(300*time.Millisecond, p.Kill)
-		if got := testkit.Wait(t, m, id); got.State != task.StateFailed || got.Error != testkit.RestartText || got.Cancelling {
+		waited := make(chan *task.Operation)
+		go func() {
+			got, err := m.Wait(context.Background(), id)
+			if err != nil {
+				t.Error(err)
+				got = new(task.Operation)
+			}
+			waited <- got
+		}()
+		time.Sleep(300 * time.Millisecond) // until it waits
+		p.Kill()
+		if got := <-waited; got.State != task.StateFailed || got.Error != testkit.RestartText || got.Cancelling {
 			t.Errorf("%+v", got)
 		}
 	}

@@ -140,11 +140,7 @@ func TestSQLiteListSameTime(t *testing.T) {
 	}
 }
 
-// Rows of other writers: whatever a cell is, it hides no other row, and texts of
-// times in the layouts that are read are in a range of time exactly.
-func TestSQLiteListForeign(t *testing.T) {
-	s := sqliteOpen(t, filepath.Join(t.TempDir(), "x.db"))
-	sqliteExecute(t, s.db, `INSERT INTO tasks (id, name, state, updated_at, metadata) VALUES
+const foreignRows = `INSERT INTO tasks (id, name, state, updated_at, metadata) VALUES
 		('ours', 'x', 'DONE', '2024-06-01 12:00:00.000000', '{"pool":"tank"}'),
 		('current', 'x', 'DONE', '2024-06-01 12:00:00', '{bad json'),
 		('rfc', 'x', 'DONE', '2024-06-01T12:00:00Z', '{"pool":"tank"'),
@@ -160,7 +156,13 @@ func TestSQLiteListForeign(t *testing.T) {
 		('running', 'x', 'RUNNING', '2024-06-01 12:00:00.000000', NULL), ('paused', 'x', 'PAUSED', '2024-06-01 12:00:00.000000', NULL);
 		UPDATE tasks SET updated_at = 1717243200 WHERE id = 'number';
 		UPDATE tasks SET updated_at = 1717243200.5 WHERE id = 'real';
-		UPDATE tasks SET updated_at = x'ff00' WHERE id = 'bytes'`)
+		UPDATE tasks SET updated_at = x'ff00' WHERE id = 'bytes'`
+
+// Rows of other writers: whatever a cell is, it hides no other row, and texts of
+// times in the layouts that are read are in a range of time exactly.
+func TestSQLiteListForeign(t *testing.T) {
+	s := sqliteOpen(t, filepath.Join(t.TempDir(), "x.db"))
+	sqliteExecute(t, s.db, foreignRows)
 	noon := time.Date(2024, 6, 1, 12, 0, 0, 0, time.UTC)
 	list := func(f Filter) string {
 		t.Helper()

@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,51 +24,141 @@ const (
 	maxOrphanLogs = 100
 )
 
-// recover marks what dead processes have left unfinished as failed.
-func (m *Manager) recover() error {
+// recover marks what dead processes have left unfinished as failed, or takes it
+// over: see start.
+func (m *Manager) recover() (resumed []*task, err error) {
 	return m.recoverFrom(func(id string) bool { return m.live(id) != nil })
 }
 
-func (m *Manager) recoverFrom(live func(id string) bool) error {
+func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err error) {
 	n := 0
 	defer func() {
 		if n > 0 {
 			m.log.Warn("task: recovered interrupted operations", "count", n)
 		}
+		if len(resumed) > 0 {
+			m.log.Info("task: resumed interrupted operations", "count", len(resumed))
+		}
 	}()
-	for op, err := range recoverOrphans(m.db, errTextRestart, live) {
+	asked := make(map[string]*task)
+	for op, err := range recoverOrphans(m.db, errTextRestart, m.ask(asked), live) {
 		switch {
 		case err != nil && op == nil:
-			return err
+			return resumed, err
 		case err != nil:
 			m.log.Error("task: not known whether an operation's process is alive", "id", op.ID, "name", op.Name, "err", err)
-			continue
+		case op.State.live():
+			t := asked[op.ID]
+			if t == nil {
+				return resumed, nil // the manager is closing
+			}
+			t.id, t.name, t.op = op.ID, op.Name, op
+			t.created, t.base = time.Now(), op.UpdatedAt
+			resumed = append(resumed, t)
+		default:
+			if n++; n <= maxOrphanLogs {
+				m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
+			}
 		}
-		if n++; n <= maxOrphanLogs {
-			m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
-		}
-		m.callRecovered(op)
 	}
-	return nil
+	return resumed, nil
 }
 
-// callRecovered calls the function that WithRecovered has set.
-func (m *Manager) callRecovered(op *Operation) {
-	defer func() {
-		if r := recover(); r != nil {
-			m.log.Error("task: the function of WithRecovered panicked", "id", op.ID,
-				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+// ask returns the function that recoverOrphans asks whether to take over an
+// operation: nil without WithResume. The tasks that are to resume one come into
+// asked. Once the manager is closing there are none, and the operations, PENDING,
+// are left to the next one.
+func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
+	if m.resume == nil {
+		return nil
+	}
+	return func(op *Operation) bool {
+		m.mu.Lock()
+		closing, live := m.closing, m.tasks[op.ID] != nil
+		m.mu.Unlock()
+		if closing || live {
+			return closing
+		}
+		t := &task{life: life{op: new(Operation), done: make(chan struct{})}}
+		t.ticket.Item = t
+		if err := m.callResume(op, t); err != nil {
+			m.log.Error("task: not resumed", "id", op.ID, "name", op.Name, "err", err)
+			return false
+		}
+		op.Owner = m.owner()
+		if t.fn != nil {
+			asked[op.ID] = t
+		}
+		return t.fn != nil
+	}
+}
+
+// callResume calls the function that WithResume has set, in a goroutine of its own
+// because it may call runtime.Goexit.
+func (m *Manager) callResume(op *Operation, t *task) (err error) {
+	err = errors.New("the function of WithResume, or an option, called runtime.Goexit")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if r := recover(); r != nil {
+				err = fmt.Errorf("the function of WithResume, or an option, panicked: %v\n%s", r, debug.Stack())
+			}
+		}()
+		var opts []SubmitOption
+		t.fn, opts = m.resume(m.copyOut(op))
+		if err = nil; t.fn != nil {
+			err = t.apply(opts)
 		}
 	}()
-	if m.recovered != nil {
-		m.recovered(m.copyOut(op))
+	<-done
+	return err
+}
+
+// start queues the tasks of operations that were taken over, by order of their
+// submission. A closing manager leaves them to the next one.
+func (m *Manager) start(resumed []*task) {
+	slices.SortStableFunc(resumed, func(a, b *task) int {
+		return cmp.Or(a.op.CreatedAt.Compare(b.op.CreatedAt), cmp.Compare(a.id, b.id))
+	})
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closing {
+		return
 	}
+	for _, t := range resumed {
+		m.tasks[t.id] = t
+		m.enqueue(t)
+	}
+	m.startNext()
+}
+
+// recoverOthers recovers in the background, unless it does so already, what other
+// processes have left: a function of WithResume may take its time.
+func (m *Manager) recoverOthers() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closing || m.resuming {
+		return
+	}
+	m.resuming = true
+	m.functions.Go(func() {
+		resumed, err := m.recoverFrom(nil)
+		if err != nil {
+			m.log.Debug("task: recovery failed", "err", err)
+		}
+		m.start(resumed)
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.resuming = false
+	})
 }
 
 // recoverLoop calls recover until it succeeds or the manager is closed.
 func (m *Manager) recoverLoop() {
 	for backoff := minBackoff; sleep(m.ctx, backoff); backoff = min(2*backoff, 10*time.Second) {
-		err := m.recover()
+		resumed, err := m.recover()
+		m.start(resumed)
 		if err == nil {
 			m.log.Info("task: recovery succeeded")
 			return
@@ -132,10 +223,8 @@ func (m *Manager) poll(stop <-chan struct{}) {
 			return
 		case <-time.After(pollInterval):
 		}
-		if n%recoverEvery == 0 && m.ctx.Err() == nil {
-			if err := m.recoverFrom(nil); err != nil {
-				m.log.Debug("task: recovery failed", "err", err)
-			}
+		if n%recoverEvery == 0 {
+			m.recoverOthers()
 		}
 		m.mu.Lock()
 		ids := slices.Collect(maps.Keys(m.foreign))
@@ -156,7 +245,7 @@ func (m *Manager) found(id string, op *Operation, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	f := m.foreign[id]
-	if f == nil {
+	if f == nil || m.tasks[id] != nil { // or it is resumed here: see release
 		return
 	}
 	before := f.op

@@ -195,15 +195,15 @@ type injectedRecover struct {
 	db    task.Recoverer
 }
 
-func (s injectedRecover) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s injectedRecover) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		pass, err := s.store.ask("Recover")
 		switch {
 		case err == nil:
-			s.db.Recover(reason)(yield)
+			s.db.Recover(reason, resume)(yield)
 			return
 		case pass:
-			for range s.db.Recover(reason) {
+			for range s.db.Recover(reason, resume) {
 			}
 		}
 		yield(nil, err)

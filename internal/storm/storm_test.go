@@ -226,7 +226,7 @@ func (s *forgetfulStore) WriteBatch(saves, updates []*task.Operation) []error {
 // An idleStore recovers nothing.
 type idleStore struct{ *task.SQLiteStore }
 
-func (idleStore) Recover(string) iter.Seq2[*task.Operation, error] {
+func (idleStore) Recover(string, func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(func(*task.Operation, error) bool) {}
 }
 
@@ -236,7 +236,7 @@ type ruthlessStore struct {
 	path string
 }
 
-func (s ruthlessStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s ruthlessStore) Recover(reason string, _ func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		db, err := sql.Open("sqlite3", s.path+"?_busy_timeout=8000")
 		if err == nil {

@@ -68,6 +68,7 @@ type Manager struct {
 	draining bool                // Submit returns ErrClosed
 	closing  bool                // Close or Drain was called, or Shutdown is done: no function is started any more
 	leave    bool                // Drain leaves what is PENDING to the next manager that resumes
+	left     map[string]bool     // the IDs of what was left
 	resuming bool                // recoverOthers runs
 	stopping bool                // the functions have returned: the writer stores the rest
 	lastTry  bool                // Close will not try again
@@ -137,6 +138,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 		closed:  make(chan struct{}),
 		tasks:   make(map[string]*task),
 		foreign: make(map[string]*foreign),
+		left:    make(map[string]bool),
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -315,6 +317,7 @@ var errLeft = fmt.Errorf("left for the next start to resume: %w", ErrClosed)
 // drop ends a task that will not start any more. The caller holds m.mu.
 func (m *Manager) drop(t *task) {
 	if m.leave {
+		m.left[t.id] = true
 		m.settle(t, nil, errLeft)
 	} else {
 		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
@@ -775,6 +778,14 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 	}
 	if !row.State.live() {
 		l := newLife(row)
+		return &l, func() {}, nil
+	}
+	m.mu.Lock()
+	left := m.left[id]
+	m.mu.Unlock()
+	if left {
+		l := life{op: row, stored: row.State, err: errLeft, done: make(chan struct{})}
+		close(l.done)
 		return &l, func() {}, nil
 	}
 	f := m.follow(row)

@@ -123,10 +123,12 @@ func (m *Manager) start(resumed []*task) {
 	})
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closing {
-		return
-	}
 	for _, t := range resumed {
+		if m.closing {
+			m.left[t.id], t.err = true, errLeft
+			m.release(t)
+			continue
+		}
 		m.tasks[t.id] = t
 		m.enqueue(t)
 	}

@@ -379,7 +379,7 @@ func TestResumeBlocked(t *testing.T) {
 	close(release)
 	must(t, m.Close())
 	cancel()
-	if err := <-waited; !errors.Is(err, context.Canceled) {
+	if err := <-waited; !errors.Is(err, task.ErrClosed) {
 		t.Errorf("Wait: %v", err)
 	}
 	if left := testkit.Stored(t, store).Unfinished(); len(left) != 2 {

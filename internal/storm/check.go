@@ -41,10 +41,12 @@ type checker struct {
 	readers map[process]*reader
 	fates   map[process]*fate
 
-	rows       map[string]row    // as of the last check
-	unfinished map[string]bool   // the IDs of those that were unfinished
-	owners     map[string]string // the life of each owner, as a prefix of names
-	closed     map[string]bool   // the prefixes of the closed lives
+	rows       map[string]row      // as of the last check
+	unfinished map[string]bool     // the IDs of those that were unfinished
+	owners     map[string]string   // the life of each owner, as a prefix of names
+	closed     map[string]bool     // the prefixes of the closed lives
+	resume     bool                // the workers resume what the dead have left
+	resumers   map[string][]string // by the ID of an operation: the lives that have resumed it
 
 	acks tally // acknowledgements
 	bad  []string
@@ -52,7 +54,7 @@ type checker struct {
 
 // A tally holds the counts of the summary.
 type tally struct {
-	kills, restarts, submitted, finished, recovered, checks, databases, violations int
+	kills, restarts, submitted, finished, recovered, resumed, checks, databases, violations int
 }
 
 func (t *tally) add(u tally) {
@@ -61,14 +63,15 @@ func (t *tally) add(u tally) {
 	t.submitted += u.submitted
 	t.finished += u.finished
 	t.recovered += u.recovered
+	t.resumed += u.resumed
 	t.checks += u.checks
 	t.databases += u.databases
 	t.violations += u.violations
 }
 
 func (t tally) String() string {
-	return fmt.Sprintf("%d kills, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d checks, %d databases, violations = %d",
-		t.kills, t.restarts, t.submitted, t.finished, t.recovered, t.checks, t.databases, t.violations)
+	return fmt.Sprintf("%d kills, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d resumed, %d checks, %d databases, violations = %d",
+		t.kills, t.restarts, t.submitted, t.finished, t.recovered, t.resumed, t.checks, t.databases, t.violations)
 }
 
 func newChecker(dir string) *checker {
@@ -80,6 +83,7 @@ func newChecker(dir string) *checker {
 		unfinished: make(map[string]bool),
 		owners:     make(map[string]string),
 		closed:     make(map[string]bool),
+		resumers:   make(map[string][]string),
 	}
 }
 
@@ -114,8 +118,11 @@ func (c *checker) check() error {
 		}
 	}
 	for _, r := range news {
-		if r.Kind == closed {
+		switch r.Kind {
+		case closed:
 			c.closed[r.Name] = true
+		case opened:
+			c.owners[r.ID] = r.Name
 		}
 	}
 	if err := c.look(); err != nil {
@@ -189,7 +196,8 @@ func (c *checker) saw(r row) {
 		if !before.unfinished() && before != r {
 			c.violation("a finished row has changed:\n\t%+v\n\t%+v", before, r)
 		}
-		if before.name != r.name || before.created != r.created || before.owner != r.owner || before.state == "RUNNING" && r.state == "PENDING" {
+		if before.name != r.name || before.created != r.created || before.owner != r.owner && c.alive(c.owners[before.owner]) ||
+			before.owner == r.owner && before.state == "RUNNING" && r.state == "PENDING" {
 			c.violation("a row has changed in a forbidden way:\n\t%+v\n\t%+v", before, r)
 		}
 	}
@@ -212,13 +220,16 @@ func (c *checker) saw(r row) {
 
 // checkRecovered checks a row that has been marked as interrupted.
 func (c *checker) checkRecovered(r row) {
-	p, life := whose(r.name)
+	p, life := c.runs(r)
 	switch fate := c.fates[p]; {
 	case fate == nil:
 		c.violation("nobody has submitted %+v", r)
+	case c.resume && !declined(r.id):
+		c.violation("an interrupted operation was not resumed: %+v", r)
+	case c.resume && c.closed[life]: // it was taken over while that manager was closed
 	case !fate.killed:
 		c.violation("an operation of a living process was marked as interrupted: %+v", r)
-	case c.closed[life]:
+	case c.closed[life] && len(c.resumers) == 0:
 		c.violation("an operation of a closed manager was marked as interrupted: %+v", r)
 	}
 	if r.state != "FAILED" {
@@ -228,20 +239,48 @@ func (c *checker) checkRecovered(r row) {
 
 // checkLiving checks an unfinished row.
 func (c *checker) checkLiving(r row) {
-	p, life := whose(r.name)
+	p, life := c.runs(r)
 	switch fate := c.fates[p]; {
 	case fate == nil:
 		c.violation("nobody has submitted %+v", r)
+	case c.resume && c.closed[life] && r.state == "PENDING": // it was taken over while that manager was closed
 	case fate.buried:
 		c.violation("an unfinished operation belongs to a dead process: %+v", r)
 	case c.closed[life]:
 		c.violation("an unfinished operation belongs to a closed manager: %+v", r)
 	}
-	if c.owners[r.owner] == "" {
-		c.owners[r.owner] = life
-	}
 	if r.owner == "" || c.owners[r.owner] != life {
 		c.violation("an operation has the owner of another manager: %+v", r)
+	}
+}
+
+// runs returns the process and the life that run an operation, or have left it.
+func (c *checker) runs(r row) (p process, life string) {
+	if life := c.owners[r.owner]; life != "" && len(c.resumers) > 0 {
+		return whose(life + "x")
+	}
+	return whose(r.name)
+}
+
+// alive reports whether a life has neither been closed nor killed.
+func (c *checker) alive(life string) bool {
+	p, _ := whose(life + "x")
+	fate := c.fates[p]
+	return fate != nil && !fate.killed && !c.closed[life]
+}
+
+// resumedBy checks that of the lives that have resumed an operation, one is alive.
+func (c *checker) resumedBy(id, life string) {
+	c.acks.resumed++
+	alive := 0
+	c.resumers[id] = append(c.resumers[id], life)
+	for _, life := range c.resumers[id] {
+		if c.alive(life) {
+			alive++
+		}
+	}
+	if got := c.rows[id]; alive > 1 || got.id == "" {
+		c.violation("resumed by %q: %+v", c.resumers[id], got)
 	}
 }
 
@@ -260,6 +299,8 @@ func (c *checker) compare(r record) {
 	switch r.Kind {
 	case wrong:
 		c.violation("%s", r.Text)
+	case resumed:
+		c.resumedBy(r.ID, r.Name)
 	case submitted:
 		c.acks.submitted++
 		if got, ok := c.rows[r.ID]; !ok {

@@ -17,8 +17,8 @@ import (
 // A record is one acknowledgement that a worker has got, a line of its journal.
 type record struct {
 	Kind string          // one of the kinds below
-	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a closed life
-	ID   string          `json:",omitempty"` // of the submitted operation
+	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a life
+	ID   string          `json:",omitempty"` // of the operation
 	Op   *task.Operation `json:",omitempty"` // as it was shown
 	Text string          `json:",omitempty"` // what is wrong
 }
@@ -27,6 +27,8 @@ type record struct {
 const (
 	submitted = "submitted" // Submit has returned an operation
 	finished  = "finished"  // an operation was shown in a final state
+	opened    = "opened"    // a life has begun, of the owner that ID has
+	resumed   = "resumed"   // this life runs an operation that another has left
 	closed    = "closed"    // Close has returned: nothing of this life is unfinished
 	wrong     = "wrong"     // the worker itself has found a violation
 )

@@ -23,6 +23,7 @@ func TestMain(m *testing.M) {
 		wrongStores["early"] = newEarlyStore
 		wrongStores["forgetful"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &forgetfulStore{SQLiteStore: s} }
 		wrongStores["idle"] = func(_ string, s *task.SQLiteStore) task.Persistence { return idleStore{s} }
+		wrongStores["grabbing"] = func(path string, s *task.SQLiteStore) task.Persistence { return grabbingStore{s, path} }
 		wrongStores["ruthless"] = func(path string, s *task.SQLiteStore) task.Persistence { return ruthlessStore{s, path} }
 		os.Exit(work(text))
 	}
@@ -50,6 +51,12 @@ func testDir(t *testing.T) string {
 const stormVar = "TASK_STORM"
 
 func TestStorm(t *testing.T) {
+	for name, resume := range map[string]bool{"failing": false, "resuming": true} {
+		t.Run(name, func(t *testing.T) { testStorm(t, resume) })
+	}
+}
+
+func testStorm(t *testing.T, resume bool) {
 	duration := 3 * time.Second
 	if text := os.Getenv(stormVar); text != "" {
 		var err error
@@ -57,7 +64,7 @@ func TestStorm(t *testing.T) {
 			t.Fatalf("%s: %v", stormVar, err)
 		}
 	}
-	s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(duration)}
+	s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(duration), resume: resume}
 	if err := s.run(); err != nil {
 		t.Error(err)
 	}
@@ -65,7 +72,7 @@ func TestStorm(t *testing.T) {
 	for _, text := range s.bad {
 		t.Error(text)
 	}
-	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 {
+	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 || resume != (s.total.resumed > 0) {
 		t.Error("the storm has done nothing")
 	}
 }
@@ -83,6 +90,7 @@ func TestWrong(t *testing.T) {
 		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row"},
 		{name: "final state forgotten", store: "forgetful", want: "shown as finished"},
 		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
+		{name: "take-over of live operations", store: "grabbing", want: "forbidden way|resumed by|has the owner of another"},
 		{name: "recovery of live operations", store: "ruthless", want: "Task failed due to system restart"},
 		{
 			name:   "row deleted",
@@ -119,7 +127,8 @@ func TestWrong(t *testing.T) {
 		{name: "owner files pile up", tamper: leaveOwners, want: "owner files"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), wrong: test.store}
+			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), wrong: test.store,
+				resume: test.store == "grabbing"}
 			done := false
 			s.tamper = func(c *checker) error {
 				if test.change != "" && !done {
@@ -245,6 +254,37 @@ func (s ruthlessStore) Recover(reason string, _ func(*task.Operation) bool) iter
 		}
 		if err != nil {
 			yield(nil, err)
+		}
+	}
+}
+
+// A grabbingStore takes over operations of live processes.
+type grabbingStore struct {
+	*task.SQLiteStore
+	path string
+}
+
+func (s grabbingStore) Recover(_ string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		db, err := sql.Open("sqlite3", s.path+"?_busy_timeout=8000")
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		defer db.Close()
+		ops, _ := s.ListFiltered(task.Filter{States: []task.State{task.StatePending, task.StateRunning}}, 10, 0)
+		for _, op := range ops {
+			if !resume(op) {
+				continue
+			}
+			if _, err := db.Exec(`UPDATE tasks SET state = 'PENDING', owner = ? WHERE id = ?`, s.Owner(), op.ID); err != nil {
+				yield(nil, err)
+				return
+			}
+			op.State, op.Owner = task.StatePending, s.Owner()
+			if !yield(op, nil) {
+				return
+			}
 		}
 	}
 }

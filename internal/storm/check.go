@@ -46,6 +46,7 @@ type checker struct {
 	owners     map[string]string   // the life of each owner, as a prefix of names
 	closed     map[string]bool     // the prefixes of the closed lives
 	resume     bool                // the workers resume what the dead have left
+	over       bool                // the last manager, which resumes nothing, has been here
 	resumers   map[string][]string // by the ID of an operation: the lives that have resumed it
 
 	acks tally // acknowledgements
@@ -224,12 +225,12 @@ func (c *checker) checkRecovered(r row) {
 	switch fate := c.fates[p]; {
 	case fate == nil:
 		c.violation("nobody has submitted %+v", r)
-	case c.resume && !declined(r.id):
+	case c.resume && !c.over && !declined(r.id):
 		c.violation("an interrupted operation was not resumed: %+v", r)
 	case c.resume && c.closed[life]: // it was taken over while that manager was closed
 	case !fate.killed:
 		c.violation("an operation of a living process was marked as interrupted: %+v", r)
-	case c.closed[life] && len(c.resumers) == 0:
+	case c.closed[life] && !c.resume:
 		c.violation("an operation of a closed manager was marked as interrupted: %+v", r)
 	}
 	if r.state != "FAILED" {
@@ -256,7 +257,7 @@ func (c *checker) checkLiving(r row) {
 
 // runs returns the process and the life that run an operation, or have left it.
 func (c *checker) runs(r row) (p process, life string) {
-	if life := c.owners[r.owner]; life != "" && len(c.resumers) > 0 {
+	if life := c.owners[r.owner]; life != "" && c.resume {
 		return whose(life + "x")
 	}
 	return whose(r.name)

@@ -354,7 +354,7 @@ func (s *storm) end() error {
 	if err := s.visit(); err != nil {
 		s.checker.violation("the last manager: %v", err)
 	}
-	s.checker.resume = false
+	s.checker.over = true
 	s.bury(len(s.dead))
 	if files := s.checker.ownerFiles(); len(files) > 0 {
 		s.checker.violation("owner files are left: %q", files)

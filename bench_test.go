@@ -283,8 +283,12 @@ func besideSearches(tb testing.TB, rows, clients int, during time.Duration) (r b
 
 // byHand is what one would write without this package.
 func byHand(b *testing.B, db *sql.DB, limit, offset int) {
+	byHandOrdered(b, db, `ORDER BY rowid DESC`, limit, offset)
+}
+
+func byHandOrdered(b *testing.B, db *sql.DB, order string, limit, offset int) {
 	rows, err := db.Query(`SELECT id, name, state, progress, metadata, result, error, created_at, updated_at, started_at
-		FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
+		FROM tasks `+order+` LIMIT ? OFFSET ?`, limit, offset)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -395,7 +399,7 @@ func history(b testing.TB, n int) (path string) {
 	b.Helper()
 	path = testkit.Path(b)
 	openSQLite(b, path).Close()
-	sqliteExec(b, path, fmt.Sprintf(`INSERT INTO tasks
+	sqliteExec(b, path, fmt.Sprintf(`INSERT INTO tasks (id, name, state, progress, metadata, result, error, created_at, updated_at, started_at, owner)
 		WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < %d)
 		SELECT printf('01a20000-%%04x-7000-8000-%%012x', i %% 65536, i), 'scrub', 'DONE',
 			100, NULL, '{"files":1000,"bytes":123456789}', NULL,

@@ -27,7 +27,7 @@ const (
 // recover marks what dead processes have left unfinished as failed, or takes it
 // over: see start.
 func (m *Manager) recover() (resumed []*task, err error) {
-	return m.recoverFrom(func(id string) bool { return m.live(id) != nil })
+	return m.recoverFrom(func(id string) bool { return m.liveRow(id) != nil })
 }
 
 func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err error) {
@@ -52,7 +52,7 @@ func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err e
 			if t == nil {
 				return resumed, nil // the manager is closing
 			}
-			t.id, t.name, t.op = op.ID, op.Name, op
+			t.id, t.name, t.op, t.given = op.ID, op.Name, op, false
 			t.created, t.base = time.Now(), op.UpdatedAt
 			resumed = append(resumed, t)
 		default:
@@ -73,13 +73,15 @@ func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
 		return nil
 	}
 	return func(op *Operation) bool {
+		live := m.liveRow(op.ID) != nil
 		m.mu.Lock()
-		closing, live := m.closing, m.tasks[op.ID] != nil
+		closing := m.closing
 		m.mu.Unlock()
 		if closing || live {
 			return closing
 		}
-		t := &task{life: life{op: new(Operation), done: make(chan struct{})}}
+		t := &task{inserted: make(chan struct{}), life: life{op: new(Operation), done: make(chan struct{})}}
+		close(t.inserted)
 		t.ticket.Item = t
 		if err := m.callResume(op, t); err != nil {
 			m.log.Error("task: not resumed", "id", op.ID, "name", op.Name, "err", err)
@@ -121,17 +123,31 @@ func (m *Manager) start(resumed []*task) {
 	slices.SortStableFunc(resumed, func(a, b *task) int {
 		return cmp.Or(a.op.CreatedAt.Compare(b.op.CreatedAt), cmp.Compare(a.id, b.id))
 	})
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	for _, t := range resumed {
+		for m.mu.Lock(); m.tasks[t.id] != nil && !m.closing; m.mu.Lock() {
+			m.mu.Unlock()
+			m.liveRow(t.id) // waits until a Submit of the same ID has failed
+		}
 		if m.closing {
 			m.left[t.id], t.err = true, errLeft
 			m.release(t)
-			continue
+		} else {
+			m.join(t)
 		}
-		m.tasks[t.id] = t
-		m.enqueue(t)
+		m.mu.Unlock()
 	}
+}
+
+// join makes the task of a resumed operation live. If another has a unique key of
+// it, the operation is FAILED. The caller holds m.mu.
+func (m *Manager) join(t *task) {
+	unique := m.enter(t) == t
+	if !unique {
+		t.unique = nil
+		m.enter(t)
+		m.finish(t, outcome{state: StateFailed, err: errTextRestart})
+	}
+	m.enqueue(t)
 	m.startNext()
 }
 

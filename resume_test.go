@@ -726,26 +726,3 @@ func TestWaitsForSlot(t *testing.T) {
 		t.Errorf("%+v", op)
 	}
 }
-
-func TestInterrupted(t *testing.T) {
-	for _, tt := range []struct {
-		state task.State
-		err   string
-		want  bool
-	}{
-		{task.StateFailed, testkit.RestartText, true},
-		{task.StateFailed, testkit.ShutdownText, true},
-		{task.StateFailed, testkit.ShutdownText + ": signal: killed", true},
-		{task.StateFailed, "disk full", false},
-		{task.StateFailed, "disk full: " + testkit.RestartText, false},
-		{task.StateFailed, "", false},
-		{task.StateCancelled, testkit.ShutdownText, false},
-		{task.StateRunning, testkit.RestartText, false},
-		{task.StateDone, testkit.RestartText, false},
-	} {
-		op := &task.Operation{State: tt.state, Error: tt.err}
-		if got := op.Interrupted(); got != tt.want {
-			t.Errorf("%s with %q: %v", tt.state, tt.err, got)
-		}
-	}
-}

@@ -236,7 +236,8 @@ func TestSQLiteNewFile(t *testing.T) {
 		sqliteExecute(t, spec, sqliteSpecSchema(t))
 		const columns = `SELECT cid || ' ' || name || ' ' || type || ' ' || "notnull" || ' ' || coalesce(dflt_value, 'none') || ' ' || pk
 			FROM pragma_table_xinfo('tasks')`
-		want := append(sqliteTexts(t, spec, columns), "9 started_at DATETIME 0 none 0", "10 owner TEXT 0 none 0")
+		want := append(sqliteTexts(t, spec, columns), "9 started_at DATETIME 0 none 0", "10 owner TEXT 0 none 0",
+			"11 message TEXT 0 none 0", "12 cancel_cause TEXT 0 none 0", "13 cancel_requested_at DATETIME 0 none 0")
 		sqliteSame(t, "columns", sqliteTexts(t, s.db, columns), want)
 		sqliteSame(t, "indexes", sqliteTexts(t, s.db, "SELECT sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY sql"),
 			[]string{"CREATE INDEX tasks_finished ON tasks (ifnull(updated_at, '')) WHERE (state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')",
@@ -841,6 +842,7 @@ func TestSQLiteStoredForm(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			s := open(t)
 			op := sqliteOp("a", StatePending)
+			op.Owner = s.Owner()
 			op.Name, op.Error = "a\x00b 'quoted' \U0001F4BE", "an error\x00too"
 			op.Metadata = json.RawMessage(`{"a":[1,null]}`)
 			check := func(write func(*Operation) error) {
@@ -857,12 +859,13 @@ func TestSQLiteStoredForm(t *testing.T) {
 			op.StartedAt = op.CreatedAt.Add(time.Millisecond)
 			op.UpdatedAt = op.StartedAt.Add(time.Microsecond)
 			op.Metadata, op.Result = nil, json.RawMessage(`12345678901234567890`)
+			op.Message, op.Cancelling = "a\x00b", true
 			check(s.Update)
-			want := []string{fmt.Sprintf("a|RUNNING|37|NULL|'12345678901234567890'|NULL|'%s'|'%s'|'%s'", formatTime(op.CreatedAt),
-				formatTime(op.UpdatedAt), formatTime(op.StartedAt))}
+			want := []string{fmt.Sprintf("a|RUNNING|37|NULL|'12345678901234567890'|NULL|'%s'|'%s'|'%s'|610062|'%s'", formatTime(op.CreatedAt),
+				formatTime(op.UpdatedAt), formatTime(op.StartedAt), formatTime(op.UpdatedAt))}
 			sqliteSame(t, "stored form", sqliteTexts(t, s.db, `SELECT id || '|' || state || '|' || progress || '|' || quote(metadata) || '|' ||
-				quote(result) || '|' || quote(error) || '|' || quote(created_at) || '|' || quote(updated_at) || '|' || quote(started_at)
-				FROM tasks WHERE owner = '`+s.owner.ID+`'`), want)
+				quote(result) || '|' || quote(error) || '|' || quote(created_at) || '|' || quote(updated_at) || '|' || quote(started_at) ||
+				'|' || hex(message) || '|' || quote(cancel_requested_at) FROM tasks WHERE owner = '`+s.owner.ID+`'`), want)
 			sqliteExecute(t, s.db, "DELETE FROM tasks")
 			if err := s.Update(op); !errors.Is(err, ErrNotFound) {
 				t.Errorf("Update of what is deleted: %v", err)
@@ -881,6 +884,7 @@ func TestSQLiteBatchSizes(t *testing.T) {
 				var saves, updates []*Operation
 				for i := range n {
 					op := sqliteOp(fmt.Sprintf("%05d", total+i), StatePending)
+					op.Owner = s.Owner()
 					done := *op
 					done.State, done.Progress, done.Result = StateDone, i%100, json.RawMessage(fmt.Sprint(i))
 					saves, updates = append(saves, op), append(updates, &done)

@@ -131,6 +131,16 @@ func (f *Fake) do(c *Call, call func(db task.Persistence)) *Call {
 	return c
 }
 
+// Owner returns the Owner of what the store saves, "" if it has none.
+func (f *Fake) Owner() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s, ok := f.db.(interface{ Owner() string }); ok {
+		return s.Owner()
+	}
+	return ""
+}
+
 func unsupported(db task.Persistence, method string) error {
 	return fmt.Errorf("%T has no %s: %w", db, method, errors.ErrUnsupported)
 }

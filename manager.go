@@ -456,7 +456,7 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 // release lets those go on who wait for a task. The caller holds m.mu.
 func (m *Manager) release(t *task) {
 	close(t.done)
-	if f := m.foreign[t.id]; f != nil { // followed before it was resumed here
+	if f := m.foreign[t.id]; f != nil && t.insertErr == nil { // followed before it was resumed here
 		f.op, f.err = t.op, t.err
 		close(f.done)
 		delete(m.foreign, t.id)

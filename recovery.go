@@ -263,7 +263,7 @@ func (m *Manager) found(id string, op *Operation, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	f := m.foreign[id]
-	if f == nil || m.tasks[id] != nil { // or it is resumed here: see release
+	if t := m.tasks[id]; f == nil || t != nil && !t.hidden() { // or it is resumed here: see release
 		return
 	}
 	before := f.op

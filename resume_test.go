@@ -726,3 +726,32 @@ func TestWaitsForSlot(t *testing.T) {
 		t.Errorf("%+v", op)
 	}
 }
+
+// TestResumeUnique: the unique keys of resumed operations count.
+func TestResumeUnique(t *testing.T) {
+	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
+		fn, started, release := blocker(nil)
+		defer release()
+		first, second := orphan("first"), orphan("second")
+		second.CreatedAt = first.CreatedAt.Add(time.Second)
+		m := newManager(t, open(first, second), quiet, resuming(fn, task.WithUnique("scrub"), task.WithID("ignored")))
+		<-started
+		op, err := m.Submit("scrub", nothing, task.WithUnique("scrub"))
+		if !errors.Is(err, task.ErrExists) || op == nil || op.ID != "first" {
+			t.Errorf("Submit = %+v, %v", op, err)
+		}
+		if op := wait(t, m, "second"); op.State != task.StateFailed || !op.Interrupted() {
+			t.Errorf("another with the key: %+v", op)
+		}
+		release()
+		if op := wait(t, m, "first"); op.State != task.StateDone {
+			t.Errorf("%+v", op)
+		}
+		op, err = m.Submit("scrub", nothing, task.WithUnique("scrub"))
+		must(t, err)
+		wait(t, m, op.ID)
+		if op, ok := m.Get("ignored"); ok {
+			t.Errorf("resumed as %+v", op)
+		}
+	})
+}

@@ -253,7 +253,7 @@ func (c *checker) checkUnfinished(r row) {
 	case c.closed[session]:
 		c.violation("an unfinished operation belongs to a closed manager: %+v", r)
 	}
-	if r.owner == "" || known && c.owners[r.owner] != session {
+	if owner := c.owners[r.owner]; r.owner == "" || owner != "" && owner != session {
 		c.violation("an operation has the owner of another manager: %+v", r)
 	}
 }
@@ -261,16 +261,13 @@ func (c *checker) checkUnfinished(r row) {
 // runs returns the process and the session that run an operation, or have left it.
 // They are not known yet if that session has begun after the journals were read.
 func (c *checker) runs(r row) (p process, session string, known bool) {
-	session = c.owners[r.owner]
-	if known = session != "" || !c.resume; !known {
-		return process{}, "", false
-	}
-	if session == "" || !c.resume {
+	if !c.resume {
 		p, session = submitter(r.name)
-		return p, session, c.owners[r.owner] != ""
+		return p, session, true
 	}
-	p, session = submitter(session + "x")
-	return p, session, true
+	session = c.owners[r.owner]
+	p, _ = submitter(session + "x")
+	return p, session, session != ""
 }
 
 // alive reports whether a session has been neither closed nor killed.

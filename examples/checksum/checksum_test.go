@@ -85,7 +85,7 @@ func TestKilled(t *testing.T) {
 				t.Fatalf("%v: %s", err, &stderr)
 			}
 			out = stdout.Bytes()
-		case <-time.After(time.Duration(rand.Int64N(int64(200 * time.Millisecond)))):
+		case <-time.After(time.Duration(rand.Int64N(int64(200+20*kills))) * time.Millisecond): // also on a slow machine it gets on in the end
 			testkit.Must(t, cmd.Process.Kill())
 			if <-ended == nil { // it was done
 				out = stdout.Bytes()

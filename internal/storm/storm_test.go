@@ -91,7 +91,7 @@ func TestViolations(t *testing.T) {
 		{name: "final state not stored", store: "lossy", want: "shown as finished"},
 		{name: "no recovery", store: "no recovery", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
 		{name: "recovery of live operations", store: "recovers all", want: "Task failed due to system restart"},
-		{name: "take-over of live operations", store: "takes over all", want: "forbidden way|resumed by|has the owner of another"},
+		{name: "take-over of live operations", store: "takes over all", want: "forbidden way|resumed by|has the owner of another|shown as finished|ended as|dead process"},
 		{
 			name:   "row deleted",
 			change: `DELETE FROM tasks WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE')`,

@@ -325,7 +325,7 @@ func (w *writer) write(b *batch) {
 func (w *writer) failInsert(u record) error {
 	row, err := get(w.db, u.op.ID)
 	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
-		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
+		_, err = updateOrphan(w.db, u.op.ID, u.op.Error, false)
 	}
 	if errors.Is(err, ErrNotFound) {
 		return nil

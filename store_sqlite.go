@@ -109,7 +109,7 @@ func attach(path string) (*SQLiteStore, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(file); err != nil { // also that of ":memory:"
+	if _, err := os.Stat(cmp.Or(file, path)); err != nil { // also that of ":memory:"
 		return nil, fmt.Errorf("%w: name the file of an existing database", err)
 	}
 	db, err := sqlitefile.OpenExisting(file)

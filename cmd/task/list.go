@@ -30,14 +30,14 @@ func list(t *tool, flags *flag.FlagSet) func(context.Context, []string) (int, er
 		flags.Func(name, "", func(s string) error { q.options = append(q.options, option(s)); return nil })
 	}
 	add("name", task.ByName)
-	add("containing", containing)
+	add("containing", task.Containing)
 	flags.Func("state", "", q.setStates)
 	flags.Func("metadata", "", func(s string) error {
 		key, value, ok := strings.Cut(s, "=")
 		if !ok || key == "" {
 			return errors.New("not KEY=VALUE")
 		}
-		q.options = append(q.options, byMetadata(key, value))
+		q.options = append(q.options, task.ByMetadata(key, value))
 		return nil
 	})
 	flags.Var(&q.since, "since", "")
@@ -77,7 +77,7 @@ func (t *tool) query(q query) (ops []*task.Operation, err error) {
 		if err != nil || len(ops) == q.limit {
 			return
 		}
-		options = slices.Concat(q.options, options, []task.ListOption{task.ByState(states...), withoutResults()})
+		options = slices.Concat(q.options, options, []task.ListOption{task.ByState(states...), task.WithoutResults()})
 		var page []*task.Operation
 		page, err = t.m.Raw().List(q.limit-len(ops), 0, options...)
 		ops = append(ops, page...)
@@ -91,7 +91,7 @@ func (t *tool) query(q query) (ops []*task.Operation, err error) {
 		add(live)
 	}
 	if len(finished) > 0 {
-		add(finished, byFinish(), finishedAfter(q.since.Time))
+		add(finished, task.ByFinish(), task.FinishedAfter(q.since.Time))
 	}
 	return ops, err
 }

@@ -109,14 +109,15 @@ func (t *tool) run(ctx context.Context, args []string) (exit int, err error) {
 	global := flag.NewFlagSet("", flag.ContinueOnError)
 	path := global.String("db", "", "")
 	rest, err := parse(global, args, 0)
-	if errors.Is(err, flag.ErrHelp) || len(args) == 0 {
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0, t.out.lines([]string{usage})
+	case len(args) == 0:
 		fmt.Fprint(t.errs, usage)
 		return exitUsage, nil
-	}
-	if err != nil {
+	case err != nil:
 		return 0, err
-	}
-	if len(rest) == 0 || commands[rest[0]] == nil {
+	case len(rest) == 0 || commands[rest[0]] == nil:
 		return 0, fmt.Errorf("no command list, show, follow, cancel or prune: %w", errUsage)
 	}
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
@@ -126,8 +127,7 @@ func (t *tool) run(ctx context.Context, args []string) (exit int, err error) {
 	ids, err := parse(flags, rest[1:], len(rest))
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(t.errs, usage)
-		return exitUsage, nil
+		return 0, t.out.lines([]string{usage})
 	case err != nil:
 		return 0, fmt.Errorf("%s: %w", rest[0], err)
 	case *path == "":
@@ -184,7 +184,7 @@ func (t *tool) find(id string) (*task.Operation, error) {
 	const last = "ffffffff-ffff-7fff-bfff-ffffffffffff" // of all UUIDs of version 7
 	var found []*task.Operation
 	if prefix := strings.ToLower(id); len(prefix) >= 8 && len(prefix) < len(last) {
-		ops, err := t.m.List(100, 0, task.Before(prefix+last[len(prefix):]), withoutResults())
+		ops, err := t.m.List(100, 0, task.Before(prefix+last[len(prefix):]), task.WithoutResults())
 		if err != nil && !errors.Is(err, task.ErrNotFound) {
 			return nil, err
 		}

@@ -102,10 +102,12 @@ func cut(text string, n int) string {
 	return text
 }
 
-// Columns of the table, and those whose texts may be cut.
+// Columns of the table, those whose texts may be cut, and those that are left out
+// where the terminal is too narrow.
 var (
 	header  = []string{"ID", "STATE", "PROGRESS", "MESSAGE", "NAME", "STARTED", "TOOK", "ERROR"}
 	elastic = []int{3, 4, 7}
+	minor   = []int{5, 6, 3}
 )
 
 const minColumn = 8 // what is left of an elastic column
@@ -133,7 +135,7 @@ func (t *tool) table(ops []*task.Operation) []string {
 			widths[i] = max(widths[i], len(header[i]))
 		}
 	}
-	shrink(widths, columns-1) // the last cell would make some terminals go on to the next line
+	widths = fit(widths, columns-1) // the last cell would make some terminals go on to the next line
 	var lines []string
 	for _, row := range rows {
 		line := ""
@@ -150,22 +152,36 @@ func (t *tool) table(ops []*task.Operation) []string {
 
 const gap = 2 // between columns
 
-// shrink makes the elastic columns narrower, the widest one first, until all
-// take no more than limit cells or can't be made narrower.
-func shrink(widths []int, limit int) {
-	for {
-		total := -gap
-		for _, w := range widths {
-			if w > 0 {
-				total += w + gap
+// fit makes the elastic columns narrower, the widest one first, until all take no
+// more than limit cells. If that is not enough it leaves out minor ones.
+func fit(natural []int, limit int) []int {
+	for dropped := 0; ; dropped++ {
+		widths := slices.Clone(natural)
+		for _, i := range minor[:dropped] {
+			widths[i] = 0
+		}
+		for total(widths) > limit {
+			widest := slices.MaxFunc(elastic, func(a, b int) int { return widths[a] - widths[b] })
+			if widths[widest] <= minColumn {
+				break
 			}
+			widths[widest]--
 		}
-		widest := slices.MaxFunc(elastic, func(a, b int) int { return widths[a] - widths[b] })
-		if total <= limit || widths[widest] <= minColumn {
-			return
+		if total(widths) <= limit || dropped == len(minor) {
+			return widths
 		}
-		widths[widest]--
 	}
+}
+
+// total returns how many cells columns take.
+func total(widths []int) int {
+	n := -gap
+	for _, w := range widths {
+		if w > 0 {
+			n += w + gap
+		}
+	}
+	return n
 }
 
 // shortID returns how many characters of their IDs tell operations apart, and

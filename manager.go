@@ -52,24 +52,26 @@ type Manager struct {
 
 	closeOnce sync.Once
 
+	// looking is held during a look, recovering while a looker recovers.
+	looking, recovering sync.Mutex
+
 	// functions counts the goroutines that run functions, and those that retry
 	// recovery and prune. Add only while holding mu and not closing.
 	functions sync.WaitGroup
 
 	// mu guards what follows, and the tasks. No method of the store, and
 	// nothing else that takes time or calls back, is called while holding it.
-	mu       sync.Mutex
+	mu sync.Mutex
+	others
 	tasks    map[string]*task // the live operations by ID
 	queue    *queue.Queue[*task]
 	backlog  backlog
-	foreign  map[string]*foreign // what others run and somebody here waits for, by ID
-	stopPoll chan struct{}       // ends poll; nil unless that runs
-	progress *time.Timer         // will publish reports; nil if there are none
-	draining bool                // Submit returns ErrClosed
-	closing  bool                // Close or Drain was called: no function is started any more
-	stopping bool                // the functions have returned: the writer stores the rest
-	lastTry  bool                // Close will not try again
-	deadline time.Time           // when it won't
+	progress *time.Timer // will publish reports; nil if there are none
+	draining bool        // Submit returns ErrClosed
+	closing  bool        // Close or Drain was called: no function is started any more
+	stopping bool        // the functions have returned: the writer stores the rest
+	lastTry  bool        // Close will not try again
+	deadline time.Time   // when it won't
 }
 
 // closeGrace is how long Close goes on without progress in storing the rest.
@@ -130,7 +132,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 		drained: make(chan struct{}),
 		closed:  make(chan struct{}),
 		tasks:   make(map[string]*task),
-		foreign: make(map[string]*foreign),
+		others:  others{foreign: make(map[string]*foreign)},
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -225,6 +227,7 @@ func (m *Manager) insert(t *task) error {
 	// It is live before it is stored: whoever finds its row finds the task.
 	m.tasks[t.id] = t
 	m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
+	m.lookOut()
 	m.mu.Unlock()
 	m.writer.signal()
 	return <-t.inserted
@@ -331,6 +334,10 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 	t.op, t.err = cmp.Or(op, t.op), err
 	m.emit(t, false)
 	delete(m.tasks, t.id)
+	if m.all > 0 {
+		m.settled[t.id] = m.looks
+	}
+	m.lookOut()
 	close(t.done)
 	if m.stopping {
 		m.deadline = time.Now().Add(closeGrace)
@@ -615,16 +622,22 @@ func (m *Manager) refresh(row *Operation) *Operation {
 	return row
 }
 
-// Cancel cancels the operation with that ID, and returns at once. A PENDING
-// one becomes CANCELLED without its function ever being called. A RUNNING one
-// has its context cancelled with the cause [ErrCancelled]; it becomes CANCELLED
-// when its function returns an error, and DONE if it returns none. If the
-// process dies before the next commit, the request is lost: whoever must know
-// waits for the operation.
+// Cancel cancels the operation with that ID. A PENDING one becomes CANCELLED
+// without its function ever being called. A RUNNING one has its context cancelled
+// with the cause [ErrCancelled]; it becomes CANCELLED when its function returns an
+// error, and DONE if it returns none. Until then it is Cancelling.
+//
+// Cancel returns at once. If the process dies before the next commit, the request
+// is lost: whoever must know waits for the operation.
+//
+// If another manager runs it, Cancel returns once the request is stored, and that
+// manager acts on it as if it had been asked itself: within 200 milliseconds with
+// an SQLite store. If that one dies first, the operation becomes FAILED as any
+// other that it ran. With a store that is no [Canceller], Cancel returns an error
+// that wraps [errors.ErrUnsupported].
 //
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
-// finished, and an error that wraps [errors.ErrUnsupported] if another manager
-// runs it.
+// finished.
 func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 
 // CancelCause is [Manager.Cancel] with a text that says who cancels the
@@ -633,42 +646,41 @@ func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 // by the function's error unless that is the context's own. Only the first
 // cancel of an operation counts.
 func (m *Manager) CancelCause(id, text string) error {
-	m.mu.Lock()
-	t := m.tasks[id]
-	if t == nil {
-		m.mu.Unlock()
-		return fmt.Errorf("task: cancel %s: %w", id, m.cancelError(id))
+	if m.cancelLive(id, text) {
+		return nil
 	}
-	var cancel context.CancelCauseFunc
-	if t.op.State == StatePending {
-		m.queue.Remove(&t.ticket)
-		m.finish(t, outcome{state: StateCancelled, err: text})
-		m.startNext()
-	} else if t.word.Load()&wordReturned == 0 {
-		cancel = t.cancel
-	}
-	m.mu.Unlock()
-	if cancel != nil {
-		if text == "" {
-			cancel(ErrCancelled)
-		} else {
-			cancel(cancelled(text))
-		}
+	if err := requestCancel(m.db, id, text); err != nil {
+		return fmt.Errorf("task: cancel %s: %w", id, err)
 	}
 	return nil
 }
 
-// cancelError returns why this manager can't cancel an operation.
-func (m *Manager) cancelError(id string) error {
-	op, err := m.get(id)
-	switch {
-	case err != nil:
-		return err
-	case !op.State.live():
-		return fmt.Errorf("already %s: %w", op.State, ErrNotFound)
-	default:
-		return fmt.Errorf("another manager runs it, and only that one can cancel it: %w", errors.ErrUnsupported)
+// cancelLive cancels an operation that this manager runs, and reports whether it
+// does.
+func (m *Manager) cancelLive(id, text string) bool {
+	m.mu.Lock()
+	t := m.tasks[id]
+	if t == nil || t.op.Cancelling || t.word.Load()&wordReturned != 0 {
+		m.mu.Unlock()
+		return t != nil
 	}
+	t.change(func(op *Operation) { op.Cancelling = true })
+	m.emit(t, true)
+	cancel := t.cancel
+	if t.op.State == StatePending {
+		cancel = func(error) {}
+		m.queue.Remove(&t.ticket)
+		m.finish(t, outcome{state: StateCancelled, err: text})
+		m.startNext()
+	}
+	m.changed(t)
+	m.mu.Unlock()
+	if text == "" {
+		cancel(ErrCancelled)
+	} else {
+		cancel(cancelled(text))
+	}
+	return true
 }
 
 // Wait waits until the operation with that ID has finished and returns it,
@@ -677,8 +689,9 @@ func (m *Manager) cancelError(id string) error {
 // no such operation, and [ErrClosed] if its final state could not be stored
 // before the manager was closed.
 //
-// An operation of another manager on the same database is looked at every 100
-// milliseconds, and marked as FAILED if that manager's process has died.
+// An operation of another manager on the same database may end up to 100
+// milliseconds, or with a very long queue a little, before Wait returns. It is
+// marked as FAILED about a second after that manager's process has died.
 //
 // A Func that waits for an operation which can't start before it ends waits
 // for ever; that is not detected.
@@ -735,15 +748,26 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		return &t.life, func() {}, nil
 	}
 	row, err := get(m.db, id)
+	if err == nil && row.State.live() {
+		f := m.follow(id)
+		leave = func() { m.unfollow(id, f) }
+		row, err = get(m.db, id) // again: only what happens from now on gets a look
+		m.mu.Lock()
+		if err == nil && row.State.live() {
+			m.take(id, row, nil, false)
+		}
+		known := f.op != nil || f.err != nil
+		m.mu.Unlock()
+		if known {
+			return &f.life, leave, nil
+		}
+		leave()
+	}
 	if err != nil {
 		return nil, nil, err
 	}
-	if !row.State.live() {
-		l := newLife(row)
-		return &l, func() {}, nil
-	}
-	f := m.follow(row)
-	return &f.life, func() { m.unfollow(f) }, nil
+	ended := newLife(row)
+	return &ended, func() {}, nil
 }
 
 // Prune deletes the operations that finished before that time from the history,
@@ -885,6 +909,7 @@ func (m *Manager) close() {
 	m.functions.Wait()
 	m.mu.Lock()
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
+	m.lookOut()
 	m.backlog.retryAt = time.Time{}
 	m.backlog.changed = nil // all have a final state by now
 	m.mu.Unlock()

@@ -159,7 +159,8 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 // uses an index only if it repeats the index's expression and its condition.
 // The first index is for ByState; it stays small, as most operations end DONE.
 // The second one is for recovery, and has only unfinished rows: those of the
-// living cost nothing there. The third one is for Prune.
+// living cost nothing there. The third one is for Prune, and the last one for
+// CancelRequests.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -183,7 +184,8 @@ CREATE TABLE IF NOT EXISTS tasks (
 )`,
 		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
 		`CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (` + ownerText + `) WHERE ` + unfinished,
-		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished},
+		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished,
+		`CREATE INDEX IF NOT EXISTS tasks_cancelling ON tasks (` + ownerText + `) WHERE ` + cancelling},
 }
 
 // The conditions and the expressions that the indexes have. For IN, SQLite would
@@ -192,6 +194,7 @@ const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
 	finishTime = `ifnull(updated_at, '')`
 	unfinished = `(state = 'PENDING' OR state = 'RUNNING')`
+	cancelling = unfinished + ` AND cancel_requested_at IS NOT NULL`
 	ownerText  = `ifnull(CAST(owner AS TEXT), '')` // "" for a row without an owner
 )
 
@@ -1111,6 +1114,48 @@ const (
 		AND (` + finishTime + ` < ? OR ` + finishTime + ` NOT GLOB '????-??-?? ??:??:??.??????')
 		ORDER BY ` + finishTime + `, rowid LIMIT ?) ORDER BY 1, 2 LIMIT ?`
 )
+
+// RequestCancel implements [Canceller].
+func (s *SQLiteStore) RequestCancel(id, text string) error {
+	n := 0
+	err := s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+		n, err = changes(c, `UPDATE tasks SET cancel_cause = iif(cancel_requested_at IS NULL, ?, cancel_cause),
+			cancel_requested_at = coalesce(cancel_requested_at, ?) WHERE id = ? AND `+unfinished,
+			textCell(validUTF8(text)), formatTime(wall()), id)
+		return err
+	})
+	if err == nil && n == 0 {
+		err = ErrNotFound
+	}
+	return err
+}
+
+// CancelRequests implements [Canceller].
+func (s *SQLiteStore) CancelRequests() (requests map[string]string, err error) {
+	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
+		requests = make(map[string]string)
+		rows, err := c.QueryContext(context.Background(), `SELECT CAST(id AS TEXT), coalesce(CAST(cancel_cause AS TEXT), '')
+			FROM tasks INDEXED BY tasks_cancelling WHERE `+cancelling+` AND `+ownerText+` = ?`, s.owner.ID)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var id, text string
+			if err := rows.Scan(&id, &text); err != nil {
+				return err
+			}
+			requests[id] = validUTF8(text)
+		}
+		return rows.Err()
+	})
+	return requests, err
+}
+
+// Changes implements [Notifier].
+func (s *SQLiteStore) Changes(ctx context.Context) iter.Seq[error] {
+	return s.db.Changes(ctx, pollInterval)
+}
 
 // changes executes a statement and returns how many rows it has changed.
 func changes(c *sql.Conn, query string, args ...any) (int, error) {

@@ -2,7 +2,9 @@ package tasktest
 
 import (
 	"cmp"
+	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"slices"
 	"sync/atomic"
@@ -13,19 +15,22 @@ import (
 
 // A Call is a method call of a store that [Inject] has returned.
 type Call struct {
-	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover", "ListFiltered" or "Prune"
+	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover" and so on
 	N      int    // the number of earlier calls of that store, of any method
 }
 
 // Inject returns a store that asks fault about each call. If fault returns nil,
 // the call goes to db. If it returns an error, db is not called, and the call
-// fails with that error: WriteBatch returns it for each operation, Recover and
-// Prune yield nothing else. See [Lost] for errors after db was called.
+// fails with that error: WriteBatch returns it for each operation, Recover, Prune
+// and Changes yield nothing else. See [Lost] for errors after db was called.
 //
 // The store has the abilities of db: it is a [task.BatchWriter] or a
 // [task.Recoverer] if db is, and a [task.FilteredLister] and [task.Pruner] if
-// db is both. It has no Close; close db. Recover and Prune count as calls when
-// their results are ranged over.
+// db is both. It is always a [task.Canceller] and a [task.Notifier], whose methods
+// return errors that wrap [errors.ErrUnsupported] if db is none. It has no Close;
+// close db. Recover, Prune and Changes count as calls when their results are ranged
+// over. A manager calls CancelRequests and Changes some time after an operation has
+// begun, and then again and again.
 //
 // Many goroutines call fault at once. It may block, and it may inspect the
 // program under test.
@@ -172,6 +177,48 @@ func (s *injected) Get(id string) (op *task.Operation, err error) {
 		return nil, err
 	}
 	return op, nil
+}
+
+func (s *injected) RequestCancel(id, text string) error {
+	c, ok := s.db.(task.Canceller)
+	if !ok {
+		return s.unsupported("RequestCancel")
+	}
+	return s.do("RequestCancel", func() error { return c.RequestCancel(id, text) })
+}
+
+func (s *injected) CancelRequests() (requests map[string]string, err error) {
+	c, ok := s.db.(task.Canceller)
+	if !ok {
+		return nil, s.unsupported("CancelRequests")
+	}
+	err = s.do("CancelRequests", func() (err error) {
+		requests, err = c.CancelRequests()
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return requests, nil
+}
+
+func (s *injected) Changes(ctx context.Context) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		n, ok := s.db.(task.Notifier)
+		if !ok {
+			yield(s.unsupported("Changes"))
+			return
+		}
+		if _, err := s.ask("Changes"); err != nil {
+			yield(err)
+			return
+		}
+		n.Changes(ctx)(yield)
+	}
+}
+
+func (s *injected) unsupported(method string) error {
+	return fmt.Errorf("%T has no %s: %w", s.db, method, errors.ErrUnsupported)
 }
 
 type injectedBatch struct {

@@ -21,8 +21,8 @@ import (
 
 // TestPersistence checks a store against the contract of [task.Persistence],
 // and of each optional ability that it has: [task.BatchWriter],
-// [task.Recoverer], [task.FilteredLister] and [task.Pruner]. It runs one subtest
-// per rule. A failing subtest reports the rule, what it expected and what it
+// [task.Recoverer], [task.FilteredLister], [task.Pruner], [task.Canceller] and
+// [task.Notifier]. It runs one subtest per rule. A failing subtest reports the rule, what it expected and what it
 // found.
 //
 // The function open opens the store whose data is in the directory dir, which
@@ -35,7 +35,7 @@ import (
 // UTF-8, and times are in UTC, to the microsecond. Use the race detector: stores
 // are called from many goroutines at once.
 func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, error)) {
-	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks) {
+	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks, otherChecks) {
 		t.Run(c.name, func(t *testing.T) {
 			if err := c.run(t.TempDir(), open); errors.Is(err, errUnable) {
 				t.Skip(err)
@@ -235,6 +235,7 @@ func (s *session) expectUpdate(op task.Operation) error {
 		return task.ErrNotFound
 	}
 	op.Name, op.CreatedAt = at.Name, at.CreatedAt
+	op.Cancelling = (at.Cancelling || op.Cancelling) && !op.State.Finished()
 	*at = op
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"time"
 )
@@ -290,4 +291,45 @@ func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
 		all = append(all, s)
 	}
 	return all, rows.Err()
+}
+
+// Changes yields nil at once, and then every so often if a commit of anyone has
+// changed the database since it yielded last. It ends when ctx is done, or with an
+// error. It keeps one connection, unless the pool may open just one: then it
+// yields every time.
+func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		if d.reads.Stats().MaxOpenConnections == 1 {
+			for yield(nil) && pause(ctx, every) {
+			}
+			return
+		}
+		c, err := d.reads.Conn(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				yield(err)
+			}
+			return
+		}
+		defer c.Close()
+		for last := int64(-1); ; {
+			// The number is that of the connection: its own commits do not change it.
+			var version int64
+			err := c.QueryRowContext(context.Background(), "PRAGMA data_version").Scan(&version)
+			if changed := err != nil || version != last; changed && !yield(err) || err != nil || !pause(ctx, every) {
+				return
+			}
+			last = version
+		}
+	}
+}
+
+// pause waits for so long, and reports whether ctx is not done meanwhile.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
 }

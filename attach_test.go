@@ -74,7 +74,7 @@ func TestAttachSQLite(t *testing.T) {
 	if store.Owner() != "" {
 		t.Errorf("Owner() = %q", store.Owner())
 	}
-	beside := testkit.NewManager(t, store, task.WithRecovered(func(op *task.Operation) { t.Errorf("recovered %+v", op) }))
+	beside := testkit.NewManager(t, store)
 	if got, ok := beside.Get(op.ID); !ok || got.Metadata != "tank" || got.State != task.StateRunning || got.Owner != own.Owner() {
 		t.Errorf("Get: %+v, %v", got, ok)
 	}
@@ -93,10 +93,13 @@ func TestAttachSQLite(t *testing.T) {
 	if got := testkit.Stored(t, own); !reflect.DeepEqual(got, rows) {
 		t.Errorf("rows have changed:\n got %+v\nwant %+v", got, rows)
 	}
-	go func() {
-		time.Sleep(50 * time.Millisecond)
-		release()
-	}()
+	if err := beside.CancelCause(op.ID, "by hand"); err != nil {
+		t.Errorf("Cancel: %v", err)
+	}
+	if got, ok := beside.Get(op.ID); !ok || !got.Cancelling {
+		t.Errorf("Get after Cancel: %+v, %v", got, ok)
+	}
+	time.AfterFunc(50*time.Millisecond, release)
 	if got := testkit.Wait(t, beside, op.ID); got.State != task.StateDone {
 		t.Errorf("Wait: %+v", got)
 	}
@@ -154,7 +157,7 @@ func TestAttachSQLiteRefuses(t *testing.T) {
 		"other table":      {made(`CREATE TABLE tasks (id TEXT PRIMARY KEY, title TEXT)`), "has no column name, state"},
 		"view":             {made(`CREATE VIEW tasks AS SELECT 1 AS id`), "where a table should be"},
 		"oldest":           {made(spec), "made by an older version and lacks started_at"},
-		"without a column": {current(`ALTER TABLE tasks DROP COLUMN cancel_requested_at`), "lacks cancel_requested_at: start its program once with this version"},
+		"without a column": {current(`ALTER TABLE tasks DROP COLUMN message`), "lacks message: start its program once with this version"},
 		"without an index": {current(`DROP INDEX tasks_finished`), "lacks tasks_finished"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
+	"maps"
 	"os"
 	"os/signal"
 	"os/user"
@@ -22,9 +25,7 @@ func follow(t *tool, _ *flag.FlagSet) func(context.Context, []string) (int, erro
 		if err != nil {
 			return exit, err
 		}
-		return t.follow(ctx, all, func(s task.State) int {
-			return map[task.State]int{task.StateFailed: exitFailed, task.StateCancelled: exitCancelled}[s]
-		})
+		return t.follow(ctx, all, followStatus)
 	}
 }
 
@@ -43,21 +44,47 @@ func cancel(t *tool, flags *flag.FlagSet) func(context.Context, []string) (int, 
 		if *reason != "" {
 			text += ": " + *reason
 		}
+		var asked []string
 		for _, id := range all {
-			if err := t.m.CancelCause(id, text); err != nil {
-				return exitOf(err), err
+			switch err := t.m.CancelCause(id, text); {
+			case err == nil:
+				asked = append(asked, id)
+			case !errors.Is(err, task.ErrNotFound):
+				return 0, err
+			default:
+				exit = exitNotFound
+				fmt.Fprintln(t.errs, "task:", id+": has finished already")
 			}
 		}
-		if *noWait {
-			return t.asked(all)
+		if len(asked) == 0 {
+			return exit, nil
 		}
-		return t.follow(ctx, all, func(s task.State) int {
-			if s == task.StateCancelled {
-				return 0
-			}
-			return exitFailed
-		})
+		end := t.asked
+		if !*noWait {
+			end = func(ids []string) (int, error) { return t.follow(ctx, ids, cancelStatus) }
+		}
+		last, err := end(asked)
+		return max(exit, last), err
 	}
+}
+
+// cancelStatus returns the exit status for how a cancelled operation has finished.
+func cancelStatus(s task.State) int {
+	if s == task.StateCancelled {
+		return 0
+	}
+	return exitFailed
+}
+
+// followStatus returns the exit status for how an operation has finished.
+func followStatus(s task.State) int {
+	switch s {
+	case task.StateDone:
+		return 0
+	case task.StateCancelled:
+		return exitCancelled
+	}
+	return exitFailed
 }
 
 // caller returns who runs this command, as USER@HOST.
@@ -106,7 +133,7 @@ type follower struct {
 	asked  map[string]bool            // by owner, whether errs says that nobody knows about it
 	done   []*task.Operation          // what has finished, and is to be drawn
 	notes  []string                   // what is to be drawn
-	drawn  int                        // how many lines on the terminal will be drawn anew
+	drawn  []string                   // the lines on the terminal that are drawn anew
 	exit   int
 }
 
@@ -119,7 +146,7 @@ type change struct {
 // follow shows operations until they have finished, or, if there are no IDs, all
 // operations until ctx is done or the command interrupted.
 func (t *tool) follow(ctx context.Context, ids []string, status func(task.State) int) (exit int, err error) {
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // the next signal ends it at once
 	f := &follower{tool: t, all: len(ids) == 0, status: status, open: make(map[string]*task.Operation),
@@ -151,11 +178,43 @@ func (t *tool) follow(ctx context.Context, ids []string, status func(task.State)
 func (f *follower) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var ids []string // nil for all
-	for id := range f.open {
-		if !f.all {
-			ids = append(ids, id)
+	changes := f.changes(ctx)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for n := 0; f.all || len(f.open) > 0; {
+		var err error
+		select {
+		case c, ok := <-changes:
+			switch {
+			case !ok:
+				return nil
+			case errors.Is(c.err, task.ErrNotFound), errors.Is(c.err, task.ErrLagged):
+				return f.reread()
+			case c.err != nil:
+				return c.err
+			}
+			err = f.take(c.op)
+		case <-tick.C:
+			if n%10 == 0 {
+				err = f.look()
+			}
+			n++
+			err = cmp.Or(err, f.draw())
+		case <-ctx.Done():
+			return nil
 		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// changes passes on what Watch yields, until ctx is done.
+func (f *follower) changes(ctx context.Context) <-chan change {
+	var ids []string // nil for all
+	if !f.all {
+		ids = slices.Collect(maps.Keys(f.open))
 	}
 	changes := make(chan change)
 	go func() {
@@ -168,37 +227,7 @@ func (f *follower) watch(ctx context.Context) error {
 			}
 		}
 	}()
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for n := 0; f.all || len(f.open) > 0; {
-		select {
-		case c, ok := <-changes:
-			switch {
-			case !ok:
-				return ctx.Err()
-			case errors.Is(c.err, task.ErrNotFound), errors.Is(c.err, task.ErrLagged):
-				return f.reread()
-			case c.err != nil:
-				return c.err
-			}
-			if err := f.take(c.op); err != nil {
-				return err
-			}
-		case <-tick.C:
-			if n%10 == 0 {
-				if err := f.look(); err != nil {
-					return err
-				}
-			}
-			n++
-			if err := f.draw(); err != nil {
-				return err
-			}
-		case <-ctx.Done():
-			return nil
-		}
-	}
-	return nil
+	return changes
 }
 
 // take shows the new state of an operation.
@@ -311,46 +340,45 @@ func (f *follower) draw() error {
 	if !f.live() {
 		return nil
 	}
-	_, height := f.out.size()
-	open := make([]*task.Operation, 0, len(f.open))
-	for _, op := range f.open {
-		if op.State != "" {
-			open = append(open, op)
-		}
+	open, more := f.shown()
+	table := f.table(slices.Concat(f.done, open)) // a header first
+	ended := table[1 : 1+len(f.done)]
+	stay := slices.Concat(ended, f.notes)
+	var lines []string // that are drawn anew next time
+	switch {
+	case len(open) > 0:
+		lines = append(table[:1:1], table[1+len(f.done):]...)
+	case f.all:
+		lines = []string{"No operation is unfinished. Ctrl-C ends."}
 	}
-	slices.SortFunc(open, func(a, b *task.Operation) int { return strings.Compare(a.ID, b.ID) })
-	more := len(open) - max(height-4, 1)
 	if more > 0 {
-		open = open[:len(open)-more]
-	}
-	var lines []string
-	if len(f.done)+len(open) > 0 {
-		table := f.table(slices.Concat(f.done, open))
-		last := len(f.done) + 1
-		lines = slices.Concat(table[1:last], f.notes, table[:1], table[last:])
-	} else {
-		lines = f.notes
-	}
-	kept := len(f.done) + len(f.notes)
-	if len(open) == 0 {
-		if kept < len(lines) {
-			lines = lines[:kept]
-		}
-		if f.all {
-			lines = append(lines, "No operation is unfinished. Ctrl-C ends.")
-		}
-	} else if more > 0 {
 		lines = append(lines, fmt.Sprintf("and %d more", more))
 	}
-	back := ""
-	if f.drawn > 0 {
-		back = fmt.Sprintf("\x1b[%dA\x1b[J", f.drawn)
+	if len(stay) == 0 && slices.Equal(lines, f.drawn) {
+		return nil
 	}
-	f.done, f.notes, f.drawn = nil, nil, len(lines)-kept
-	if len(lines) == 0 {
-		_, err := f.out.Write([]byte(back))
-		return err
+	text := ""
+	if len(f.drawn) > 0 {
+		text = fmt.Sprintf("\r\x1b[%dA\x1b[J", len(f.drawn)) // from below them; after Ctrl-C not from the line's start
 	}
-	lines[0] = back + lines[0]
-	return f.out.lines(lines)
+	for _, line := range slices.Concat(stay, lines) {
+		text += line + "\n"
+	}
+	f.done, f.notes, f.drawn = nil, nil, lines
+	_, err := io.WriteString(f.out, text)
+	return err
+}
+
+// shown returns the operations that have not finished, the oldest first, as many
+// as the terminal has room for, and how many more there are.
+func (f *follower) shown() (ops []*task.Operation, more int) {
+	for _, op := range f.open {
+		if op.State != "" { // else Watch has yet to yield it
+			ops = append(ops, op)
+		}
+	}
+	slices.SortFunc(ops, func(a, b *task.Operation) int { return strings.Compare(a.ID, b.ID) })
+	_, height := f.out.size()
+	n := min(len(ops), max(height-4, 1))
+	return ops[:n], len(ops) - n
 }

@@ -182,12 +182,12 @@ func TestFollowOnTerminal(t *testing.T) {
 	go func() {
 		done <- run(t.Context(), []string{"-db", path, "follow", op.ID}, screen{&out, func() (int, int) { return 80, 10 }}, &errs)
 	}()
-	testkit.Must(t, testkit.Until(func() bool { return strings.Count(out.String(), "\x1b[2A\x1b[J") > 3 }))
+	testkit.Must(t, testkit.Until(func() bool { return strings.Count(out.String(), "\r\x1b[2A\x1b[J") > 3 }))
 	release()
 	if exit := <-done; exit != 0 {
 		t.Errorf("exit status %d, errors %q", exit, errs.String())
 	}
-	frames := strings.Split(out.String(), "\x1b[2A\x1b[J")
+	frames := strings.Split(out.String(), "\r\x1b[2A\x1b[J")
 	if !strings.Contains(frames[0], "[..........]   0%") || strings.Count(frames[0], "\n") != 2 {
 		t.Errorf("first %q", frames[0])
 	}
@@ -216,7 +216,7 @@ func TestFollowInterruptedOnTerminal(t *testing.T) {
 	if exit := <-done; exit != exitInterrupted {
 		t.Errorf("exit status %d, errors %q", exit, errs.String())
 	}
-	frames := strings.Split(out.String(), "\x1b[8A\x1b[J")
+	frames := strings.Split(out.String(), "\r\x1b[8A\x1b[J")
 	last := frames[len(frames)-1]
 	if !strings.HasSuffix(last, "\n") || strings.Count(last, "\n") != 8 {
 		t.Errorf("last %q", last)

@@ -172,7 +172,7 @@ func took(op *task.Operation) string {
 	}
 	d := max(end.Sub(op.StartedAt), 0)
 	if d < time.Minute {
-		return d.Round(100 * time.Millisecond).String()
+		return fmt.Sprintf("%.1fs", d.Seconds())
 	}
 	return d.Round(time.Second).String()
 }

@@ -636,11 +636,15 @@ func whereNow(f Filter) (and string, args []any) {
 // the WAL can be checkpointed, and the context counts.
 const maxStep = 5000
 
-// A place is one in a list. Only with ByFinish has it a finish.
+// A place is one in a list. Only with ByFinish it has a finish.
 type place struct {
-	finish any // a cell
+	finish any // a cell of finishTime
 	rowid  int64
 }
+
+// placeFinish is the parameter for a place's finish. As that, some drivers return
+// nil for bytes of which there are none.
+const placeFinish = `coalesce(?, x'')`
 
 // search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
 // it may miss some.
@@ -706,24 +710,23 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 }
 
 // bounds returns what is to be added to a condition for finished rows that may be
-// in the filter's range of time: in a foreign layout, the text of an earlier time
-// may be behind, and that of a later one before it.
+// in the filter's range of time.
 func bounds(f Filter) (and string, args []any) {
 	if !f.FinishedAfter.IsZero() {
 		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
 	}
 	if !f.FinishedBefore.IsZero() {
-		and, args = and+` AND `+finishTime+` < ?`, append(args, bound(f.FinishedBefore, foreignSlack))
+		and, args = and+` AND `+finishTime+` <= ?`, append(args, bound(f.FinishedBefore, foreignSlack))
 	}
 	return and, args
 }
 
+// bound returns where in the order of texts a time is, with some slack.
 func bound(t time.Time, slack time.Duration) string {
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if t.Before(last) {
-		last = t
+	if t = t.UTC(); t.Year() < 9999 {
+		t = t.Add(slack)
 	}
-	if t = last.Add(slack); t.Year() > 9999 {
+	if t.Year() > 9999 { // which has more digits
 		return ":" // which is behind all digits
 	}
 	return formatTime(t)
@@ -735,26 +738,34 @@ type window struct {
 	args  []any
 }
 
-// fewFor returns a window for the rest of the list, if an index that is not in its
-// order shows that this is one step. Else its condition is empty.
+// fewFor returns a window for the rest of the list if an index that is not in its
+// order has so few rows for it that one step is enough. Else its condition is empty.
 func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
-	index, order := `tasks_finished`, `rowid < ?`
-	and, args := bounds(f)
-	cond, rest := finished+and, []any{below.rowid}
+	var from string
+	var args []any
 	switch {
-	case f.ByFinish && len(f.States) > 0 && !slices.Contains(f.States, StateDone):
-		index, cond, args = `tasks_state_not_done`, `state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
-		order, rest = finished+` AND (`+finishTime+`, rowid) < (?, ?)`, []any{below.finish, below.rowid}
-	case f.ByFinish || !f.ranged():
+	case !f.ByFinish && !f.ranged():
+		return w, nil
+	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
+		from, args = ` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
+	case !f.ByFinish:
+		from, args = bounds(f)
+		from = byFinish + from
+	default:
 		return w, nil
 	}
-	query := `SELECT rowid FROM tasks INDEXED BY ` + index + ` WHERE ` + cond
+	const few = 4 * maxStep // most of which are only counted, or in the slack
 	var n int
-	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (`+query+` LIMIT ?)`, append(slices.Clip(args), maxStep+1)...).Scan(&n)
-	if err == nil && n <= maxStep {
-		w = window{`rowid IN (` + query + `) AND ` + order, append(args, rest...)}
+	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT 1`+from+` LIMIT ?)`, append(slices.Clip(args), few+1)...).Scan(&n)
+	if err != nil || n > few {
+		return w, err
 	}
-	return w, err
+	w = window{`rowid IN (SELECT rowid` + from + `) AND rowid < ?`, append(args, below.rowid)}
+	if f.ByFinish {
+		w.where = `rowid IN (SELECT rowid` + from + `) AND ` + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`
+		w.args = append(args, below.finish, below.rowid)
+	}
+	return w, nil
 }
 
 // windowOf returns a window for the next n rows below a place, or for fewer in one
@@ -773,11 +784,11 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 		return window{`rowid < ? AND rowid >= ?`, []any{below.rowid, last.Int64}}, next, err
 	}
 	same := below.rowid > math.MinInt64
-	and, args := ` AND `+finishTime+` = ? AND rowid < ?`, []any{below.finish, below.rowid}
+	and, args := ` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, []any{below.finish, below.rowid}
 	if !same {
 		f.FinishedBefore = time.Time{} // that is a place above this one
 		and, args = bounds(f)
-		and, args = ` AND `+finishTime+` < ?`+and, append([]any{below.finish}, args...)
+		and, args = ` AND `+finishTime+` < `+placeFinish+and, append([]any{below.finish}, args...)
 	}
 	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
 	var last place
@@ -843,7 +854,7 @@ func step(c *sql.Conn, f Filter, w window, limit, offset int) (ops []*Operation,
 // them.
 func lastOf(f Filter, below int64, n int) (query string, args []any) {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
-	if len(f.States) == 0 || slices.Contains(f.States, StateDone) {
+	if len(f.States) == 0 || slices.Contains(f.States, StateDone) || f.ranged() {
 		return fmt.Sprintf(last, ``), []any{below, n - 1}
 	}
 	var queries []string
@@ -1079,12 +1090,8 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 // count as times.
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if before.Add(foreignSlack).After(last) {
-		before = last.Add(-foreignSlack)
-	}
 	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
-		at.finish, formatTime(before.Add(foreignSlack)), formatTime(before), pruneChunk, pruneChunk)
+		at.finish, bound(before, foreignSlack), bound(before, 0), pruneChunk, pruneChunk)
 	if err != nil {
 		return next, 0, err
 	}

@@ -362,6 +362,9 @@ func TestFollow(t *testing.T) {
 		"deleted": {func(t *testing.T, path string, _ *testkit.Process, id string) {
 			testkit.Exec(t, path, `DELETE FROM tasks WHERE id = ?`, id)
 		}, exitNotFound, "was deleted"},
+		"cancelled": {func(t *testing.T, path string, _ *testkit.Process, id string) {
+			tell(t, 0, path, "cancel", id)
+		}, exitCancelled, "\tcancelled by " + caller() + "\n"},
 		"interrupted": {nil, exitInterrupted, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -53,7 +53,7 @@ func cancel(t *tool, flags *flag.FlagSet) func(context.Context, []string) (int, 
 				return 0, err
 			default:
 				exit = exitNotFound
-				fmt.Fprintln(t.errs, "task:", id+": has finished already")
+				t.warn(id + ": has finished already")
 			}
 		}
 		if len(asked) == 0 {
@@ -113,14 +113,14 @@ func (t *tool) asked(ids []string) (exit int, err error) {
 		}
 		if dead, _ := t.process(op); dead && !op.State.Finished() {
 			exit = exitDead
-			fmt.Fprintln(t.errs, "task:", deadText(op))
+			t.warn(deadText(op))
 		}
 	}
 	return exit, nil
 }
 
 func deadText(op *task.Operation) string {
-	return fmt.Sprintf("%s (%s): the process that ran it is dead: it finishes when its program starts again", op.ID, escape(op.Name))
+	return fmt.Sprintf("%s (%s): the process that ran it is dead: it finishes when its program starts again", op.ID, op.Name)
 }
 
 // A follower shows what becomes of operations.
@@ -279,9 +279,9 @@ func (f *follower) end(id string, exit int, note string) {
 
 func (f *follower) note(text string) {
 	if f.live() {
-		f.notes = append(f.notes, text)
+		f.notes = append(f.notes, escape(text))
 	} else {
-		fmt.Fprintln(f.errs, "task:", text)
+		f.warn(text)
 	}
 }
 
@@ -301,7 +301,7 @@ func (f *follower) look() error {
 			var unknown error
 			if dead, unknown = f.process(op); unknown != nil && !f.asked[op.Owner] {
 				f.asked[op.Owner] = true
-				f.note(escape(unknown.Error()))
+				f.note(unknown.Error())
 			}
 			owners[op.Owner] = dead
 		}

@@ -186,10 +186,15 @@ func show(t *tool, _ *flag.FlagSet) func(context.Context, []string) (int, error)
 		if err != nil {
 			return exitOf(err), err
 		}
-		if t.json {
-			return 0, t.writeJSON(op)
+		if !t.json {
+			return 0, t.out.lines(t.details(op))
 		}
-		return 0, t.out.lines(t.details(op))
+		if dead, unknown := t.process(op); dead && !op.State.Finished() {
+			t.warn(deadText(op))
+		} else if unknown != nil && !op.State.Finished() {
+			t.warn(unknown.Error())
+		}
+		return 0, t.writeJSON(op)
 	}
 }
 

@@ -97,13 +97,20 @@ func run(ctx context.Context, args []string, out screen, errs io.Writer) int {
 	t := &tool{out: out, errs: errs}
 	exit, err := t.run(ctx, args)
 	if err != nil {
-		fmt.Fprintln(errs, "task:", escape(strings.ReplaceAll(strings.TrimPrefix(err.Error(), "task: "), "\n", "; ")))
+		text := strings.ReplaceAll(strings.TrimPrefix(err.Error(), "task: "), "\n", "; ")
+		if t.m != nil && sqlitefile.Locked(err) && exit != exitNotFound {
+			text += ": another program keeps the database locked: try again once that has finished"
+		}
+		t.warn(text)
 		if exit == 0 {
 			exit = exitUsage
 		}
 	}
 	return exit
 }
+
+// warn writes a line about what is wrong.
+func (t *tool) warn(text string) { fmt.Fprintln(t.errs, "task:", escape(text)) }
 
 func (t *tool) run(ctx context.Context, args []string) (exit int, err error) {
 	global := flag.NewFlagSet("", flag.ContinueOnError)

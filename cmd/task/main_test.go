@@ -346,6 +346,9 @@ func TestShow(t *testing.T) {
 	if out, _ := tell(t, 0, path, "show", other); !strings.Contains(out, "Process    dead") {
 		t.Errorf("no dead process in\n%s", out)
 	}
+	if _, errs := tell(t, 0, path, "show", other, "-json"); !strings.Contains(errs, "is dead") {
+		t.Errorf("no dead process in %q", errs)
+	}
 }
 
 // follow ends with the operation, and its exit status says how.
@@ -561,12 +564,23 @@ func TestLocked(t *testing.T) {
 	db.SetMaxOpenConns(1)
 	_, err = db.Exec(`CREATE TABLE mine (x)`)
 	testkit.Must(t, err)
-	patient, start := begin(t, path, "list"), time.Now()
-	_, errs := tell(t, exitUsage, path, "list")
-	if !strings.Contains(errs, "no other program has it locked") || strings.Count(errs, "\n") != 1 {
-		t.Errorf("errors %q after %v", errs, time.Since(start))
+	written := testkit.Path(t)
+	id := submit(start(t, written), "blocked", 1)
+	writer, err := sql.Open("sqlite3", written+"?_txlock=immediate")
+	testkit.Must(t, err)
+	defer writer.Close()
+	tx, err := writer.Begin()
+	testkit.Must(t, err)
+	defer tx.Rollback()
+	impatient := []*process{begin(t, path, "list"), begin(t, written, "cancel", id), begin(t, written, "prune", "-before", "1h")}
+	tell(t, 0, written, "list")
+	for _, p := range impatient {
+		p.finish(t, exitUsage)
+		errs := p.errs.String()
+		if !strings.Contains(errs, "other program") || strings.Count(errs, "\n") != 1 {
+			t.Errorf("%q: errors %q", p.Args, errs)
+		}
 	}
-	patient.finish(t, exitUsage)
 	late := begin(t, path, "list")
 	time.AfterFunc(time.Second, func() { db.Close() })
 	late.finish(t, 0)

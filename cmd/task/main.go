@@ -98,8 +98,12 @@ func run(ctx context.Context, args []string, out screen, errs io.Writer) int {
 	exit, err := t.run(ctx, args)
 	if err != nil {
 		text := strings.ReplaceAll(strings.TrimPrefix(err.Error(), "task: "), "\n", "; ")
-		if t.m != nil && sqlitefile.Locked(err) && exit != exitNotFound {
+		switch {
+		case t.m == nil || exit == exitNotFound:
+		case sqlitefile.Locked(err):
 			text += ": another program keeps the database locked: try again once that has finished"
+		case strings.Contains(text, "readonly database"):
+			text += ": run this as a user who may write the database"
 		}
 		t.warn(text)
 		if exit == 0 {

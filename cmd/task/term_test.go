@@ -252,6 +252,12 @@ func TestWithoutPermission(t *testing.T) {
 	if out, errs, exit := tell("show", op.ID); exit != 0 || !strings.Contains(out.String(), "can't tell whether the process that runs it is alive") {
 		t.Errorf("exit status %d, output %q, errors %q", exit, out.String(), errs.String())
 	}
+	for _, file := range files {
+		testkit.Must(t, os.Chmod(file, 0o644))
+	}
+	if _, errs, exit := tell("cancel", op.ID); exit != exitUsage || !strings.Contains(errs.String(), "run this as a user who may write") {
+		t.Errorf("cancel: exit status %d, errors %q", exit, errs.String())
+	}
 	time.AfterFunc(time.Second, release)
 	if out, errs, exit := tell("follow", op.ID); exit != 0 || strings.Count(errs.String(), "can't tell") != 1 {
 		t.Errorf("exit status %d, output %q, errors %q", exit, out.String(), errs.String())

@@ -52,8 +52,8 @@ type Manager struct {
 
 	closeOnce sync.Once
 
-	// looking is held during a look, recovering while a looker recovers.
-	looking, recovering sync.Mutex
+	looking    chan struct{} // full during a look
+	recovering sync.Mutex    // held while a looker recovers
 
 	// functions counts the goroutines that run functions, and those that retry
 	// recovery and prune. Add only while holding mu and not closing.
@@ -131,6 +131,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 		events:  eventlog.New[event](maxLag, maxLagBytes),
 		drained: make(chan struct{}),
 		closed:  make(chan struct{}),
+		looking: make(chan struct{}, 1),
 		tasks:   make(map[string]*task),
 		others:  others{foreign: make(map[string]*foreign)},
 	}
@@ -909,6 +910,7 @@ func (m *Manager) close() {
 	m.functions.Wait()
 	m.mu.Lock()
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
+	m.dropUnwaited()
 	m.lookOut()
 	m.backlog.retryAt = time.Time{}
 	m.backlog.changed = nil // all have a final state by now

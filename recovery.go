@@ -175,8 +175,8 @@ func (m *Manager) recoverOthers(ctx context.Context) {
 
 // look looks once.
 func (m *Manager) look() error {
-	m.looking.Lock()
-	defer m.looking.Unlock()
+	m.looking <- struct{}{}
+	defer func() { <-m.looking }()
 	m.mu.Lock()
 	m.looks++
 	look, all, many, runs := m.looks, m.all > 0, len(m.foreign) > fewForeign, len(m.tasks) > 0
@@ -220,37 +220,20 @@ func (m *Manager) hear() error {
 // finds the place in the history.
 func (m *Manager) readNewest(look int) error {
 	m.mu.Lock()
-	seen, seenAt := m.seen, m.seenAt
+	seen, since := m.seen, m.seenAt.Add(-time.Minute)
 	m.mu.Unlock()
-	known := make(map[string]bool, len(seen))
-	for _, id := range seen {
-		known[id] = true
-	}
 	now := wall()
-	var rows []*Operation
-	f := Filter{MaxValue: maxLight}
-	for n, more := 16, true; more; n = min(4*n, maxSeen) {
-		page, err := listFiltered(m.db, f, n, 0)
-		if err != nil {
-			return err
-		}
-		more = len(page) > 0
-		for _, row := range page {
-			lost := len(rows) > 10*maxSeen && row.CreatedAt.Before(seenAt.Add(-time.Minute))
-			if more = !known[row.ID] && !lost && (seen != nil || len(rows) < maxSeen); !more {
-				break
-			}
-			known[row.ID] = true
-			rows = append(rows, row)
-			f.Before = row.ID
-		}
+	rows, lost, err := m.rowsBefore(seen, since)
+	if err != nil {
+		return err
 	}
 	ids := make([]string, 0, maxSeen)
 	for _, row := range rows[:min(len(rows), maxSeen)] {
 		ids = append(ids, row.ID)
 	}
 	for _, row := range slices.Backward(rows) {
-		if err := m.found(row, look, seen != nil); err != nil {
+		old := seen == nil || lost && row.CreatedAt.Before(since)
+		if err := m.found(row, look, !old); err != nil {
 			return err
 		}
 	}
@@ -258,6 +241,34 @@ func (m *Manager) readNewest(look int) error {
 	defer m.mu.Unlock()
 	m.seen, m.seenAt = append(ids, seen[:min(len(seen), maxSeen-len(ids))]...), now
 	return nil
+}
+
+// rowsBefore returns the newest rows up to the first one seen, the newest first, or
+// maxSeen of them if seen is nil. The place is lost if none of seen is stored any
+// more.
+func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation, lost bool, err error) {
+	known := make(map[string]bool, len(seen))
+	for _, id := range seen {
+		known[id] = true
+	}
+	f := Filter{MaxValue: maxLight}
+	for n := 16; ; n = min(4*n, maxSeen) {
+		page, err := listFiltered(m.db, f, n, 0)
+		if err != nil || len(page) == 0 {
+			return rows, len(seen) > 0, err
+		}
+		for _, row := range page {
+			switch {
+			case known[row.ID], seen == nil && len(rows) == maxSeen:
+				return rows, false, nil
+			case len(rows) > 10*maxSeen && row.CreatedAt.Before(since):
+				return rows, true, nil
+			}
+			known[row.ID] = true // should a store return a page twice
+			rows = append(rows, row)
+			f.Before = row.ID
+		}
+	}
 }
 
 // readUnfinished takes in all unfinished rows, if the store has an index for them.
@@ -361,7 +372,7 @@ func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 	f, own := m.foreign[id], m.own(id)
 	told := f != nil && f.op != nil
 	switch {
-	case f == nil && (m.all == 0 || own), err == nil && told && !later(row, f.op):
+	case f == nil && (m.all == 0 || m.stopping || own), err == nil && told && !later(row, f.op):
 		return
 	case f == nil:
 		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
@@ -435,7 +446,13 @@ func (m *Manager) unfollowAll() {
 	defer m.mu.Unlock()
 	if m.all--; m.all == 0 {
 		m.seen, m.settled = nil, nil
-		maps.DeleteFunc(m.foreign, func(_ string, f *foreign) bool { return f.waiters == 0 })
+		m.dropUnwaited()
 	}
 	m.lookOut()
+}
+
+// dropUnwaited forgets the operations of others for which nobody waits. The caller
+// holds m.mu.
+func (m *Manager) dropUnwaited() {
+	maps.DeleteFunc(m.foreign, func(_ string, f *foreign) bool { return f.waiters == 0 })
 }

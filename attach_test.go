@@ -27,10 +27,10 @@ func attach(t *testing.T, path string) *task.SQLiteStore {
 	return store
 }
 
-// traces returns what opening a database could change: the files beside it, its
+// attachTraces returns what opening a database could change: the files beside it, its
 // schema and its settings. The database must be open elsewhere, so that SQLite
 // keeps its files.
-func traces(t *testing.T, path string) (all []string) {
+func attachTraces(t *testing.T, path string) (all []string) {
 	t.Helper()
 	files, err := filepath.Glob(path + "*")
 	testkit.Must(t, err)
@@ -68,7 +68,7 @@ func TestAttachSQLite(t *testing.T) {
 		row, err := own.Get(op.ID)
 		return err == nil && row.State == task.StateRunning
 	}))
-	files, rows := traces(t, path), testkit.Stored(t, own)
+	files, rows := attachTraces(t, path), testkit.Stored(t, own)
 
 	store := attach(t, path)
 	if store.Owner() != "" {
@@ -87,28 +87,34 @@ func TestAttachSQLite(t *testing.T) {
 	if err := store.Save(&task.Operation{ID: "x", Name: "x"}); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("Save: %v", err)
 	}
-	if got := traces(t, path); !reflect.DeepEqual(got, files) {
+	if got := attachTraces(t, path); !reflect.DeepEqual(got, files) {
 		t.Errorf("the database has changed:\n got %q\nwant %q", got, files)
 	}
 	if got := testkit.Stored(t, own); !reflect.DeepEqual(got, rows) {
 		t.Errorf("rows have changed:\n got %+v\nwant %+v", got, rows)
 	}
-	if err := beside.CancelCause(op.ID, "by hand"); err != nil {
+	endBeside(t, beside, op.ID, release)
+	testkit.Must(t, errors.Join(beside.Close(), store.Close(), store.Close()))
+	if n := testkit.OwnerFiles(t, path); n != 1 {
+		t.Errorf("%d owner files, want that of the first store", n)
+	}
+}
+
+// endBeside cancels, awaits and prunes an operation of another manager.
+func endBeside(t *testing.T, beside *task.Manager, id string, release func()) {
+	t.Helper()
+	if err := beside.CancelCause(id, "by hand"); err != nil {
 		t.Errorf("Cancel: %v", err)
 	}
-	if got, ok := beside.Get(op.ID); !ok || !got.Cancelling {
+	if got, ok := beside.Get(id); !ok || !got.Cancelling {
 		t.Errorf("Get after Cancel: %+v, %v", got, ok)
 	}
 	time.AfterFunc(50*time.Millisecond, release)
-	if got := testkit.Wait(t, beside, op.ID); got.State != task.StateDone {
+	if got := testkit.Wait(t, beside, id); got.State != task.StateDone {
 		t.Errorf("Wait: %+v", got)
 	}
 	if n, err := beside.Prune(time.Now().Add(time.Hour)); n != 1 || err != nil {
 		t.Errorf("Prune: %d, %v", n, err)
-	}
-	testkit.Must(t, errors.Join(beside.Close(), store.Close(), store.Close()))
-	if n := testkit.OwnerFiles(t, path); n != 1 {
-		t.Errorf("%d owner files, want that of the first store", n)
 	}
 }
 
@@ -130,35 +136,41 @@ func TestAttachSQLiteNeverRecovers(t *testing.T) {
 	}
 }
 
+// An attachMaker makes what is at a path.
+type attachMaker func(t *testing.T, path string)
+
+func attachCurrent(stmt string) attachMaker {
+	return func(t *testing.T, path string) {
+		testkit.Must(t, testkit.OpenSQLite(t, path).Close())
+		testkit.Exec(t, path, stmt)
+	}
+}
+
+func attachMade(stmt string) attachMaker {
+	return func(t *testing.T, path string) { testkit.Exec(t, path, stmt) }
+}
+
+func attachFile(text string) attachMaker {
+	return func(t *testing.T, path string) { testkit.Must(t, os.WriteFile(path, []byte(text), 0o600)) }
+}
+
 // What can't be attached to is left as it is, and the error says what to do.
 func TestAttachSQLiteRefuses(t *testing.T) {
 	const spec = `CREATE TABLE tasks (id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, progress INTEGER DEFAULT 0,
 		metadata TEXT, result TEXT, error TEXT, created_at DATETIME DEFAULT CURRENT_TIMESTAMP, updated_at DATETIME DEFAULT CURRENT_TIMESTAMP)`
-	current := func(stmt string) func(t *testing.T, path string) {
-		return func(t *testing.T, path string) {
-			testkit.Must(t, testkit.OpenSQLite(t, path).Close())
-			testkit.Exec(t, path, stmt)
-		}
-	}
-	made := func(stmt string) func(t *testing.T, path string) {
-		return func(t *testing.T, path string) { testkit.Exec(t, path, stmt) }
-	}
-	file := func(text string) func(t *testing.T, path string) {
-		return func(t *testing.T, path string) { testkit.Must(t, os.WriteFile(path, []byte(text), 0o600)) }
-	}
 	for name, tt := range map[string]struct {
-		make func(t *testing.T, path string)
+		make attachMaker
 		want string
 	}{
 		"missing":          {func(*testing.T, string) {}, "name the file of an existing database"},
-		"not SQLite":       {file(strings.Repeat("not a database\n", 100)), "make sure that it is one"},
-		"empty":            {file(""), "no table tasks in it"},
+		"not SQLite":       {attachFile(strings.Repeat("not a database\n", 100)), "make sure that it is one"},
+		"empty":            {attachFile(""), "no table tasks in it"},
 		"directory":        {func(t *testing.T, path string) { testkit.Must(t, os.Mkdir(path, 0o700)) }, "choose another path"},
-		"other table":      {made(`CREATE TABLE tasks (id TEXT PRIMARY KEY, title TEXT)`), "has no column name, state"},
-		"view":             {made(`CREATE VIEW tasks AS SELECT 1 AS id`), "where a table should be"},
-		"oldest":           {made(spec), "made by an older version and lacks started_at"},
-		"without a column": {current(`ALTER TABLE tasks DROP COLUMN message`), "lacks message: start its program once with this version"},
-		"without an index": {current(`DROP INDEX tasks_finished`), "lacks tasks_finished"},
+		"other table":      {attachMade(`CREATE TABLE tasks (id TEXT PRIMARY KEY, title TEXT)`), "has no column name, state"},
+		"view":             {attachMade(`CREATE VIEW tasks AS SELECT 1 AS id`), "where a table should be"},
+		"oldest":           {attachMade(spec), "made by an older version and lacks started_at"},
+		"without a column": {attachCurrent(`ALTER TABLE tasks DROP COLUMN message`), "lacks message: start its program once with this version"},
+		"without an index": {attachCurrent(`DROP INDEX tasks_finished`), "lacks tasks_finished"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := testkit.Path(t)

@@ -205,6 +205,7 @@ func traces(t *testing.T, path string) (all []string) {
 		testkit.Must(t, rows.Scan(&s))
 		all = append(all, s)
 	}
+	testkit.Must(t, rows.Err())
 	return append(all, files...)
 }
 

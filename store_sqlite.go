@@ -10,6 +10,7 @@ import (
 	"iter"
 	"maps"
 	"math"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -89,7 +90,40 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	return nil, fmt.Errorf("task: use database: %w", err)
 }
 
-// Close ends the store, and closes the database if [OpenSQLite] opened it.
+// AttachSQLite opens the database of another program that may be running, for a
+// tool beside it. The store changes only what it is asked to: it creates no
+// file, leaves the table, its columns and the database's settings as they are,
+// recovers nothing, and has no owner file. A manager on it can do everything
+// but Submit, which returns an error that wraps [errors.ErrUnsupported], as Save
+// does. A table without the columns and indexes of this version is an error.
+func AttachSQLite(path string) (*SQLiteStore, error) {
+	s, err := attach(path)
+	if err != nil {
+		return nil, fmt.Errorf("task: attach to database %q: %w", path, err)
+	}
+	return s, nil
+}
+
+func attach(path string) (*SQLiteStore, error) {
+	file, err := sqlitefile.Resolve(path)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(cmp.Or(file, path)); err != nil { // also that of ":memory:"
+		return nil, fmt.Errorf("%w: name the file of an existing database", err)
+	}
+	db, err := sqlitefile.OpenExisting(file)
+	if err != nil {
+		return nil, err
+	}
+	s := &SQLiteStore{db: db, owner: owner.Observer(file)}
+	if err := db.Check(schema); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// Close ends the store, and closes the database if this package opened it.
 // Close the manager first: what it has not finished by then is left for the
 // next one to recover.
 func (s *SQLiteStore) Close() error {
@@ -99,7 +133,8 @@ func (s *SQLiteStore) Close() error {
 	return errors.Join(s.db.Close(), s.owner.Release())
 }
 
-// Owner returns the Owner of the operations that the store saves: a UUID.
+// Owner returns the Owner of the operations that the store saves: a UUID, or ""
+// after [AttachSQLite].
 func (s *SQLiteStore) Owner() string { return s.owner.ID }
 
 // newStore returns a store in the database at a path, which open opens. A new
@@ -362,6 +397,10 @@ func (s *SQLiteStore) Update(op *Operation) error {
 	return s.WriteBatch(nil, []*Operation{op})[0]
 }
 
+// errAttached is the error of Save after AttachSQLite: without an owner file,
+// others would take the operation for one that a dead process has left.
+var errAttached = fmt.Errorf("the store only looks on, see AttachSQLite: %w", errors.ErrUnsupported)
+
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
 // has (an ID may exist, and UPDATE ... FROM takes one of two for the same
@@ -381,7 +420,9 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 			}
 		}
 		var args []any
-		if args, errs[i] = cells(op, owner); errs[i] == nil {
+		if i < len(saves) && s.Owner() == "" {
+			errs[i] = errAttached
+		} else if args, errs[i] = cells(op, owner); errs[i] == nil {
 			writes = append(writes, write{stmt, args, &errs[i]})
 		}
 	}
@@ -919,6 +960,9 @@ const recoverChunk = 1000
 // owner, or one whose lock nobody holds.
 func (s *SQLiteStore) Recover(reason string, resume func(op *Operation) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
+		if s.Owner() == "" {
+			return
+		}
 		owners, err := s.owners()
 		if err != nil {
 			yield(nil, err)

@@ -8,7 +8,6 @@ import (
 	"iter"
 	"math"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -297,12 +296,9 @@ func recovering(orphan func(op *task.Operation, left bool) bool) openFunc {
 	return once(func() recoverStore { return recoverStore{newMapStore(), orphan, (*mapStore).put} })
 }
 
-// others lets other goroutines run until they block.
-func others() {
-	for range 100 {
-		runtime.Gosched()
-	}
-}
+// others lets other goroutines run until they block: in a synctest bubble no
+// time passes before.
+func others() { time.Sleep(time.Nanosecond) }
 
 // A wrongStore breaks a rule.
 type wrongStore struct {

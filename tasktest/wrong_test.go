@@ -8,7 +8,6 @@ import (
 	"iter"
 	"math"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -338,12 +337,9 @@ func taking(take func(op *task.Operation, owner string)) openFunc {
 	return once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put, nil, take} })
 }
 
-// others lets other goroutines run until they block.
-func others() {
-	for range 100 {
-		runtime.Gosched()
-	}
-}
+// others lets other goroutines run until they block: in a synctest bubble no
+// time passes before.
+func others() { time.Sleep(time.Nanosecond) }
 
 // A wrongStore breaks a rule.
 type wrongStore struct {

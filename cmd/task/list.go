@@ -165,7 +165,7 @@ func state(op *task.Operation) string {
 func took(op *task.Operation) string {
 	end := op.UpdatedAt
 	switch {
-	case op.StartedAt.IsZero() || interrupted(op):
+	case op.StartedAt.IsZero() || op.Interrupted():
 		return ""
 	case !op.State.Finished():
 		end = time.Now()

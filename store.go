@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -387,9 +386,7 @@ func (f Filter) inMetadata(metadata any) bool {
 	if _, ok := metadata.(Omitted); ok || len(f.Metadata) == 0 {
 		return true
 	}
-	value, _ := stored(metadata)
-	raw, _ := value.(json.RawMessage)
-	members, _ := decode(raw).(map[string]any)
+	members, _ := decode(rawJSON(metadata)).(map[string]any)
 	for key, value := range f.Metadata {
 		if members[key] != any(value) {
 			return false

@@ -374,13 +374,12 @@ func cells(op *Operation, owner string) ([]any, error) {
 	if err := c.encode(); err != nil {
 		return nil, err
 	}
-	metadata, _ := c.Metadata.(json.RawMessage)
-	result, _ := c.Result.(json.RawMessage)
+	metadata, result := string(rawJSON(c.Metadata)), string(rawJSON(c.Result))
 	requested := ""
 	if op.Cancelling {
 		requested = formatTime(latest(op.UpdatedAt, op.CreatedAt))
 	}
-	return []any{string(op.State), op.Progress, textCell(string(metadata)), textCell(string(result)), textCell(op.Error),
+	return []any{string(op.State), op.Progress, textCell(metadata), textCell(result), textCell(op.Error),
 		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), textCell(op.Message), textCell(requested), op.ID,
 		textCell(owner), op.Name, textCell(formatTime(op.CreatedAt))}, nil
 }

@@ -400,12 +400,11 @@ type life struct {
 	done   chan struct{} // closed once the final state is stored, or err is set
 }
 
-// newLife returns the life of an operation of which a row is stored.
-func newLife(row *Operation) life {
-	l := life{op: row, stored: row.State, done: make(chan struct{})}
-	if !row.State.live() {
-		close(l.done)
-	}
+// endedLife returns the life of an operation that will not change any more, and of
+// which a row is stored.
+func endedLife(row *Operation, err error) *life {
+	l := &life{op: row, stored: row.State, err: err, done: make(chan struct{})}
+	close(l.done)
 	return l
 }
 

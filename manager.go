@@ -28,7 +28,7 @@ import (
 //	written    settles the task: Wait returns, and the task is forgotten
 //
 // What it goes through is appended to the event log for Watch (watch.go).
-// Whatever other managers run is looked at by recovery.go.
+// Whatever other managers run is looked at by others.go.
 
 // A Manager runs operations and keeps track of them. All its methods may be
 // called concurrently.
@@ -196,18 +196,10 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	if fn == nil {
 		return nil, errors.New("the function is nil")
 	}
-	now := time.Now()
-	created := now.UTC().Truncate(time.Microsecond)
+	created := wall()
 	op := &Operation{Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, Owner: m.owner()}
-	t := &task{
-		name:     op.Name,
-		fn:       fn,
-		created:  now,
-		base:     created,
-		inserted: make(chan struct{}),
-		life:     life{op: op, done: make(chan struct{})},
-	}
-	t.ticket.Item = t
+	t := taskOf(op)
+	t.fn = fn
 	return t, t.apply(opts)
 }
 

@@ -439,6 +439,20 @@ type task struct {
 	checkpoints []chan error // of calls of Checkpoint that wait for a commit
 }
 
+// taskOf returns a task that begins with an operation.
+func taskOf(op *Operation) *task {
+	t := &task{
+		id:       op.ID,
+		name:     op.Name,
+		created:  time.Now(),
+		base:     op.UpdatedAt,
+		inserted: make(chan struct{}),
+		life:     life{op: op, done: make(chan struct{})},
+	}
+	t.ticket.Item = t
+	return t
+}
+
 // hidden reports whether nobody may find the task by its ID yet.
 func (t *task) hidden() bool { return t.given && t.stored == "" }
 

@@ -410,16 +410,18 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	writes := make([]write, 0, len(errs))
 	for i, op := range slices.Concat(saves, updates) {
 		stmt, owner := insert, s.Owner()
-		if i >= len(saves) {
+		switch {
+		case i >= len(saves):
 			stmt = update
 			if op.Owner != owner {
 				owner = "" // any
 			}
+		case owner == "":
+			errs[i] = errAttached
+			continue
 		}
 		var args []any
-		if i < len(saves) && s.Owner() == "" {
-			errs[i] = errAttached
-		} else if args, errs[i] = cells(op, owner); errs[i] == nil {
+		if args, errs[i] = cells(op, owner); errs[i] == nil {
 			writes = append(writes, write{stmt, args, &errs[i]})
 		}
 	}
@@ -607,6 +609,9 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	}
 	return ops, err
 }
+
+// noneDone reports whether the index of states has all that the filter is for.
+func (f Filter) noneDone() bool { return len(f.States) > 0 && !slices.Contains(f.States, StateDone) }
 
 // placeOf returns an expression for the rowid below which are the rows submitted
 // before an operation: NULL if there is none. Without its row, a timed ID is
@@ -804,11 +809,9 @@ func bound(t time.Time, slack time.Duration) string {
 func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	var from query
 	switch {
-	case !f.ByFinish && !f.ranged():
-		return window, nil
-	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
+	case f.noneDone() && (f.ByFinish || f.ranged()):
 		from = sqlText(` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, jsonArray(f.States))
-	case !f.ByFinish:
+	case f.ranged() && !f.ByFinish:
 		from = sqlText(byFinish).with(bounds(f))
 	default:
 		return window, nil
@@ -847,7 +850,7 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (window query, next *pl
 // them.
 func lastOf(f Filter, below int64, n int) query {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
-	if len(f.States) == 0 || slices.Contains(f.States, StateDone) || f.ranged() {
+	if !f.noneDone() || f.ranged() {
 		return sqlText(fmt.Sprintf(last, ``), below, n-1)
 	}
 	var queries []query

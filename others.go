@@ -109,10 +109,10 @@ func (m *Manager) look(full bool) error {
 	defer func() { <-m.looking }()
 	m.mu.Lock()
 	m.looks++
-	look, all, many, runs := m.looks, m.all > 0, len(m.foreign) > fewForeign, len(m.tasks) > 0
-	if m.stopping { // the store may be closed, which readRest tells those who wait
-		all, many, runs = false, false, false
-	}
+	look, open := m.looks, !m.stopping // else the store may be closed, which readRest tells those who wait
+	all := open && m.all > 0
+	many := open && len(m.foreign) > fewForeign
+	runs := open && len(m.tasks) > 0
 	m.mu.Unlock()
 	var err error
 	if runs {

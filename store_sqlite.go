@@ -1002,23 +1002,22 @@ func (s *SQLiteStore) owners() (ids []string, err error) {
 }
 
 // recoverFrom yields what it has recovered from an owner, if that is dead, and
-// reports whether to go on. If nobody knows whether it is, recoverFrom yields
-// one of its operations, the first time.
+// reports whether to go on.
 func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) bool, yield func(*Operation, error) bool) (goOn bool) {
 	done, dead, unknown := s.owner.Dead(id)
-	if dead {
-		defer func() { done(goOn) }()
+	switch {
+	case unknown != nil:
+		return s.reportUnknown(id, unknown, yield)
+	case !dead:
+		return true
 	}
-	at := int64(math.MinInt64)
-	for n := recoverChunk; dead && n == recoverChunk; {
+	defer func() { done(goOn) }()
+	for at := int64(math.MinInt64); ; {
 		var ops []*Operation
 		orphans, err := s.orphans(id, at, resume)
 		if err == nil && len(orphans) > 0 {
-			err = s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
-				ops, err = s.settle(c, orphans, id, reason)
-				return err
-			})
 			at = orphans[len(orphans)-1].rowid
+			ops, err = s.settle(orphans, id, reason)
 		}
 		if err != nil {
 			yield(nil, err)
@@ -1029,9 +1028,16 @@ func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) 
 				return false
 			}
 		}
-		n = len(orphans)
+		if len(orphans) < recoverChunk {
+			return true
+		}
 	}
-	if _, again := s.reported.Load(id); unknown == nil || again {
+}
+
+// reportUnknown yields an operation of an owner of which nobody knows whether it is
+// dead, and why, the first time. It reports whether to go on.
+func (s *SQLiteStore) reportUnknown(id string, unknown error, yield func(*Operation, error) bool) (goOn bool) {
+	if _, again := s.reported.Load(id); again {
 		return true
 	}
 	ops, err := s.read(context.Background(), columns, sqlText(ofOwner, id, math.MinInt64, 1))
@@ -1077,27 +1083,31 @@ const (
 
 // settle marks operations of a dead owner as failed, or takes them over. It
 // touches no cell that this does not concern: other code may have written it.
-func (s *SQLiteStore) settle(c *sql.Conn, orphans []orphan, owner, reason string) (ops []*Operation, err error) {
-	for _, o := range orphans {
-		n := 0
-		op := o.operation().recovered(reason, o.resumed)
-		if o.resumed {
-			op.Owner = s.Owner()
-			n, err = changes(c, takeOrphan, op.Owner, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+func (s *SQLiteStore) settle(orphans []orphan, owner, reason string) (ops []*Operation, err error) {
+	err = s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+		ops = nil
+		for _, o := range orphans {
+			n := 0
+			op := o.operation().recovered(reason, o.resumed)
+			if o.resumed {
+				op.Owner = s.Owner()
+				n, err = changes(c, takeOrphan, op.Owner, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+			}
+			if n == 0 && err == nil {
+				op = o.operation().recovered(reason, false)
+				n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+				// 0 if another was first, or a trigger has ignored it
+			}
+			if err != nil {
+				return err
+			}
+			if n > 0 {
+				ops = append(ops, op)
+			}
 		}
-		if n == 0 && err == nil {
-			op = o.operation().recovered(reason, false)
-			n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
-			// 0 if another was first, or a trigger has ignored it
-		}
-		if err != nil {
-			return nil, err
-		}
-		if n > 0 {
-			ops = append(ops, op)
-		}
-	}
-	return ops, nil
+		return nil
+	})
+	return ops, err
 }
 
 // pruneChunk is how many rows Prune deletes at most at a time.

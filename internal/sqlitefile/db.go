@@ -159,10 +159,7 @@ func (d *DB) Close() error {
 		c.(*sql.Conn).Close() // which Changes notices
 		return true
 	})
-	if d.reads == d.DB {
-		return d.DB.Close()
-	}
-	return errors.Join(d.reads.Close(), d.DB.Close())
+	return errors.Join(d.reads.Close(), d.DB.Close()) // which may be the same, closed already
 }
 
 // Read calls f, which only reads, with a connection. It calls f again while

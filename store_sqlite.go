@@ -948,7 +948,7 @@ func operations(c *sql.Conn, columns string, from query) (ops []*Operation, err 
 // next row takes its place.
 func eachRow(c *sql.Conn, columns string, from query, f func(*row)) error {
 	var r row
-	return sqlText(`SELECT `+columns).with(from).each(c, func() { f(&r) },
+	return sqlText(`SELECT `+columns+from.text, from.args...).each(c, func() { f(&r) },
 		&r.rowid, &r.progress, &r.id, &r.name, &r.state, &r.err, &r.createdAt, &r.updatedAt, &r.startedAt,
 		&r.owner, &r.message, &r.cancelRequested, &r.metadata, &r.result)
 }

@@ -813,6 +813,7 @@ func (m *Manager) cancelLive(id, text string) bool {
 	m.emit(t, true)
 	cancel := t.cancel
 	if t.op.State == StatePending {
+		cancel = func(error) {}
 		m.queue.Remove(&t.ticket)
 		m.finish(t, outcome{state: StateCancelled, err: text})
 		m.startNext()

@@ -429,8 +429,8 @@ type task struct {
 	word atomic.Uint64 // see report
 
 	life
-	final  *Operation              // how it ended, once that is decided; what it points to never changes
-	cancel context.CancelCauseFunc // of the function's context; does nothing before that is called
+	final  *Operation // how it ended, once that is decided; what it points to never changes
+	cancel context.CancelCauseFunc
 	ticket queue.Ticket[*task]
 
 	listed  bool  // in backlog.changed
@@ -446,7 +446,6 @@ func taskOf(op *Operation) *task {
 		name:     op.Name,
 		created:  time.Now(),
 		base:     op.UpdatedAt,
-		cancel:   func(error) {},
 		inserted: make(chan struct{}),
 		life:     life{op: op, done: make(chan struct{})},
 	}

@@ -86,6 +86,9 @@ func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
 		live := m.liveRow(op.ID) != nil
 		m.mu.Lock()
 		closing := m.closing
+		for t := range m.lost { // its function still runs here
+			live = live || t.id == op.ID
+		}
 		m.mu.Unlock()
 		if closing || live {
 			return closing
@@ -205,10 +208,59 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// lose gives up the operations that were submitted under another Owner than the
+// present one: see [Recoverer]. They are followed as those of other managers. The
+// functions that run keep their slots and keys until they return. The caller holds
+// m.mu.
+func (m *Manager) lose(owner string) {
+	for _, t := range m.sorted() {
+		if t.op.Owner == owner || t.stored == "" {
+			continue
+		}
+		m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
+		if t.cancel != nil && t.final == nil {
+			go t.cancel(ErrLost) // which runs the function's own callbacks
+			m.lost[t] = true
+			delete(m.tasks, t.id)
+		} else {
+			m.queue.Remove(&t.ticket)
+			m.leave(t)
+		}
+		t.word.Or(wordReturned)
+		t.final = t.op
+		answer(t.checkpoints, ErrLost)
+		t.checkpoints = nil
+		m.followLost(t)
+	}
+	m.lookOut()
+	if m.draining && len(m.tasks) == 0 {
+		m.drain()
+	}
+}
+
+// followLost has those who wait for a lost operation get what becomes of it. The
+// caller holds m.mu.
+func (m *Manager) followLost(t *task) {
+	f := m.foreign[t.id]
+	if f == nil {
+		f = &foreign{life: &t.life, look: m.looks}
+		m.foreign[t.id] = f
+	} else { // followed before it was resumed here
+		go func() {
+			<-f.done
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			t.op, t.err = f.op, f.err
+			close(t.done)
+		}()
+	}
+	f.waiters++ // until its end
+}
+
 // A foreign is an unfinished operation of another manager that somebody here waits
 // for or watches.
 type foreign struct {
-	life    // op is nil until it has been read
+	*life   // op is nil until it has been read
 	waiters int
 	look    int // the last look that found it unfinished, or that it came too late for
 }
@@ -263,7 +315,12 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 			if err = errors.Join(err, m.look(false)); err == nil {
 				continue
 			}
-			if !errors.Is(err, errNotAll) {
+			if errors.Is(err, ErrLost) {
+				owner := m.owner()
+				m.mu.Lock()
+				m.lose(owner)
+				m.mu.Unlock()
+			} else if !errors.Is(err, errNotAll) {
 				m.log.Debug("task: looking at the operations of others failed", "err", err)
 			}
 			break // to look again without waiting for a change
@@ -495,7 +552,7 @@ func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 	case f == nil && (m.all == 0 || m.stopping || own), err == nil && told && !later(row, f.op):
 		return
 	case f == nil:
-		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		f = &foreign{life: &life{done: make(chan struct{})}, look: m.looks}
 		m.foreign[id] = f
 	}
 	soft := false
@@ -520,7 +577,7 @@ func (m *Manager) follow(id string) *foreign {
 	defer m.mu.Unlock()
 	f := m.foreign[id]
 	if f == nil {
-		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		f = &foreign{life: &life{done: make(chan struct{})}, look: m.looks}
 		m.foreign[id] = f
 	}
 	f.waiters++

@@ -560,7 +560,9 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 		for _, row := range rows {
 			if op := m.refresh(row); op != nil && asked.matches(op) {
 				light := *op
-				light.bound(f.MaxValue)
+				if light.bound(f.MaxValue); f.WithoutResults {
+					light.Result = nil
+				}
 				ops = append(ops, &light)
 			}
 		}
@@ -572,20 +574,27 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 	}
 }
 
-// correct notes in a filter by state which operations are in another state than
-// the one stored.
+// correct notes in a filter by state or metadata which operations have others than
+// those stored.
 func (m *Manager) correct(f *Filter) {
 	f.Include, f.Exclude = nil, nil
-	if len(f.States) == 0 {
+	if len(f.States)+len(f.Metadata) == 0 {
 		return
 	}
+	var unstored []*Operation
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	for t := range m.backlog.unstored {
-		if slices.Contains(f.States, t.op.State) {
-			f.Include = append(f.Include, t.id)
+		if t.op.State != t.stored || len(f.Metadata) > 0 {
+			unstored = append(unstored, t.op)
+		}
+	}
+	m.mu.Unlock()
+	stored := *f
+	for _, op := range unstored {
+		if stored.matchesNow(op) {
+			f.Include = append(f.Include, op.ID)
 		} else {
-			f.Exclude = append(f.Exclude, t.id)
+			f.Exclude = append(f.Exclude, op.ID)
 		}
 	}
 	slices.Sort(f.Include)

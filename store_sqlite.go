@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -188,18 +189,20 @@ const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TE
 	coalesce(CAST(started_at AS TEXT), ''), coalesce(CAST(owner AS TEXT), ''), coalesce(CAST(message AS TEXT), ''),
 	coalesce(CAST(cancel_requested_at AS TEXT), '')`
 
-// columnsWithin is columns with the length, an integer, in place of metadata and
-// results of more than max bytes.
-func columnsWithin(max int) string {
-	if max == 0 {
-		return columns
-	}
-	bounded := columns
+// columnsFor is columns with the length, an integer, in place of metadata and
+// results of more bytes than the filter's MaxValue, or without results.
+func columnsFor(f Filter) string {
+	selected := columns
 	for _, name := range []string{"metadata", "result"} {
 		length, text := `length(CAST(`+name+` AS BLOB))`, `coalesce(CAST(`+name+` AS TEXT), '')`
-		bounded = strings.Replace(bounded, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, max, length, text), 1)
+		switch {
+		case name == "result" && f.WithoutResults:
+			selected = strings.Replace(selected, text, `''`, 1)
+		case f.MaxValue > 0:
+			selected = strings.Replace(selected, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, f.MaxValue, length, text), 1)
+		}
 	}
-	return bounded
+	return selected
 }
 
 // operation turns a row into an operation. What it can't make sense of becomes
@@ -485,8 +488,12 @@ func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
 // for those DONE. What no index has is searched for in steps.
 func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
 	ctx := cmp.Or(f.Context, context.Background())
-	if f.Name != "" || slices.Contains(f.States, StateDone) {
+	if f.Name+f.Containing != "" || len(f.Metadata) > 0 || f.ranged() || slices.Contains(f.States, StateDone) ||
+		f.ByFinish && (len(f.States) > 0 || f.Before != "") {
 		return s.search(ctx, f, limit, offset)
+	}
+	if f.ByFinish {
+		return s.query(ctx, `SELECT `+columnsFor(f)+byFinish+orderByFinish+` LIMIT ? OFFSET ?`, limit, offset)
 	}
 	where, args := `TRUE`, []any(nil)
 	if f.Before != "" {
@@ -494,7 +501,7 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		where, args = `rowid < (`+place+`)`, id
 	}
 	from, args := selection(f, where, args, limit, offset)
-	ops, err := s.query(ctx, `SELECT `+columnsWithin(f.MaxValue)+from, args...)
+	ops, err := s.query(ctx, `SELECT `+columnsFor(f)+from, args...)
 	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
 		_, err = s.Get(f.Before)
 	}
@@ -517,18 +524,67 @@ func placeOf(id string) (query string, args []any) {
 		UNION ALL SELECT ifnull((SELECT rowid ` + greater + ` LIMIT 1), 9223372036854775807))))`, []any{id, id, id}
 }
 
+// The order with ByFinish is that of the index: by the text of the time, of which
+// that in a foreign layout may be out of place.
+const (
+	byFinish      = ` FROM tasks INDEXED BY tasks_finished WHERE ` + finished
+	orderByFinish = ` ORDER BY ` + finishTime + ` DESC, rowid DESC`
+)
+
 // selection returns the end of a query for the rows for which the filter, but
-// for its Before, and a condition hold.
+// for its Before and its range of time, and a condition hold.
 func selection(f Filter, where string, args []any, limit, offset int) (string, []any) {
 	if f.Name != "" {
 		where += ` AND name = ?`
 		args = append(args, f.Name)
 	}
-	if len(f.States) > 0 {
+	if f.Containing != "" {
+		where += ` AND instr(lower(name), lower(?)) > 0`
+		args = append(args, f.Containing)
+	}
+	now, own := whereNow(f)
+	args = slices.Clip(args)
+	switch {
+	case f.ByFinish: // so the rest has the final state
+		if len(f.States) > 0 {
+			now += ` AND state IN (SELECT value FROM json_each(?))`
+			own = append(own, jsonArray(f.States))
+		}
+		// The sorter need not hold what columns are long.
+		return ` FROM tasks WHERE rowid IN (SELECT rowid FROM tasks NOT INDEXED WHERE ` + where + now + orderByFinish + ` LIMIT ? OFFSET ?)` + orderByFinish,
+			append(append(args, own...), limit, offset)
+	case len(f.States) > 0:
 		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
 		where, args = whereState(f, where, args, last)
+	case len(f.Include) > 0 && len(f.Metadata) > 0:
+		where += ` AND (TRUE` + now + ` OR ` + included + `)`
+		args = append(append(args, own...), jsonArray(f.Include))
+	default:
+		where, args = where+now, append(args, own...)
 	}
 	return ` FROM tasks WHERE ` + where + ` ORDER BY rowid DESC LIMIT ? OFFSET ?`, append(args, limit, offset)
+}
+
+// included holds for unfinished rows with one of the IDs in a JSON array.
+const included = `(state IN ('PENDING', 'RUNNING') AND id IN (SELECT value FROM json_each(?)))`
+
+// whereNow returns what is to be added to a condition for the rows that have the
+// filter's metadata and are not in its Exclude. Without a backslash, the JSON of a
+// string has its text: most rows need not be parsed. CASE keeps json_each from
+// failing for what is no JSON.
+func whereNow(f Filter) (and string, args []any) {
+	const cell = `CAST(metadata AS TEXT)`
+	for _, key := range slices.Sorted(maps.Keys(f.Metadata)) {
+		value := f.Metadata[key]
+		and += ` AND (instr(` + cell + `, ?) > 0 OR instr(` + cell + `, '\') > 0) AND CASE WHEN json_valid(` + cell + `) THEN
+			EXISTS (SELECT 1 FROM json_each(` + cell + `) WHERE key = ? AND type = 'text' AND atom = ?) ELSE FALSE END`
+		args = append(args, value, key, value)
+	}
+	if len(f.Exclude) > 0 && len(f.States)+len(f.Metadata) > 0 {
+		and += ` AND NOT ` + included
+		args = append(args, jsonArray(f.Exclude))
+	}
+	return and, args
 }
 
 // maxStep is how many rows one step of a search looks at, at most: some fit into
@@ -536,62 +592,206 @@ func selection(f Filter, where string, args []any, limit, offset int) (string, [
 // the WAL can be checkpointed, and the context counts.
 const maxStep = 5000
 
+// A place is one in a list. Only with ByFinish has it a finish.
+type place struct {
+	finish any // a cell
+	rowid  int64
+}
+
 // search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
 // it may miss some.
 func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
-	below := sql.NullInt64{Int64: math.MaxInt64, Valid: true}
-	if f.Before != "" {
-		place, id := placeOf(f.Before)
-		err := s.db.Read(ctx, func(c *sql.Conn) error {
-			return c.QueryRowContext(context.Background(), `SELECT (`+place+`)`, id...).Scan(&below)
-		})
-		if err != nil {
-			return nil, err
+	var below *place
+	var few window
+	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
+		if below, err = start(c, f); err == nil && below != nil {
+			few, err = fewFor(c, f, *below)
 		}
-		if !below.Valid {
-			return nil, ErrNotFound
-		}
-	}
-	for n := 100; below.Valid && len(ops) < limit; n = min(2*n, maxStep) {
+		return err
+	})
+	for n := 100; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
 		var found []*Operation
-		var next sql.NullInt64
 		var skipped int
-		err := s.db.Read(ctx, func(c *sql.Conn) (err error) {
-			found, skipped, next, err = step(c, f, below.Int64, n, limit-len(ops), offset)
+		var next *place
+		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
+			w := few
+			if next = nil; w.where == "" {
+				w, next, err = windowOf(c, f, *below, n)
+			}
+			if err == nil {
+				found, skipped, err = step(c, f, w, limit-len(ops), offset)
+			}
 			return err
 		})
-		if err != nil {
-			return nil, err
-		}
 		ops = append(ops, found...)
 		offset -= skipped
 		below = next
 	}
+	if err != nil {
+		return nil, err
+	}
 	return ops, nil
 }
 
-// step looks for operations among the last n rows below a rowid. It returns what
-// it has found, how many it has skipped, and what is the rowid of the next step.
-func step(c *sql.Conn, f Filter, below int64, n, limit, offset int) (ops []*Operation, skipped int, next sql.NullInt64, err error) {
-	query, args := lastOf(f, below, n)
-	if err = c.QueryRowContext(context.Background(), query, args...).Scan(&next); err != nil {
-		return nil, 0, next, err
-	}
-	above := next.Int64
-	if !next.Valid {
-		above = math.MinInt64
-	}
-	const where = `rowid < ? AND rowid >= ?`
-	if offset > 0 {
-		from, args := selection(f, where, []any{below, above}, offset, 0)
-		err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT rowid`+from+`)`, args...).Scan(&skipped)
-		if err != nil {
-			return nil, 0, next, err
+// start returns the place below which a search begins, or nil if nothing is there.
+func start(c *sql.Conn, f Filter) (*place, error) {
+	at := place{rowid: math.MaxInt64}
+	var err error
+	switch {
+	case f.ByFinish && f.Before != "":
+		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+`, rowid FROM tasks WHERE id = ? AND `+finished, f.Before).
+			Scan(&at.finish, &at.rowid)
+		if err == sql.ErrNoRows {
+			err = fmt.Errorf("%s, finished: %w", f.Before, ErrNotFound)
+		}
+	case f.ByFinish:
+		and, args := bounds(f)
+		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+byFinish+and+orderByFinish+` LIMIT 1`, args...).Scan(&at.finish)
+		if err == sql.ErrNoRows {
+			return nil, nil
+		}
+	case f.Before != "":
+		var below sql.NullInt64
+		query, id := placeOf(f.Before)
+		err = c.QueryRowContext(context.Background(), `SELECT (`+query+`)`, id...).Scan(&below)
+		if at.rowid = below.Int64; err == nil && !below.Valid {
+			err = ErrNotFound
 		}
 	}
-	from, args := selection(f, where, []any{below, above}, limit, offset)
-	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columnsWithin(f.MaxValue)+from, args...)
-	return ops, skipped, next, err
+	return &at, err
+}
+
+// bounds returns what is to be added to a condition for finished rows that may be
+// in the filter's range of time: in a foreign layout, the text of an earlier time
+// may be behind, and that of a later one before it.
+func bounds(f Filter) (and string, args []any) {
+	if !f.FinishedAfter.IsZero() {
+		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
+	}
+	if !f.FinishedBefore.IsZero() {
+		and, args = and+` AND `+finishTime+` < ?`, append(args, bound(f.FinishedBefore, foreignSlack))
+	}
+	return and, args
+}
+
+func bound(t time.Time, slack time.Duration) string {
+	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
+	if t.Before(last) {
+		last = t
+	}
+	if t = last.Add(slack); t.Year() > 9999 {
+		return ":" // which is behind all digits
+	}
+	return formatTime(t)
+}
+
+// A window is a condition for the rows that a step looks at.
+type window struct {
+	where string
+	args  []any
+}
+
+// fewFor returns a window for the rest of the list, if an index that is not in its
+// order shows that this is one step. Else its condition is empty.
+func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
+	index, order := `tasks_finished`, `rowid < ?`
+	and, args := bounds(f)
+	cond, rest := finished+and, []any{below.rowid}
+	switch {
+	case f.ByFinish && len(f.States) > 0 && !slices.Contains(f.States, StateDone):
+		index, cond, args = `tasks_state_not_done`, `state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
+		order, rest = finished+` AND (`+finishTime+`, rowid) < (?, ?)`, []any{below.finish, below.rowid}
+	case f.ByFinish || !f.ranged():
+		return w, nil
+	}
+	query := `SELECT rowid FROM tasks INDEXED BY ` + index + ` WHERE ` + cond
+	var n int
+	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (`+query+` LIMIT ?)`, append(slices.Clip(args), maxStep+1)...).Scan(&n)
+	if err == nil && n <= maxStep {
+		w = window{`rowid IN (` + query + `) AND ` + order, append(args, rest...)}
+	}
+	return w, err
+}
+
+// windowOf returns a window for the next n rows below a place, or for fewer in one
+// step, and the place of the next step, or nil if there is none. With ByFinish,
+// those with the same time have a step of their own.
+func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place, err error) {
+	if !f.ByFinish {
+		var last sql.NullInt64
+		query, args := lastOf(f, below.rowid, n)
+		err = c.QueryRowContext(context.Background(), query, args...).Scan(&last)
+		if last.Valid {
+			next = &place{rowid: last.Int64}
+		} else {
+			last.Int64 = math.MinInt64
+		}
+		return window{`rowid < ? AND rowid >= ?`, []any{below.rowid, last.Int64}}, next, err
+	}
+	same := below.rowid > math.MinInt64
+	and, args := ` AND `+finishTime+` = ? AND rowid < ?`, []any{below.finish, below.rowid}
+	if !same {
+		f.FinishedBefore = time.Time{} // that is a place above this one
+		and, args = bounds(f)
+		and, args = ` AND `+finishTime+` < ?`+and, append([]any{below.finish}, args...)
+	}
+	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
+	var last place
+	err = c.QueryRowContext(context.Background(), entries(finishTime+`, rowid`)+` OFFSET ?`, append(slices.Clip(args), 1, n-1)...).
+		Scan(&last.finish, &last.rowid)
+	switch {
+	case err == nil:
+		next = &last
+	case err != sql.ErrNoRows:
+		return w, nil, err
+	case same:
+		next = &place{below.finish, math.MinInt64}
+	}
+	return window{`rowid IN (` + entries(`rowid`) + `)`, append(args, n)}, next, nil
+}
+
+// inRange returns a window for those of its rows that have finished in the filter's
+// range of time.
+func (w window) inRange(c *sql.Conn, f Filter) (window, error) {
+	and, args := bounds(f)
+	rows, err := c.QueryContext(context.Background(), `SELECT rowid, CAST(`+finishTime+` AS TEXT) FROM tasks NOT INDEXED WHERE `+
+		w.where+` AND `+finished+and, slices.Concat(w.args, args)...)
+	if err != nil {
+		return w, err
+	}
+	defer rows.Close()
+	in := []int64{}
+	for rows.Next() {
+		var rowid int64
+		var finish string
+		if err := rows.Scan(&rowid, &finish); err != nil {
+			return w, err
+		}
+		if f.inRange(cellTime(finish)) {
+			in = append(in, rowid)
+		}
+	}
+	return window{`rowid IN (SELECT value FROM json_each(?))`, []any{jsonArray(in)}}, rows.Err()
+}
+
+// step looks for operations in a window. It returns what it has found, and how many
+// it has skipped.
+func step(c *sql.Conn, f Filter, w window, limit, offset int) (ops []*Operation, skipped int, err error) {
+	if f.ranged() {
+		if w, err = w.inRange(c, f); err != nil {
+			return nil, 0, err
+		}
+	}
+	if offset > 0 {
+		from, args := selection(f, w.where, w.args, offset, 0)
+		err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT rowid`+from+`)`, args...).Scan(&skipped)
+		if err != nil {
+			return nil, 0, err
+		}
+	}
+	from, args := selection(f, w.where, w.args, limit, offset)
+	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columnsFor(f)+from, args...)
+	return ops, skipped, err
 }
 
 // lastOf returns a query for the rowid of the n-th row below another, or for NULL
@@ -611,8 +811,8 @@ func lastOf(f Filter, below int64, n int) (query string, args []any) {
 }
 
 // whereState returns a condition that holds for the last rows that are in one
-// of the filter's states and for which where holds. Each state has a query of
-// its own, because only so the index answers each in its order.
+// of the filter's states, with its metadata, and for which where holds. Each state
+// has a query of its own, because only so the index answers each in its order.
 func whereState(f Filter, where string, args []any, last int64) (string, []any) {
 	var queries []string
 	var all []any
@@ -620,21 +820,17 @@ func whereState(f Filter, where string, args []any, last int64) (string, []any) 
 		queries = append(queries, fmt.Sprintf(format, term+` AND `+where))
 		all = append(append(all, own...), args...)
 	}
+	now, own := whereNow(f)
 	for _, state := range f.States {
-		term, own := `state = ?`, []any{string(state)}
+		term := `state = ?`
 		if state != StateDone {
 			term += ` AND state <> 'DONE'`
 		}
-		if state.live() && len(f.Exclude) > 0 {
-			term += ` AND id NOT IN (SELECT value FROM json_each(?))`
-			own = append(own, jsonArray(f.Exclude))
-		}
-		add(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE %s ORDER BY rowid DESC LIMIT ?)`, term, own...)
+		add(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE %s ORDER BY rowid DESC LIMIT ?)`, term+now, append([]any{string(state)}, own...)...)
 		all = append(all, last)
 	}
 	if len(f.Include) > 0 {
-		add(`SELECT rowid FROM tasks WHERE %s`, `id IN (SELECT value FROM json_each(?)) AND state IN ('PENDING', 'RUNNING')`,
-			jsonArray(f.Include))
+		add(`SELECT rowid FROM tasks WHERE %s`, included, jsonArray(f.Include))
 	}
 	return `rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`, all
 }
@@ -797,9 +993,9 @@ func failOrphans(c *sql.Conn, id, reason string) (ops []*Operation, err error) {
 // pruneChunk is how many rows Prune deletes at most at a time.
 const pruneChunk = 100
 
-// pruneSlack is by how much a text in a foreign layout may be behind its place
+// foreignSlack is by how much a text in a foreign layout may be behind its place
 // in the order of time: zones go up to 14 hours, and a T sorts behind a space.
-const pruneSlack = 38 * time.Hour
+const foreignSlack = 38 * time.Hour
 
 // A pruneCursor is a place in the index that Prune reads. Should a VACUUM give
 // rows new rowids meanwhile, some of those that finished in the very
@@ -837,11 +1033,11 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
 	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if before.Add(pruneSlack).After(last) {
-		before = last.Add(-pruneSlack)
+	if before.Add(foreignSlack).After(last) {
+		before = last.Add(-foreignSlack)
 	}
 	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
-		at.finish, formatTime(before.Add(pruneSlack)), formatTime(before), pruneChunk, pruneChunk)
+		at.finish, formatTime(before.Add(foreignSlack)), formatTime(before), pruneChunk, pruneChunk)
 	if err != nil {
 		return next, 0, err
 	}

@@ -241,6 +241,54 @@ func ByName(name string) ListOption {
 	return func(f *Filter) { f.Name = validUTF8(name) }
 }
 
+// Containing lets List return only operations with that text in their name, or
+// any if it is empty. ASCII letters match in either case. No index helps with that:
+// see [ByName].
+func Containing(text string) ListOption {
+	return func(f *Filter) { f.Containing = validUTF8(text) }
+}
+
+// ByMetadata lets List return only operations whose metadata is a JSON object in
+// which the member with that key is that very string. Of several keys, all have to
+// match. No index helps with that: see [ByName].
+func ByMetadata(key, value string) ListOption {
+	return func(f *Filter) {
+		if f.Metadata == nil {
+			f.Metadata = make(map[string]string)
+		}
+		f.Metadata[validUTF8(key)] = validUTF8(value)
+	}
+}
+
+// FinishedAfter lets List return only operations that finished at t or later, or
+// any if t is zero. Together, FinishedAfter and [FinishedBefore] say when the range
+// of time begins and ends: what finished when it ends is not in it.
+func FinishedAfter(t time.Time) ListOption {
+	return func(f *Filter) { f.FinishedAfter = t }
+}
+
+// FinishedBefore lets List return only operations that finished before t, or any if
+// t is zero.
+func FinishedBefore(t time.Time) ListOption {
+	return func(f *Filter) { f.FinishedBefore = t }
+}
+
+// ByFinish lets List return only finished operations, the one that finished last
+// first. Those that finished in the same microsecond are in the order without
+// ByFinish. [Before] and the offset count in that order.
+//
+// Before an operation that is not finished, or that has been deleted, is
+// [ErrNotFound].
+func ByFinish() ListOption {
+	return func(f *Filter) { f.ByFinish = true }
+}
+
+// WithoutResults lets List leave out all results: Result is nil. SQLite does not
+// read them.
+func WithoutResults() ListOption {
+	return func(f *Filter) { f.WithoutResults = true }
+}
+
 // Before restricts List to operations submitted before the one with that ID,
 // or not at all if it is empty. With the last operation of a page it leads to the
 // next page, whatever has been submitted meanwhile, and with SQLite as fast as

@@ -196,7 +196,7 @@ func (b *backlog) remember(op *Operation, err error) {
 	b.retry = append(b.retry, record{op: failed})
 }
 
-// unstored yields the tasks that are in another state than the database has it.
+// unstored yields the tasks of which the database may not have the present state.
 func (b *backlog) unstored(yield func(*task) bool) {
 	tasks := slices.Concat(b.changed, b.writing)
 	for _, w := range slices.Concat(b.finals, b.retry) {
@@ -205,7 +205,7 @@ func (b *backlog) unstored(yield func(*task) bool) {
 		}
 	}
 	for _, t := range tasks {
-		if t.op.State != t.stored && !yield(t) {
+		if !yield(t) {
 			return
 		}
 	}

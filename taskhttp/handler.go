@@ -35,6 +35,8 @@
 //     because the client was too slow. The client must load the list again.
 //   - "deleted": an unfinished operation was deleted from the database. It has no
 //     final state.
+//   - "heartbeat": there was no other event for 15 seconds, or the client has just
+//     reconnected. A client that receives nothing for longer has lost its connection.
 //   - "closed": the manager is closed.
 //
 // A client therefore never misses a final state without a notice. An event may come

@@ -35,7 +35,7 @@ func newTab(t *testing.T) *tab {
 	t.Helper()
 	browser := findBrowser(t)
 	opts := append(chromedp.DefaultExecAllocatorOptions[:],
-		chromedp.ExecPath(browser), chromedp.NoSandbox, chromedp.WindowSize(1200, 850), chromedp.Flag("lang", "en-GB"))
+		chromedp.ExecPath(browser), chromedp.NoSandbox, chromedp.Flag("js-flags", "--expose-gc"), chromedp.WindowSize(1200, 850), chromedp.Flag("lang", "en-GB"))
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)

@@ -14,12 +14,13 @@ import (
 )
 
 //go:embed page.html
-var pageHTML []byte
+var pageSource []byte
 
 //go:embed openapi.json
 var openAPI []byte
 
 var (
+	pageHTML   = shorten(pageSource)
 	pageTag    = etag(pageHTML)
 	openAPITag = etag(openAPI)
 	pagePolicy = policy(pageHTML)
@@ -27,6 +28,12 @@ var (
 
 func etag(body []byte) string {
 	return fmt.Sprintf(`"%.12x"`, sha256.Sum256(body))
+}
+
+// shorten removes indentation, blank lines, and lines of comment. The page has no
+// texts of several lines, in which they would matter.
+func shorten(page []byte) []byte {
+	return regexp.MustCompile(`(?m)^[ \t]*(//.*)?\n|^[ \t]+`).ReplaceAll(page, nil)
 }
 
 // policy returns a Content-Security-Policy under which the page may use its

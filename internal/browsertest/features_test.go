@@ -170,13 +170,13 @@ func TestCopyAndDownload(t *testing.T) {
 	b.do(chromedp.Evaluate(`document.addEventListener("copy", () => window.copied = document.activeElement.value);
 		navigator.clipboard.writeText = async text => { window.copied = text; }`, nil))
 	b.click(`li[data-id="` + id + `"] .open`)
-	b.until(`document.querySelectorAll(".copy").length === 2`)
-	b.click(`[aria-label="Copy ID"]`)
-	b.until(fmt.Sprintf(`window.copied === %q && document.querySelector("[aria-label='Copy ID']").innerText === "Copied"`, id))
-	b.click(`[aria-label="Copy Error"]`)
+	b.until(`$("detail").open`)
+	b.click("#copy-id")
+	b.until(fmt.Sprintf(`window.copied === %q && $("announcement").innerText === "Copied"`, id))
+	b.click("#copy-error")
 	b.until(`window.copied === "line 1\nline 2"`)
 	b.do(chromedp.Evaluate(`navigator.clipboard.writeText = undefined; window.copied = ""`, nil)) // as without HTTPS
-	b.click(`[aria-label="Copy ID"]`)
+	b.click("#copy-id")
 	b.until(fmt.Sprintf(`window.copied === %q`, id))
 
 	b.click("#download")

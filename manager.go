@@ -52,24 +52,29 @@ type Manager struct {
 
 	closeOnce sync.Once
 
+	looking    chan struct{} // full during a look
+	nextFull   time.Time     // when a look may read the unfinished operations again; guarded by looking
+	recovering sync.Mutex    // held while a looker recovers
+
 	// functions counts the goroutines that run functions, and those that retry
 	// recovery and prune. Add only while holding mu and not closing.
 	functions sync.WaitGroup
 
 	// mu guards what follows, and the tasks. No method of the store, and
 	// nothing else that takes time or calls back, is called while holding it.
-	mu       sync.Mutex
+	mu sync.Mutex
+	others
 	tasks    map[string]*task // the live operations by ID
+	unique   map[string]*task // those with unique keys, by key
+	last     uint64           // the number of the last task
 	queue    *queue.Queue[*task]
 	backlog  backlog
-	foreign  map[string]*foreign // what others run and somebody here waits for, by ID
-	stopPoll chan struct{}       // ends poll; nil unless that runs
-	progress *time.Timer         // will publish reports; nil if there are none
-	draining bool                // Submit returns ErrClosed
-	closing  bool                // Close or Drain was called: no function is started any more
-	stopping bool                // the functions have returned: the writer stores the rest
-	lastTry  bool                // Close will not try again
-	deadline time.Time           // when it won't
+	progress *time.Timer // will publish reports; nil if there are none
+	draining bool        // Submit returns ErrClosed
+	closing  bool        // Close or Drain was called: no function is started any more
+	stopping bool        // the functions have returned: the writer stores the rest
+	lastTry  bool        // Close will not try again
+	deadline time.Time   // when it won't
 }
 
 // closeGrace is how long Close goes on without progress in storing the rest.
@@ -129,8 +134,10 @@ func newManager(db Persistence, opts []Option) *Manager {
 		events:  eventlog.New[event](maxLag, maxLagBytes),
 		drained: make(chan struct{}),
 		closed:  make(chan struct{}),
+		looking: make(chan struct{}, 1),
 		tasks:   make(map[string]*task),
-		foreign: make(map[string]*foreign),
+		unique:  make(map[string]*task),
+		others:  others{foreign: make(map[string]*foreign)},
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -155,19 +162,27 @@ func newManager(db Persistence, opts []Option) *Manager {
 // empty, fn is nil or the metadata can't be kept, after Close, Shutdown or Drain
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
 // that takes at most about 20 seconds: up to 10 in which an earlier write gives
-// up, and 10 for this one. With a store that has only the four methods, Submit
-// may wait for one store call per changed operation.
+// up, and 10 for this one; with [WithID], 10 more to find out whether the ID
+// exists. With a store that has only the four methods, Submit may wait for one
+// store call per changed operation.
+//
+// With an error that wraps [ErrExists], Submit returns the operation that
+// exists: see [WithID] and [WithUnique].
 //
 // Submissions that arrive while a commit is under way share the next one.
 func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
+	var op *Operation
 	t, err := m.newTask(name, fn, opts)
 	if err == nil {
-		err = m.insert(t)
+		op, err = m.insert(t)
+	}
+	if op != nil {
+		op = m.copyOut(op)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
+		err = fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
-	return m.copyOut(m.snapshot(&t.life)), nil
+	return op, err
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -184,7 +199,7 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 		name:     op.Name,
 		fn:       fn,
 		created:  now,
-		inserted: make(chan error, 1),
+		inserted: make(chan struct{}),
 		life:     life{op: op, done: make(chan struct{})},
 	}
 	t.ticket.Item = t
@@ -201,34 +216,108 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 
 // owner returns the Owner of what the manager submits now.
 func (m *Manager) owner() string {
-	var id string
 	if s, ok := m.db.(interface{ Owner() string }); ok {
-		id = s.Owner()
+		return cmp.Or(s.Owner(), m.id)
 	}
-	return cmp.Or(id, m.id)
+	return m.id
 }
 
-// insert gives a new task its ID and has its row stored. The order of the IDs is
-// that of the rows.
-func (m *Manager) insert(t *task) error {
+// insert has the first row of a new task stored, and returns the operation. With
+// an error that wraps ErrExists, it is the one that has the ID or a unique key.
+func (m *Manager) insert(t *task) (*Operation, error) {
+	for {
+		holder, err := m.claim(t)
+		if err != nil {
+			return nil, err
+		}
+		op, err := m.inserted(holder)
+		switch {
+		case err == nil && holder != t:
+			return op, fmt.Errorf("%s: %w", op.ID, ErrExists)
+		case holder == t || holder.id == t.id || !errors.Is(err, ErrExists):
+			return op, err
+		}
+		// The holder of a unique key has ended, because its ID was another's.
+	}
+}
+
+// claim gives a new task its ID and has its first row stored, unless another has
+// the ID or a unique key. It returns the task that has them. The order of the
+// UUIDs is that of the rows.
+func (m *Manager) claim(t *task) (holder *task, err error) {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.draining {
-		m.mu.Unlock()
-		return ErrClosed
+		return nil, ErrClosed
 	}
-	id, err := uuid.NewV7()
-	if err != nil {
-		m.mu.Unlock()
-		return err
+	if !t.given {
+		id, err := uuid.NewV7()
+		if err != nil {
+			return nil, err
+		}
+		t.id = id.String()
+		t.op.ID = t.id
 	}
-	t.id = id.String()
-	t.op.ID = t.id
 	// It is live before it is stored: whoever finds its row finds the task.
+	if holder = m.enter(t); holder == t {
+		m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
+		m.writer.signal()
+	}
+	return holder, nil
+}
+
+// enter makes a task live and returns it, or returns the live one that has its ID
+// or one of its unique keys. The caller holds m.mu, and calls leave in the end.
+func (m *Manager) enter(t *task) (holder *task) {
+	if holder = m.tasks[t.id]; holder != nil {
+		return holder
+	}
+	for _, key := range t.unique {
+		if holder = m.unique[key]; holder != nil {
+			return holder
+		}
+	}
+	m.last++
+	t.number = m.last
 	m.tasks[t.id] = t
-	m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
-	m.mu.Unlock()
-	m.writer.signal()
-	return <-t.inserted
+	for _, key := range t.unique {
+		m.unique[key] = t
+	}
+	m.lookOut()
+	return t
+}
+
+// leave is the end of enter. The caller holds m.mu.
+func (m *Manager) leave(t *task) {
+	delete(m.tasks, t.id)
+	for _, key := range t.unique {
+		if m.unique[key] == t {
+			delete(m.unique, key)
+		}
+	}
+}
+
+// inserted waits for the store's answer to the first row of a task, and returns
+// its operation. With an error that wraps ErrExists, it is the one that the
+// store has. Whatever else a store says of an ID that the caller gave, it is asked
+// what it has: not every one tells why Save has failed.
+func (m *Manager) inserted(t *task) (*Operation, error) {
+	<-t.inserted
+	switch {
+	case t.insertErr == nil:
+		return m.snapshot(&t.life), nil
+	case !t.given:
+		return nil, t.insertErr
+	}
+	exists := errors.Is(t.insertErr, ErrExists)
+	op, err := m.get(t.id)
+	switch {
+	case err != nil && exists:
+		return nil, fmt.Errorf("the store refuses %s, as if that existed: %w", t.id, err)
+	case err != nil, !exists && t.op.saved(op):
+		return nil, t.insertErr
+	}
+	return op, fmt.Errorf("%s: %w", t.id, ErrExists)
 }
 
 // next implements source.
@@ -259,6 +348,9 @@ func (m *Manager) written(b batch) (more bool) {
 	defer m.mu.Unlock()
 	now := time.Now()
 	m.backlog.writing = nil
+	for _, w := range b.unknown {
+		m.backlog.again(w, now)
+	}
 	for _, w := range b.inserts {
 		m.afterInsert(w)
 	}
@@ -277,7 +369,7 @@ func (m *Manager) written(b batch) (more bool) {
 			answer(w.checkpoints, w.err)
 		}
 	}
-	more = more || len(m.backlog.retry) > 0
+	more = more || len(m.backlog.retry)+len(m.backlog.unknown) > 0
 	if !more {
 		m.backlog.backoff, m.backlog.retryAt = 0, time.Time{}
 	}
@@ -287,13 +379,19 @@ func (m *Manager) written(b batch) (more bool) {
 // afterInsert lets Submit return. A task whose row is stored joins the queue.
 func (m *Manager) afterInsert(w record) {
 	t := w.t
-	t.inserted <- w.err
+	t.insertErr = w.err
+	close(t.inserted)
 	if w.err != nil {
-		m.backlog.remember(w.op, w.err)
+		if !errors.Is(w.err, ErrExists) {
+			m.backlog.remember(w)
+		}
 		m.settle(t, nil, w.err)
 		return
 	}
 	t.stored = StatePending
+	if t.given {
+		m.backlog.forget(t.id)
+	}
 	m.emit(t, false)
 	switch {
 	case t.final != nil: // cancelled by someone who has found its row
@@ -331,7 +429,11 @@ func (m *Manager) afterFinal(w record, now time.Time) {
 func (m *Manager) settle(t *task, op *Operation, err error) {
 	t.op, t.err = cmp.Or(op, t.op), err
 	m.emit(t, false)
-	delete(m.tasks, t.id)
+	m.leave(t)
+	if m.all > 0 {
+		m.settled[t.id] = m.looks
+	}
+	m.lookOut()
 	close(t.done)
 	if m.stopping {
 		m.deadline = time.Now().Add(closeGrace)
@@ -483,7 +585,22 @@ func (m *Manager) raw(op *Operation) *Operation {
 func (m *Manager) live(id string) *task {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.tasks[id]
+	if t := m.tasks[id]; t != nil && !t.hidden() {
+		return t
+	}
+	return nil
+}
+
+// liveRow is live for the ID of an unfinished row. If the row may be one that is
+// being stored for a hidden task, it waits for the store's answer.
+func (m *Manager) liveRow(id string) *task {
+	m.mu.Lock()
+	t := m.tasks[id]
+	m.mu.Unlock()
+	if t != nil && t.given {
+		<-t.inserted
+	}
+	return m.live(id)
 }
 
 // Get returns the operation with that ID, live from memory and finished from
@@ -500,7 +617,6 @@ func (m *Manager) Get(id string) (*Operation, bool) {
 }
 
 // get returns the operation with that ID as snapshot does.
-
 func (m *Manager) get(id string) (*Operation, error) {
 	if t := m.live(id); t != nil {
 		return m.snapshot(&t.life), nil
@@ -616,16 +732,22 @@ func (m *Manager) refresh(row *Operation) *Operation {
 	return row
 }
 
-// Cancel cancels the operation with that ID, and returns at once. A PENDING
-// one becomes CANCELLED without its function ever being called. A RUNNING one
-// has its context cancelled with the cause [ErrCancelled]; it becomes CANCELLED
-// when its function returns an error, and DONE if it returns none. If the
-// process dies before the next commit, the request is lost: whoever must know
-// waits for the operation.
+// Cancel cancels the operation with that ID. A PENDING one becomes CANCELLED
+// without its function ever being called. A RUNNING one has its context cancelled
+// with the cause [ErrCancelled]; it becomes CANCELLED when its function returns an
+// error, and DONE if it returns none. Until then it is Cancelling.
+//
+// Cancel returns at once. If the process dies before the next commit, the request
+// is lost: whoever must know waits for the operation.
+//
+// If another manager runs it, Cancel returns once the request is stored, and that
+// manager acts on it as if it had been asked itself: within 200 milliseconds with
+// an SQLite store. If that one dies first, the operation becomes FAILED as any
+// other that it ran. With a store that is no [Canceller], Cancel returns an error
+// that wraps [errors.ErrUnsupported].
 //
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
-// finished, and an error that wraps [errors.ErrUnsupported] if another manager
-// runs it.
+// finished.
 func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 
 // CancelCause is [Manager.Cancel] with a text that says who cancels the
@@ -634,42 +756,45 @@ func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 // by the function's error unless that is the context's own. Only the first
 // cancel of an operation counts.
 func (m *Manager) CancelCause(id, text string) error {
-	m.mu.Lock()
-	t := m.tasks[id]
-	if t == nil {
-		m.mu.Unlock()
-		return fmt.Errorf("task: cancel %s: %w", id, m.cancelError(id))
+	if m.cancelLive(id, text) {
+		return nil
 	}
-	var cancel context.CancelCauseFunc
-	if t.op.State == StatePending {
-		m.queue.Remove(&t.ticket)
-		m.finish(t, outcome{state: StateCancelled, err: text})
-		m.startNext()
-	} else if t.word.Load()&wordReturned == 0 {
-		cancel = t.cancel
+	err := requestCancel(m.db, id, text)
+	if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // it was stored here just now
+		return m.CancelCause(id, text)
 	}
-	m.mu.Unlock()
-	if cancel != nil {
-		if text == "" {
-			cancel(ErrCancelled)
-		} else {
-			cancel(cancelled(text))
-		}
+	if err != nil {
+		return fmt.Errorf("task: cancel %s: %w", id, err)
 	}
 	return nil
 }
 
-// cancelError returns why this manager can't cancel an operation.
-func (m *Manager) cancelError(id string) error {
-	op, err := m.get(id)
-	switch {
-	case err != nil:
-		return err
-	case !op.State.live():
-		return fmt.Errorf("already %s: %w", op.State, ErrNotFound)
-	default:
-		return fmt.Errorf("another manager runs it, and only that one can cancel it: %w", errors.ErrUnsupported)
+// cancelLive cancels an operation that this manager runs, and reports whether it
+// does.
+func (m *Manager) cancelLive(id, text string) bool {
+	m.mu.Lock()
+	t := m.tasks[id]
+	if t == nil || t.hidden() || t.op.Cancelling || t.word.Load()&wordReturned != 0 {
+		m.mu.Unlock()
+		return t != nil && !t.hidden()
 	}
+	t.change(func(op *Operation) { op.Cancelling = true })
+	m.emit(t, true)
+	cancel := t.cancel
+	if t.op.State == StatePending {
+		cancel = func(error) {}
+		m.queue.Remove(&t.ticket)
+		m.finish(t, outcome{state: StateCancelled, err: text})
+		m.startNext()
+	}
+	m.changed(t)
+	m.mu.Unlock()
+	if text == "" {
+		cancel(ErrCancelled)
+	} else {
+		cancel(cancelled(text))
+	}
+	return true
 }
 
 // Wait waits until the operation with that ID has finished and returns it,
@@ -678,8 +803,9 @@ func (m *Manager) cancelError(id string) error {
 // no such operation, and [ErrClosed] if its final state could not be stored
 // before the manager was closed.
 //
-// An operation of another manager on the same database is looked at every 100
-// milliseconds, and marked as FAILED if that manager's process has died.
+// An operation of another manager on the same database may end up to 100
+// milliseconds, or with a very long queue a little, before Wait returns. It is
+// marked as FAILED about a second after that manager's process has died.
 //
 // A Func that waits for an operation which can't start before it ends waits
 // for ever; that is not detected.
@@ -736,15 +862,29 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		return &t.life, func() {}, nil
 	}
 	row, err := get(m.db, id)
+	if err == nil && row.State.live() {
+		if t := m.liveRow(id); t != nil { // it was stored just now
+			return &t.life, func() {}, nil
+		}
+		f := m.follow(id)
+		leave = func() { m.unfollow(id, f) }
+		row, err = get(m.db, id) // again: only what happens from now on gets a look
+		m.mu.Lock()
+		if err == nil && row.State.live() {
+			m.take(id, row, nil, false)
+		}
+		known := f.op != nil || f.err != nil
+		m.mu.Unlock()
+		if known {
+			return &f.life, leave, nil
+		}
+		leave()
+	}
 	if err != nil {
 		return nil, nil, err
 	}
-	if !row.State.live() {
-		l := newLife(row)
-		return &l, func() {}, nil
-	}
-	f := m.follow(row)
-	return &f.life, func() { m.unfollow(f) }, nil
+	ended := newLife(row)
+	return &ended, func() {}, nil
 }
 
 // Prune deletes the operations that finished before that time from the history,
@@ -886,6 +1026,12 @@ func (m *Manager) close() {
 	m.functions.Wait()
 	m.mu.Lock()
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
+	m.dropUnwaited()
+	if m.endLook != nil {
+		m.endLook() // another one takes its place if somebody waits
+		m.endLook = nil
+	}
+	m.lookOut()
 	m.backlog.retryAt = time.Time{}
 	m.backlog.changed = nil // all have a final state by now
 	m.mu.Unlock()
@@ -917,5 +1063,5 @@ func (m *Manager) abandon() error {
 
 // sorted returns the live tasks by order of submission. The caller holds m.mu.
 func (m *Manager) sorted() []*task {
-	return slices.SortedFunc(maps.Values(m.tasks), func(a, b *task) int { return cmp.Compare(a.id, b.id) })
+	return slices.SortedFunc(maps.Values(m.tasks), func(a, b *task) int { return cmp.Compare(a.number, b.number) })
 }

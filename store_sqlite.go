@@ -124,7 +124,8 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 // uses an index only if it repeats the index's expression and its condition.
 // The first index is for ByState; it stays small, as most operations end DONE.
 // The second one is for recovery, and has only unfinished rows: those of the
-// living cost nothing there. The third one is for Prune.
+// living cost nothing there. The third one is for Prune and ByFinish, and the last
+// one for CancelRequests.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -148,7 +149,8 @@ CREATE TABLE IF NOT EXISTS tasks (
 )`,
 		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
 		`CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (` + ownerText + `) WHERE ` + unfinished,
-		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished},
+		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished,
+		`CREATE INDEX IF NOT EXISTS tasks_cancelling ON tasks (` + ownerText + `) WHERE ` + cancelling},
 }
 
 // The conditions and the expressions that the indexes have. For IN, SQLite would
@@ -157,6 +159,7 @@ const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
 	finishTime = `ifnull(updated_at, '')`
 	unfinished = `(state = 'PENDING' OR state = 'RUNNING')`
+	cancelling = unfinished + ` AND cancel_requested_at IS NOT NULL`
 	ownerText  = `ifnull(CAST(owner AS TEXT), '')` // "" for a row without an owner
 )
 
@@ -319,8 +322,11 @@ var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.colu
 
 // insert begins with the parameters of update.
 var insert = newStatement(`INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
-	message, cancel_requested_at, id, owner, name, created_at) VALUES %s`, "", 13,
+	message, cancel_requested_at, id, owner, name, created_at) VALUES %s ON CONFLICT (id) DO NOTHING`, "", 13,
 	errors.New("a trigger of the database has ignored the new row"))
+
+// idCell is the place of the ID among the parameters.
+const idCell = 9
 
 // A write is a row to insert or to update.
 type write struct {
@@ -358,10 +364,11 @@ func (s *SQLiteStore) Update(op *Operation) error {
 
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
-// has (UPDATE ... FROM takes one of two for the same operation), the rows are
-// written one by one instead, in their order. If COMMIT finds no room for all of
-// them, those are stored for which there is room. Any other failure of BEGIN or
-// COMMIT, and a database that stays locked, fail the whole batch.
+// has (an ID may exist, and UPDATE ... FROM takes one of two for the same
+// operation), the rows are written one by one instead, in their order. If COMMIT
+// finds no room for all of them, those are stored for which there is room. Any
+// other failure of BEGIN or COMMIT, and a database that stays locked, fail the
+// whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
@@ -452,7 +459,9 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 				err := writeRows(c, writes[i:i+1])
 				*w.err = err
 				switch {
-				case err == nil || err == w.none:
+				case err == nil || err == ErrNotFound:
+				case err == insert.none:
+					*w.err = whyIgnored(c, w.args[idCell], err)
 				case sqlitefile.Locked(err):
 					return err
 				case !sqlitefile.InTransaction(c):
@@ -477,6 +486,16 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 		s.writeEach(deadline, writes[:end])
 		writes = writes[next:]
 	}
+}
+
+// whyIgnored returns why no row was inserted: that there is one with the same ID,
+// or else err.
+func whyIgnored(c *sql.Conn, id any, err error) error {
+	ids, readErr := sqlitefile.Strings(c, `SELECT id FROM tasks WHERE id = ?`, id)
+	if len(ids) > 0 {
+		return ErrExists
+	}
+	return cmp.Or(readErr, err)
 }
 
 // List implements [Persistence].
@@ -592,30 +611,35 @@ func whereNow(f Filter) (and string, args []any) {
 // the WAL can be checkpointed, and the context counts.
 const maxStep = 5000
 
-// A place is one in a list. Only with ByFinish has it a finish.
+// A place is one in a list. Only with ByFinish it has a finish.
 type place struct {
-	finish any // a cell
+	finish any // a cell of finishTime
 	rowid  int64
 }
+
+// placeFinish is the parameter for a place's finish. As that, some drivers return
+// nil for bytes of which there are none.
+const placeFinish = `coalesce(?, x'')`
 
 // search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
 // it may miss some.
 func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
 	var below *place
-	var few window
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-		if below, err = start(c, f); err == nil && below != nil {
-			few, err = fewFor(c, f, *below)
-		}
+		below, err = start(c, f)
 		return err
 	})
-	for n := 100; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
+	const first = 100
+	for n := first; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
 		var found []*Operation
 		var skipped int
 		var next *place
 		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-			w := few
-			if next = nil; w.where == "" {
+			var w window
+			if n == 2*first { // what is frequent has been found by now
+				w, err = fewFor(c, f, *below)
+			}
+			if next = nil; err == nil && w.where == "" {
 				w, next, err = windowOf(c, f, *below, n)
 			}
 			if err == nil {
@@ -662,24 +686,23 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 }
 
 // bounds returns what is to be added to a condition for finished rows that may be
-// in the filter's range of time: in a foreign layout, the text of an earlier time
-// may be behind, and that of a later one before it.
+// in the filter's range of time.
 func bounds(f Filter) (and string, args []any) {
 	if !f.FinishedAfter.IsZero() {
 		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
 	}
 	if !f.FinishedBefore.IsZero() {
-		and, args = and+` AND `+finishTime+` < ?`, append(args, bound(f.FinishedBefore, foreignSlack))
+		and, args = and+` AND `+finishTime+` <= ?`, append(args, bound(f.FinishedBefore, foreignSlack))
 	}
 	return and, args
 }
 
+// bound returns where in the order of texts a time is, with some slack.
 func bound(t time.Time, slack time.Duration) string {
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if t.Before(last) {
-		last = t
+	if t = t.UTC(); t.Year() < 9999 {
+		t = t.Add(slack)
 	}
-	if t = last.Add(slack); t.Year() > 9999 {
+	if t.Year() > 9999 { // which has more digits
 		return ":" // which is behind all digits
 	}
 	return formatTime(t)
@@ -691,26 +714,34 @@ type window struct {
 	args  []any
 }
 
-// fewFor returns a window for the rest of the list, if an index that is not in its
-// order shows that this is one step. Else its condition is empty.
+// fewFor returns a window for the rest of the list if an index that is not in its
+// order has so few rows for it that one step is enough. Else its condition is empty.
 func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
-	index, order := `tasks_finished`, `rowid < ?`
-	and, args := bounds(f)
-	cond, rest := finished+and, []any{below.rowid}
+	var from string
+	var args []any
 	switch {
-	case f.ByFinish && len(f.States) > 0 && !slices.Contains(f.States, StateDone):
-		index, cond, args = `tasks_state_not_done`, `state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
-		order, rest = finished+` AND (`+finishTime+`, rowid) < (?, ?)`, []any{below.finish, below.rowid}
-	case f.ByFinish || !f.ranged():
+	case !f.ByFinish && !f.ranged():
+		return w, nil
+	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
+		from, args = ` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
+	case !f.ByFinish:
+		from, args = bounds(f)
+		from = byFinish + from
+	default:
 		return w, nil
 	}
-	query := `SELECT rowid FROM tasks INDEXED BY ` + index + ` WHERE ` + cond
+	const few = 4 * maxStep // most of which are only counted, or in the slack
 	var n int
-	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (`+query+` LIMIT ?)`, append(slices.Clip(args), maxStep+1)...).Scan(&n)
-	if err == nil && n <= maxStep {
-		w = window{`rowid IN (` + query + `) AND ` + order, append(args, rest...)}
+	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT 1`+from+` LIMIT ?)`, append(slices.Clip(args), few+1)...).Scan(&n)
+	if err != nil || n > few {
+		return w, err
 	}
-	return w, err
+	w = window{`rowid IN (SELECT rowid` + from + `) AND rowid < ?`, append(args, below.rowid)}
+	if f.ByFinish {
+		w.where = `rowid IN (SELECT rowid` + from + `) AND ` + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`
+		w.args = append(args, below.finish, below.rowid)
+	}
+	return w, nil
 }
 
 // windowOf returns a window for the next n rows below a place, or for fewer in one
@@ -729,11 +760,11 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place,
 		return window{`rowid < ? AND rowid >= ?`, []any{below.rowid, last.Int64}}, next, err
 	}
 	same := below.rowid > math.MinInt64
-	and, args := ` AND `+finishTime+` = ? AND rowid < ?`, []any{below.finish, below.rowid}
+	and, args := ` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, []any{below.finish, below.rowid}
 	if !same {
 		f.FinishedBefore = time.Time{} // that is a place above this one
 		and, args = bounds(f)
-		and, args = ` AND `+finishTime+` < ?`+and, append([]any{below.finish}, args...)
+		and, args = ` AND `+finishTime+` < `+placeFinish+and, append([]any{below.finish}, args...)
 	}
 	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
 	var last place
@@ -799,7 +830,7 @@ func step(c *sql.Conn, f Filter, w window, limit, offset int) (ops []*Operation,
 // them.
 func lastOf(f Filter, below int64, n int) (query string, args []any) {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
-	if len(f.States) == 0 || slices.Contains(f.States, StateDone) {
+	if len(f.States) == 0 || slices.Contains(f.States, StateDone) || f.ranged() {
 		return fmt.Sprintf(last, ``), []any{below, n - 1}
 	}
 	var queries []string
@@ -1032,12 +1063,8 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 // count as times.
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if before.Add(foreignSlack).After(last) {
-		before = last.Add(-foreignSlack)
-	}
 	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
-		at.finish, formatTime(before.Add(foreignSlack)), formatTime(before), pruneChunk, pruneChunk)
+		at.finish, bound(before, foreignSlack), bound(before, 0), pruneChunk, pruneChunk)
 	if err != nil {
 		return next, 0, err
 	}
@@ -1067,6 +1094,48 @@ const (
 		AND (` + finishTime + ` < ? OR ` + finishTime + ` NOT GLOB '????-??-?? ??:??:??.??????')
 		ORDER BY ` + finishTime + `, rowid LIMIT ?) ORDER BY 1, 2 LIMIT ?`
 )
+
+// RequestCancel implements [Canceller].
+func (s *SQLiteStore) RequestCancel(id, text string) error {
+	n := 0
+	err := s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+		n, err = changes(c, `UPDATE tasks SET cancel_cause = iif(cancel_requested_at IS NULL, ?, cancel_cause),
+			cancel_requested_at = coalesce(cancel_requested_at, ?) WHERE id = ? AND `+unfinished,
+			textCell(validUTF8(text)), formatTime(wall()), id)
+		return err
+	})
+	if err == nil && n == 0 {
+		err = ErrNotFound
+	}
+	return err
+}
+
+// CancelRequests implements [Canceller].
+func (s *SQLiteStore) CancelRequests() (requests map[string]string, err error) {
+	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
+		requests = make(map[string]string)
+		rows, err := c.QueryContext(context.Background(), `SELECT CAST(id AS TEXT), coalesce(CAST(cancel_cause AS TEXT), '')
+			FROM tasks INDEXED BY tasks_cancelling WHERE `+cancelling+` AND `+ownerText+` = ?`, s.owner.ID)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var id, text string
+			if err := rows.Scan(&id, &text); err != nil {
+				return err
+			}
+			requests[id] = validUTF8(text)
+		}
+		return rows.Err()
+	})
+	return requests, err
+}
+
+// Changes implements [Notifier].
+func (s *SQLiteStore) Changes(ctx context.Context) iter.Seq[error] {
+	return s.db.Changes(ctx, pollInterval)
+}
 
 // changes executes a statement and returns how many rows it has changed.
 func changes(c *sql.Conn, query string, args ...any) (int, error) {

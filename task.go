@@ -40,9 +40,9 @@
 // # Several managers
 //
 // Several managers, in one process or in several, may share one SQLite
-// database. Each sees the operations of all and cancels only its own. When a
-// process dies, the next manager to start marks what it left behind as failed,
-// and leaves the operations of the living alone.
+// database. Each runs what was submitted to it, and sees and cancels the
+// operations of all. When a process dies, the next manager to start marks what it
+// left behind as failed, and leaves the operations of the living alone.
 package task
 
 import (
@@ -54,6 +54,7 @@ import (
 	"runtime/pprof"
 	"runtime/trace"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -117,6 +118,11 @@ var (
 	// ErrCancelled is the cause of a context that Cancel cancelled, or is wrapped
 	// by it if CancelCause did.
 	ErrCancelled = errors.New("operation cancelled")
+
+	// ErrExists is returned by Submit, together with the operation that exists,
+	// as [WithID] and [WithUnique] say, and by a Persistence when it is to save an
+	// ID that it has.
+	ErrExists = errors.New("operation exists already")
 
 	// ErrLagged is the last thing that Watch yields to a receiver that is too
 	// slow.
@@ -212,6 +218,57 @@ func WithLock(key string) SubmitOption {
 			return errors.New("the lock's key is empty")
 		}
 		t.ticket.Require(key)
+		return nil
+	}
+}
+
+// WithID gives the operation an ID of the caller's choice. While there is an
+// operation with that ID, live or in the history, whichever manager runs it or
+// has run it, Submit returns that operation and an error that wraps
+// [ErrExists], and the function is never called. So a request that is sent
+// again, or a job that a scheduler submits again after a restart, is done at
+// most once for as long as the history keeps it. To do again what was
+// interrupted (see [Operation.Interrupted]), submit it with another ID.
+//
+// Of several Submits of one ID at the same time, in whatever process, one
+// succeeds. In one manager the others wait until it has, and if it fails, they
+// return the same error.
+//
+// An ID is 1 to 200 bytes of printable ASCII without spaces, slashes,
+// backslashes and the characters ?, # and %. It is not ".", "..", "events", "ui"
+// or "openapi.json", which are paths of package taskhttp. Submit returns an error
+// for anything else.
+func WithID(id string) SubmitOption {
+	return func(t *task) error {
+		ok := len(id) > 0 && len(id) <= 200 && !slices.Contains([]string{".", "..", "events", "ui", "openapi.json"}, id)
+		for _, c := range []byte(id) {
+			ok = ok && c > ' ' && c < 0x7f && !strings.ContainsRune(`/\?#%`, rune(c))
+		}
+		if !ok {
+			return fmt.Errorf("the ID %.40q is not 1 to 200 bytes of printable ASCII without space, /, \\, ?, # and %%, or is reserved", id)
+		}
+		t.id, t.op.ID, t.given = id, id, true
+		return nil
+	}
+}
+
+// WithUnique gives the operation a key that no other unfinished operation of the
+// same manager has. While there is one that has it, Submit returns that operation
+// and an error that wraps [ErrExists], and the function is never called: two
+// clicks on a button start one operation. The key is free again when the
+// operation has finished.
+//
+// Given several times, all those keys are unique. Of several Submits of one key
+// at the same time, one succeeds; the others wait until it has, and if it fails,
+// they return the same error.
+//
+// Submit returns an error if the key is empty.
+func WithUnique(key string) SubmitOption {
+	return func(t *task) error {
+		if key == "" {
+			return errors.New("the unique key is empty")
+		}
+		t.unique = append(t.unique, key)
 		return nil
 	}
 }
@@ -331,11 +388,16 @@ func (l *life) visible() bool { return l.stored != "" || l.err != nil }
 // A task is an operation that this manager runs: from Submit until its final
 // state is stored. Its manager's mutex guards what is not marked otherwise.
 type task struct {
-	// Immutable.
+	// Immutable once claimed.
 	id, name string
+	given    bool   // the caller gave the ID: until the first row is stored, it may be another's
+	number   uint64 // by order of submission
 	fn       Func
-	created  time.Time  // with its monotonic reading
-	inserted chan error // gets the outcome of storing the first row
+	created  time.Time // with its monotonic reading
+	unique   []string  // keys
+
+	inserted  chan struct{} // closed once the store has answered to the first row
+	insertErr error         // its answer; set before that
 
 	word atomic.Uint64 // see report
 
@@ -349,6 +411,9 @@ type task struct {
 
 	checkpoints []chan error // of calls of Checkpoint that wait for a commit
 }
+
+// hidden reports whether nobody may find the task by its ID yet.
+func (t *task) hidden() bool { return t.given && t.stored == "" }
 
 // The word of a task holds what a function changes without the mutex: its
 // progress and two flags.
@@ -425,7 +490,7 @@ func (t *task) finish(end outcome) bool {
 	t.word.Or(wordReturned)
 	t.takeOver()
 	final := *t.op
-	final.State = end.state
+	final.State, final.Cancelling = end.state, false
 	if end.state == StateDone {
 		final.Progress = 100
 	}

@@ -18,31 +18,31 @@ var batchChecks = []check{
 	{
 		name: "batch",
 		rule: "WriteBatch stores saves in their order, then updates, and they are durable on return.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batches,
 	},
 	{
 		name: "batch-bad-member",
 		rule: "In WriteBatch, an operation that can't be stored fails alone, and the others are stored; errors are in the order of the operations.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batchesWithBad,
 	},
 	{
 		name: "batch-same",
 		rule: "In one WriteBatch, an operation may be saved and updated, and an update that finishes it may follow one that does not.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batchesOfSame,
 	},
 	{
 		name: "batch-empty",
 		rule: "WriteBatch without operations changes nothing and returns no errors.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batchesOfNone,
 	},
 	{
 		name: "batch-concurrent",
 		rule: "WriteBatch may be called from any number of goroutines at once.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: func(s *session) {
 			s.crowd(func(op task.Operation) { s.batch([]task.Operation{op}, nil) },
 				func(op task.Operation) { s.batch(nil, []task.Operation{op}) })
@@ -122,19 +122,19 @@ var recoverChecks = []check{
 	{
 		name: "recover",
 		rule: "Recover marks each operation that a closed store has left PENDING or RUNNING as FAILED with the reason, yields each once, and changes nothing that is finished.",
-		has:  has[task.Recoverer],
+		has:  canRecover,
 		test: recovers,
 	},
 	{
 		name: "recover-break",
 		rule: "What Recover yields is stored; when its caller breaks out of the loop, the next Recover continues with the rest.",
-		has:  has[task.Recoverer],
+		has:  canRecover,
 		test: recoversInParts,
 	},
 	{
 		name: "recover-living",
 		rule: "Recover leaves alone what a manager on the open store runs.",
-		has:  has[task.Recoverer],
+		has:  canRecover,
 		test: recoversNoLiving,
 	},
 }
@@ -278,20 +278,50 @@ var filterChecks = []check{
 	{
 		name: "max-value",
 		rule: "ListFiltered leaves values as they are, or, those of more bytes than the filter's MaxValue, as a task.Omitted with their length.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: omits,
 	},
 	{
 		name: "filtered",
 		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID that is no UUIDv7 is an error that wraps task.ErrNotFound.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: filters,
 	},
 	{
 		name: "filtered-deleted",
 		rule: "ListFiltered before a UUIDv7 that is not stored returns the operations that would follow it, by the order of the IDs.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: filtersBeforeDeleted,
+	},
+	{
+		name: "filtered-containing",
+		rule: "ListFiltered finds the operations with the filter's Containing in their names, ASCII letters in either case.",
+		has:  canFilter,
+		test: containing,
+	},
+	{
+		name: "filtered-metadata",
+		rule: "ListFiltered finds the operations with all strings of the filter's Metadata as members of theirs, Include and Exclude included.",
+		has:  canFilter,
+		test: metadata,
+	},
+	{
+		name: "filtered-finished",
+		rule: "ListFiltered finds the operations that finished at FinishedAfter or later, and before FinishedBefore.",
+		has:  canFilter,
+		test: finishedWithin,
+	},
+	{
+		name: "filtered-by-finish",
+		rule: "ListFiltered with ByFinish lists the finished operations by UpdatedAt, the latest first, and those with the same by order of Save, the last one first; Before any but a finished operation is an error that wraps task.ErrNotFound.",
+		has:  canFilter,
+		test: listsByFinish,
+	},
+	{
+		name: "filtered-without-results",
+		rule: "ListFiltered with WithoutResults returns operations without their results.",
+		has:  canFilter,
+		test: withoutResults,
 	},
 }
 
@@ -312,33 +342,21 @@ func filters(s *session) {
 	}
 	slices.Sort(include)
 	slices.Sort(exclude)
-	for _, f := range []task.Filter{
-		{},
-		{States: []task.State{task.StateFailed}},
-		{States: []task.State{task.StateRunning, task.StateDone}},
-		{States: []task.State{"PAUSED"}},
-		{Name: "scrub"},
-		{Name: "scru"},
-		{Before: middle},
-		{Before: s.want[0].ID},
-		{States: []task.State{task.StatePending, task.StateCancelled}, Name: "replicate", Before: middle},
-		{States: []task.State{task.StateRunning}, Include: include},
-		{States: []task.State{task.StateDone, task.StatePending, task.StateRunning}, Exclude: exclude},
-		{States: []task.State{task.StatePending}, Include: include, Exclude: exclude, Before: middle},
-		{Include: include, Exclude: exclude},
-	} {
-		for _, page := range [][2]int{{100, 0}, {2, 0}, {2, 1}, {0, 0}, {5, 100}} {
-			want := s.filtered(f, page[0], page[1])
-			got, err := s.db.(task.FilteredLister).ListFiltered(f, page[0], page[1])
-			if err != nil || !samePage(got, want) {
-				s.errorf("ListFiltered(%+v, %d, %d) = %s, %v, want %s", f, page[0], page[1], names(got), err, names(want))
-				continue
-			}
-			for i := range got {
-				s.same("ListFiltered", got[i], want[i])
-			}
-		}
-	}
+	s.lists([][2]int{{100, 0}, {2, 0}, {2, 1}, {0, 0}, {5, 100}},
+		task.Filter{},
+		task.Filter{States: []task.State{task.StateFailed}},
+		task.Filter{States: []task.State{task.StateRunning, task.StateDone}},
+		task.Filter{States: []task.State{"PAUSED"}},
+		task.Filter{Name: "scrub"},
+		task.Filter{Name: "scru"},
+		task.Filter{Before: middle},
+		task.Filter{Before: s.want[0].ID},
+		task.Filter{States: []task.State{task.StatePending, task.StateCancelled}, Name: "replicate", Before: middle},
+		task.Filter{States: []task.State{task.StateRunning}, Include: include},
+		task.Filter{States: []task.State{task.StateDone, task.StatePending, task.StateRunning}, Exclude: exclude},
+		task.Filter{States: []task.State{task.StatePending}, Include: include, Exclude: exclude, Before: middle},
+		task.Filter{Include: include, Exclude: exclude},
+	)
 	got, err := s.db.(task.FilteredLister).ListFiltered(task.Filter{Before: "unknown"}, 10, 0)
 	if len(got) > 0 {
 		s.errorf("ListFiltered before an unknown ID = %s", names(got))
@@ -369,24 +387,6 @@ func filtersBeforeDeleted(s *session) {
 	}
 }
 
-// filtered returns what ListFiltered should return.
-func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Operation) {
-	n := len(s.want)
-	if f.Before != "" {
-		n = slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == f.Before })
-	}
-	for _, op := range s.page(n, n, 0) {
-		switch {
-		case len(f.States) > 0 && !inStates(f, op), f.Name != "" && f.Name != op.Name:
-		case offset > 0:
-			offset--
-		case len(page) < limit:
-			page = append(page, op)
-		}
-	}
-	return page
-}
-
 // omits lists a value that fits and one that does not, each by way of either field.
 func omits(s *session) {
 	const most = 1000
@@ -414,25 +414,11 @@ func omits(s *session) {
 	}
 }
 
-// inStates reports whether an operation is in one of a filter's states, or
-// counts as if it were.
-func inStates(f task.Filter, op *task.Operation) bool {
-	if op.State == task.StatePending || op.State == task.StateRunning {
-		if slices.Contains(f.Include, op.ID) {
-			return true
-		}
-		if slices.Contains(f.Exclude, op.ID) {
-			return false
-		}
-	}
-	return slices.Contains(f.States, op.State)
-}
-
 var pruneChecks = []check{
 	{
 		name: "prune",
 		rule: "Prune deletes the operations that finished before the given time and no others, and yields how many.",
-		has:  has[task.Pruner],
+		has:  canPrune,
 		test: prunes,
 	},
 }

@@ -2,7 +2,9 @@ package tasktest
 
 import (
 	"cmp"
+	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"slices"
 	"sync/atomic"
@@ -13,73 +15,25 @@ import (
 
 // A Call is a method call of a store that [Inject] has returned.
 type Call struct {
-	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover", "ListFiltered" or "Prune"
+	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover" and so on
 	N      int    // the number of earlier calls of that store, of any method
 }
 
 // Inject returns a store that asks fault about each call. If fault returns nil,
 // the call goes to db. If it returns an error, db is not called, and the call
-// fails with that error: WriteBatch returns it for each operation, Recover and
-// Prune yield nothing else. See [Lost] for errors after db was called.
+// fails with that error: WriteBatch returns it for each operation, Recover, Prune
+// and Changes yield nothing else. See [Lost] for errors after db was called.
 //
-// The store has the abilities of db: it is a [task.BatchWriter] or a
-// [task.Recoverer] if db is, and a [task.FilteredLister] and [task.Pruner] if
-// db is both. It has no Close; close db. Recover and Prune count as calls when
-// their results are ranged over.
+// The store has the methods of all abilities. Those of an ability that db does not
+// have return an error that wraps [errors.ErrUnsupported], and are no calls. It
+// has no Close; close db. Recover, Prune and Changes count as calls when their results are ranged
+// over. A manager calls CancelRequests and Changes some time after an operation has
+// begun, and then again and again.
 //
 // Many goroutines call fault at once. It may block, and it may inspect the
 // program under test.
 func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
-	s := &injected{db: db, fault: fault}
-	b, batches := db.(task.BatchWriter)
-	r, recovers := db.(task.Recoverer)
-	f, filters := db.(task.FilteredLister)
-	p, prunes := db.(task.Pruner)
-	history := filters && prunes
-	switch {
-	case batches && recovers && history:
-		return struct {
-			*injected
-			injectedBatch
-			injectedRecover
-			injectedHistory
-		}{s, injectedBatch{s, b}, injectedRecover{s, r}, injectedHistory{s, f, p}}
-	case batches && recovers:
-		return struct {
-			*injected
-			injectedBatch
-			injectedRecover
-		}{s, injectedBatch{s, b}, injectedRecover{s, r}}
-	case batches && history:
-		return struct {
-			*injected
-			injectedBatch
-			injectedHistory
-		}{s, injectedBatch{s, b}, injectedHistory{s, f, p}}
-	case recovers && history:
-		return struct {
-			*injected
-			injectedRecover
-			injectedHistory
-		}{s, injectedRecover{s, r}, injectedHistory{s, f, p}}
-	case batches:
-		return struct {
-			*injected
-			injectedBatch
-		}{s, injectedBatch{s, b}}
-	case recovers:
-		return struct {
-			*injected
-			injectedRecover
-		}{s, injectedRecover{s, r}}
-	case history:
-		return struct {
-			*injected
-			injectedHistory
-		}{s, injectedHistory{s, f, p}}
-	default:
-		return s
-	}
+	return &injected{db: db, fault: fault}
 }
 
 // FailNth is a fault for [Inject]: call n, counted from 0, fails with err.
@@ -119,6 +73,7 @@ type lostError struct{ err error }
 func (e *lostError) Error() string { return "done, but reported as failed: " + e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
 
+// injected is the store that Inject returns.
 type injected struct {
 	db    task.Persistence
 	fault func(Call) error
@@ -142,6 +97,15 @@ func (s *injected) do(method string, call func() error) error {
 	}
 	own := call()
 	return cmp.Or(err, own)
+}
+
+// Owner returns what db's has, if that has the method, so that operations show
+// the same Owner as without Inject.
+func (s *injected) Owner() string {
+	if db, ok := s.db.(interface{ Owner() string }); ok {
+		return db.Owner()
+	}
+	return ""
 }
 
 func (s *injected) Save(op *task.Operation) error {
@@ -174,51 +138,89 @@ func (s *injected) Get(id string) (op *task.Operation, err error) {
 	return op, nil
 }
 
-type injectedBatch struct {
-	store *injected
-	db    task.BatchWriter
+func (s *injected) RequestCancel(id, text string) error {
+	c, ok := s.db.(task.Canceller)
+	if !ok {
+		return s.unsupported("RequestCancel")
+	}
+	return s.do("RequestCancel", func() error { return c.RequestCancel(id, text) })
 }
 
-func (s injectedBatch) WriteBatch(saves, updates []*task.Operation) (errs []error) {
-	err := s.store.do("WriteBatch", func() error {
-		errs = s.db.WriteBatch(saves, updates)
-		return nil
+func (s *injected) CancelRequests() (requests map[string]string, err error) {
+	c, ok := s.db.(task.Canceller)
+	if !ok {
+		return nil, s.unsupported("CancelRequests")
+	}
+	err = s.do("CancelRequests", func() (err error) {
+		requests, err = c.CancelRequests()
+		return err
 	})
+	if err != nil {
+		return nil, err
+	}
+	return requests, nil
+}
+
+func (s *injected) Changes(ctx context.Context) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		n, ok := s.db.(task.Notifier)
+		if !ok {
+			yield(s.unsupported("Changes"))
+			return
+		}
+		if _, err := s.ask("Changes"); err != nil {
+			yield(err)
+			return
+		}
+		n.Changes(ctx)(yield)
+	}
+}
+
+func (s *injected) unsupported(method string) error {
+	return fmt.Errorf("%T has no %s: %w", s.db, method, errors.ErrUnsupported)
+}
+
+func (s *injected) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	err := s.unsupported("WriteBatch")
+	if b, ok := s.db.(task.BatchWriter); ok {
+		err = s.do("WriteBatch", func() error {
+			errs = b.WriteBatch(saves, updates)
+			return nil
+		})
+	}
 	if err != nil {
 		return slices.Repeat([]error{err}, len(saves)+len(updates))
 	}
 	return errs
 }
 
-type injectedRecover struct {
-	store *injected
-	db    task.Recoverer
-}
-
-func (s injectedRecover) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s *injected) Recover(reason string) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
-		pass, err := s.store.ask("Recover")
+		r, ok := s.db.(task.Recoverer)
+		if !ok {
+			yield(nil, s.unsupported("Recover"))
+			return
+		}
+		pass, err := s.ask("Recover")
 		switch {
 		case err == nil:
-			s.db.Recover(reason)(yield)
+			r.Recover(reason)(yield)
 			return
 		case pass:
-			for range s.db.Recover(reason) {
+			for range r.Recover(reason) {
 			}
 		}
 		yield(nil, err)
 	}
 }
 
-type injectedHistory struct {
-	store  *injected
-	lister task.FilteredLister
-	pruner task.Pruner
-}
-
-func (s injectedHistory) ListFiltered(f task.Filter, limit, offset int) (ops []*task.Operation, err error) {
-	err = s.store.do("ListFiltered", func() (err error) {
-		ops, err = s.lister.ListFiltered(f, limit, offset)
+func (s *injected) ListFiltered(f task.Filter, limit, offset int) (ops []*task.Operation, err error) {
+	l, ok := s.db.(task.FilteredLister)
+	if !ok {
+		return nil, s.unsupported("ListFiltered")
+	}
+	err = s.do("ListFiltered", func() (err error) {
+		ops, err = l.ListFiltered(f, limit, offset)
 		return err
 	})
 	if err != nil {
@@ -227,15 +229,20 @@ func (s injectedHistory) ListFiltered(f task.Filter, limit, offset int) (ops []*
 	return ops, nil
 }
 
-func (s injectedHistory) Prune(before time.Time) iter.Seq2[int, error] {
+func (s *injected) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
-		pass, err := s.store.ask("Prune")
+		p, ok := s.db.(task.Pruner)
+		if !ok {
+			yield(0, s.unsupported("Prune"))
+			return
+		}
+		pass, err := s.ask("Prune")
 		switch {
 		case err == nil:
-			s.pruner.Prune(before)(yield)
+			p.Prune(before)(yield)
 			return
 		case pass:
-			for range s.pruner.Prune(before) {
+			for range p.Prune(before) {
 			}
 		}
 		yield(0, err)

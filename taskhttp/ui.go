@@ -30,10 +30,11 @@ func etag(body []byte) string {
 	return fmt.Sprintf(`"%.12x"`, sha256.Sum256(body))
 }
 
-// shorten removes indentation, blank lines, and lines of comment. The page has no
-// texts of several lines, in which they would matter.
+// shorten removes indentation, blank lines, and comments. The page has no texts of
+// several lines, in which they would matter. A comment after code has no quotation
+// marks, so that no text is taken for one.
 func shorten(page []byte) []byte {
-	return regexp.MustCompile(`(?m)^[ \t]*(//.*)?\n|^[ \t]+`).ReplaceAll(page, nil)
+	return regexp.MustCompile("(?m)^[ \t]*(//.*)?\n|^[ \t]+|[ \t]+// [^\"'`\n]*$").ReplaceAll(page, nil)
 }
 
 // policy returns a Content-Security-Policy under which the page may use its

@@ -1,6 +1,7 @@
 package browsertest
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -253,16 +254,25 @@ func TestInterrupted(t *testing.T) {
 	b.until(`$("detail").open && $("detail-list").innerText.includes("Started") && !$("detail-list").innerText.includes("Duration")`)
 }
 
-// TestCancelling: a requested cancel is shown from the server's state.
+// TestCancelling: a requested cancel is shown from the server's state, also after a
+// reload.
 func TestCancelling(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)
+	release := make(chan struct{})
+	defer close(release)
+	op, err := s.m.Submit("slow to stop", func(context.Context, func(int)) (any, error) { <-release; return nil, nil })
+	must(t, err)
 	b.open(s.url)
-	b.event("operation", operation("slow", map[string]any{"cancelling": true}))
-	b.show("slow", "RUNNING", "Cancelling…")
-	b.click(`li[data-id="slow"] .cancel`)
-	if eval[bool](b, `$("confirm").open`) {
-		t.Error("a second cancel is offered")
+	b.show(op.ID, "RUNNING", "slow to stop")
+	must(t, s.m.Cancel(op.ID))
+	for range 2 {
+		b.show(op.ID, "RUNNING", "Cancelling…")
+		b.click(`li[data-id="` + op.ID + `"] .cancel`)
+		if eval[bool](b, `$("confirm").open`) {
+			t.Error("a second cancel is offered")
+		}
+		b.open(s.url)
 	}
 }
 

@@ -107,6 +107,19 @@ const (
 	shutdownGrace = 500 * time.Millisecond
 )
 
+// An Option changes what a [Handler] serves.
+type Option func(*handler)
+
+// Title sets the heading of the page, with which its title in the browser begins
+// too. It is "Tasks" by default.
+func Title(text string) Option { return func(h *handler) { h.title = text } }
+
+// Home adds a link with that text to the page, to a page of the application. The
+// URL may be relative to that of the page.
+func Home(text, url string) Option {
+	return func(h *handler) { h.homeText, h.homeURL = text, url }
+}
+
 // Handler returns a handler that serves m. Mount it under any prefix, with a
 // slash at the end:
 //
@@ -121,8 +134,12 @@ const (
 //
 // The handler needs no closing: it releases the event history when m is closed,
 // or a minute after the last stream has ended.
-func Handler(m *task.Manager) http.Handler {
-	h := &handler{manager: m, servers: make(map[*http.Server]context.Context)}
+func Handler(m *task.Manager, opts ...Option) http.Handler {
+	h := &handler{manager: m, servers: make(map[*http.Server]context.Context), title: "Tasks"}
+	for _, opt := range opts {
+		opt(h)
+	}
+	h.page = h.renderPage()
 	for _, rt := range h.routes() {
 		h.mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
 			query, err := rt.parse(r.URL.RawQuery)
@@ -139,9 +156,11 @@ func Handler(m *task.Manager) http.Handler {
 
 type handler struct {
 	// Immutable.
-	manager *task.Manager
-	mux     http.ServeMux
-	guard   http.CrossOriginProtection
+	manager                  *task.Manager
+	mux                      http.ServeMux
+	guard                    http.CrossOriginProtection
+	page                     []byte // with the title and the link of the options
+	title, homeText, homeURL string
 
 	mu       sync.Mutex // guards what follows
 	recorder *recorder  // nil until the first stream
@@ -171,7 +190,7 @@ func (h *handler) routes() []route {
 		{"GET", "/{id}/wait", []string{"timeout"}, h.wait},
 		{"GET", "/events", nil, h.events},
 		{"GET", "/{id}/events", nil, h.eventsOf},
-		{"GET", "/ui", nil, serveUI},
+		{"GET", "/ui", nil, h.serveUI},
 		{"GET", "/ui/{$}", nil, redirectUI},
 		{"GET", "/openapi.json", nil, serveOpenAPI},
 	}

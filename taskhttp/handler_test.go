@@ -588,3 +588,25 @@ func TestListEndsWithClient(t *testing.T) {
 		t.Error("the search continued for 10 s")
 	}
 }
+
+// TestPageOptions: the heading and the link of the page are the application's, and
+// are text.
+func TestPageOptions(t *testing.T) {
+	page := func(opts ...taskhttp.Option) string {
+		w := httptest.NewRecorder()
+		taskhttp.Handler(newManager(t, nil), opts...).ServeHTTP(w, httptest.NewRequest("GET", "/ui", nil))
+		return w.Body.String()
+	}
+	if got := page(); !strings.Contains(got, "<h1>Tasks</h1><span") || !strings.Contains(got, "<title>Tasks</title>") {
+		t.Error("the default heading is missing")
+	}
+	got := page(taskhttp.Title("NAS & <b>"), taskhttp.Home("My <NAS>", `../../?a="b"&c`))
+	for _, want := range []string{
+		"<title>NAS &amp; &lt;b&gt;</title>",
+		`<h1>NAS &amp; &lt;b&gt;</h1><a class="button" href="../../?a=&#34;b&#34;&amp;c">My &lt;NAS&gt;</a>`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("the page lacks %s", want)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"encoding/base64"
 	"fmt"
+	"html"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -21,7 +22,6 @@ var openAPI []byte
 
 var (
 	pageHTML   = shorten(pageSource)
-	pageTag    = etag(pageHTML)
 	openAPITag = etag(openAPI)
 	pagePolicy = policy(pageHTML)
 )
@@ -64,13 +64,24 @@ func hashes(page []byte, element string) string {
 	return b.String()
 }
 
-func serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+// renderPage returns the page with the title and the link that the options chose.
+// Neither changes a script or a style, and so the policy.
+func (h *handler) renderPage() []byte {
+	title := html.EscapeString(h.title)
+	heading := "<h1>" + title + "</h1>"
+	if h.homeURL != "" {
+		heading += `<a class="button" href="` + html.EscapeString(h.homeURL) + `">` + html.EscapeString(h.homeText) + "</a>"
+	}
+	return []byte(strings.NewReplacer("<title>Tasks</title>", "<title>"+title+"</title>", "<h1>Tasks</h1>", heading).Replace(string(pageHTML)))
+}
+
+func (h *handler) serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	header := w.Header()
 	header.Set("Content-Security-Policy", pagePolicy)
 	header.Set("Referrer-Policy", "no-referrer")
 	header.Set("Cross-Origin-Opener-Policy", "same-origin")
 	header.Set("X-Frame-Options", "DENY")
-	serveStatic(w, r, "text/html; charset=utf-8", pageTag, pageHTML)
+	serveStatic(w, r, "text/html; charset=utf-8", etag(h.page), h.page)
 	return nil
 }
 

@@ -176,7 +176,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// An event is an event of a stream, or a comment, which has only data.
+// An event is an event of a stream.
 type event struct{ name, id, data string }
 
 // A reader reads a stream of events.
@@ -200,17 +200,17 @@ func (s *site) listen(ctx context.Context, path string, header ...string) *reade
 	return &reader{t: s.t, body: answer.Body, lines: bufio.NewReader(answer.Body)}
 }
 
-// next returns the next event, skipping comments.
+// next returns the next event, skipping heartbeats.
 func (r *reader) next() (event, error) {
 	for {
 		e, err := r.any()
-		if err != nil || e.name != "" {
+		if err != nil || e.name != "heartbeat" {
 			return e, err
 		}
 	}
 }
 
-// any returns the next event or comment.
+// any returns the next event.
 func (r *reader) any() (e event, err error) {
 	hasID := false
 	for {
@@ -221,14 +221,12 @@ func (r *reader) any() (e event, err error) {
 		line = strings.TrimSuffix(line, "\n")
 		field, value, _ := strings.Cut(line, ": ")
 		switch {
-		case line == "" && (e.name != "" || e.data != ""):
+		case line == "" && e.name != "":
 			if hasID {
 				r.lastID = e.id
 			}
 			return e, nil
 		case line == "":
-		case strings.HasPrefix(line, ":"):
-			e.data = line
 		case field == "event":
 			e.name = value
 		case field == "data":

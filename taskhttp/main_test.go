@@ -330,7 +330,21 @@ type brokenStore struct {
 	*task.MemoryStore
 	mu    sync.Mutex
 	fails bool
+	deaf  bool // passes no cancel requests on
 }
+
+// RequestCancel implements [task.Canceller].
+func (s *brokenStore) RequestCancel(id, text string) error {
+	s.mu.Lock()
+	deaf := s.deaf
+	s.mu.Unlock()
+	if deaf {
+		return errors.ErrUnsupported
+	}
+	return s.MemoryStore.RequestCancel(id, text)
+}
+
+func (s *brokenStore) setDeaf(deaf bool) { s.mu.Lock(); defer s.mu.Unlock(); s.deaf = deaf }
 
 var errBroken = errors.New("disk I/O error")
 

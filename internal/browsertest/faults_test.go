@@ -327,7 +327,7 @@ func TestKeyboardScroll(t *testing.T) {
 	b.click(`li[data-id="` + id + `"] .open`)
 	b.until(`$("detail").open && document.querySelector(".json").innerText.includes("line")`)
 	b.do(chromedp.Focus(".json", chromedp.ByQuery), chromedp.KeyEvent(kb.PageDown))
-	b.until(`document.activeElement.matches(".json") && document.activeElement.scrollTop > 0`)
+	b.until(`document.activeElement.matches(".json[tabindex=\"0\"]") && document.activeElement.scrollTop > 0`)
 }
 
 // TestZoom: at 400 % zoom of a screen of 1280 by 1024 pixels, everything can be

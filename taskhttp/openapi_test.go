@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 	"github.com/mynt-nas/task/taskhttp"
 )
 
@@ -214,6 +215,13 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	defer again.Close()
 	h = mount(again)
 	a.ask("GET /events", "", "")
+
+	// The store can't pass a cancel on.
+	bare := testkit.Bare(task.NewMemoryStore())
+	h, other = mount(newManager(t, bare)), newManager(t, bare)
+	a.site = newPipeSite(t, h)
+	a.ask("POST /{id}/cancel", newControlled(t, other, "another's").ID, "")
+	other.Close()
 }
 
 // An asker makes requests to a site, and checks the responses.

@@ -127,7 +127,7 @@ func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err erro
 		fail(w, r, err)
 		return
 	}
-	taskhttp.Accepted(w, tasksPath, op)
+	taskhttp.Accepted(w, r, tasksPath, op)
 }
 
 func (a *api) pools(w http.ResponseWriter, r *http.Request) {

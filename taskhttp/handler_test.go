@@ -562,6 +562,17 @@ func TestAccepted(t *testing.T) {
 	}
 }
 
+// TestExists: an application that refuses a second request says which operation
+// exists.
+func TestExists(t *testing.T) {
+	w := httptest.NewRecorder()
+	w.Header().Set("Location", "../ID")
+	taskhttp.Error(w, httptest.NewRequest("POST", "/scrub", nil), fmt.Errorf("scrub: %w", task.ErrExists))
+	if w.Code != 409 || w.Header().Get("Location") != "../ID" {
+		t.Errorf("status %d, header %v", w.Code, w.Header())
+	}
+}
+
 // TestWaitDeadline: if a wrapper's deadline ends a wait, there is a response, also
 // if the request body never arrives.
 func TestWaitDeadline(t *testing.T) {

@@ -208,50 +208,56 @@ func TestScrubCancel(t *testing.T) {
 	}
 }
 
+// corrupt changes a file of one byte, but not its time.
+func corrupt(t *testing.T, p *pool, path string) { write(t, p.files, path, "X") }
+
+var placeTests = []struct {
+	name          string
+	before, after func(t *testing.T, p *pool) // the interruption
+	place         place
+	want          scrubResult
+	err           string
+}{
+	{
+		name:  "not read again",
+		after: func(t *testing.T, p *pool) { corrupt(t, p, "a"); must(t, p.files.Remove("b/c")) },
+		place: place{Last: "b.old", New: 3},
+		want:  scrubResult{Files: 3, Bytes: 3, New: list{Count: 4, Paths: []string{"z"}}, Missing: files("b/c")},
+	},
+	{
+		name: "corrupted before",
+		before: func(t *testing.T, p *pool) {
+			_, err := scrubbed(t, p)
+			must(t, err)
+			corrupt(t, p, "b/c")
+		},
+		place: place{Last: "a"},
+		want:  scrubResult{Files: 4, Bytes: 4, Corrupted: files("b/c")},
+		err:   "corrupted: 1, unreadable: 0, of 4 files",
+	},
+}
+
 // TestScrubPlace checks that a resumed scrub does not read the files before its
 // place again, and that it finds a corrupted one again.
 func TestScrubPlace(t *testing.T) {
 	defer func(every time.Duration) { placeEvery = every }(placeEvery)
 	placeEvery = 0
-	corrupt := func(t *testing.T, p *pool, path string) { write(t, p.files, path, "X") } // with the same time
-	for _, tt := range []struct {
-		name          string
-		before, after func(t *testing.T, p *pool) // the interruption
-		place         place
-		want          scrubResult
-		err           string
-	}{
-		{
-			name:   "not read again",
-			before: func(*testing.T, *pool) {},
-			after:  func(t *testing.T, p *pool) { corrupt(t, p, "a"); must(t, p.files.Remove("b/c")) },
-			place:  place{Last: "b.old", New: 3},
-			want:   scrubResult{Files: 3, Bytes: 3, New: list{Count: 4, Paths: []string{"z"}}, Missing: files("b/c")},
-		},
-		{
-			name: "corrupted before",
-			before: func(t *testing.T, p *pool) {
-				_, err := scrubbed(t, p)
-				must(t, err)
-				corrupt(t, p, "b/c")
-			},
-			after: func(*testing.T, *pool) {},
-			place: place{Last: "a"},
-			want:  scrubResult{Files: 4, Bytes: 4, Corrupted: files("b/c")},
-			err:   "corrupted: 1, unreadable: 0, of 4 files",
-		},
-	} {
+	for _, tt := range placeTests {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPool(t)
 			for _, path := range []string{"a", "b/c", "b.old", "z"} {
 				write(t, p.files, path, "1")
 			}
-			tt.before(t, p)
+			if tt.before != nil {
+				tt.before(t, p)
+			}
 			at := interrupted(t, p)
 			if at == nil || *at != tt.place {
 				t.Fatalf("the place is %+v, want %+v", at, tt.place)
 			}
-			tt.after(t, p)
+			if tt.after != nil {
+				tt.after(t, p)
+			}
 			known, err := p.manifest()
 			must(t, err)
 			r, err := p.scrub(t.Context(), &worker{about: about{Place: at}}, known)

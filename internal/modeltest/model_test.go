@@ -289,14 +289,7 @@ func (p *play) submit(r *byteReader) {
 		op.want.Metadata = fmt.Sprint(v)
 		opts = append(opts, task.WithMetadata(op.want.Metadata))
 	}
-	if kind&modelUnique != 0 {
-		op.unique = fmt.Sprint("unique ", r.byte()%2)
-		opts = append(opts, task.WithUnique(op.unique))
-	}
-	if kind&modelID != 0 {
-		op.want.ID = fmt.Sprint("id-", r.byte()%4)
-		opts = append(opts, task.WithID(op.want.ID))
-	}
+	opts = append(opts, op.exclusive(kind, r)...)
 	if kind%modelKinds == modelQuick {
 		op.progress, op.ending = int(r.byte()%101), newPlayEnd(r.byte())
 		op.orders <- func(call playCall) *playEnd { call.update(op.progress); return nil }
@@ -310,10 +303,10 @@ func (p *play) submit(r *byteReader) {
 		return
 	}
 	if exist := p.existing(op); exist != nil {
-		if !errors.Is(err, task.ErrExists) || !slices.ContainsFunc(exist, func(e *playOp) bool { return e.want.ID == got.ID }) {
+		i := slices.IndexFunc(exist, func(e *playOp) bool { return got != nil && e.want.ID == got.ID })
+		if i < 0 || !errors.Is(err, task.ErrExists) {
 			p.t.Fatalf("Submit: %+v, %v, want %v", got, err, task.ErrExists)
 		}
-		i := slices.IndexFunc(exist, func(e *playOp) bool { return e.want.ID == got.ID })
 		p.check("Submit", m, exist[i], got)
 		return
 	}
@@ -328,6 +321,19 @@ func (p *play) submit(r *byteReader) {
 		p.oneOf(got, op.history)
 	}
 	p.ops = append(p.ops, op)
+}
+
+// exclusive gives the operation a unique key, an ID, or both.
+func (op *playOp) exclusive(kind byte, r *byteReader) (opts []task.SubmitOption) {
+	if kind&modelUnique != 0 {
+		op.unique = fmt.Sprint("unique ", r.byte()%2)
+		opts = append(opts, task.WithUnique(op.unique))
+	}
+	if kind&modelID != 0 {
+		op.want.ID = fmt.Sprint("id-", r.byte()%4)
+		opts = append(opts, task.WithID(op.want.ID))
+	}
+	return opts
 }
 
 // existing returns the operations that keep a new one from being submitted.

@@ -44,7 +44,7 @@
 // A finished operation never changes.
 //
 // Lists and events omit metadata and results of more than 16 KiB as JSON, and set
-// metadata_omitted and result_omitted. They cut names and errors to that length.
+// metadata_omitted and result_omitted. They cut names, messages and errors to that length.
 // GET /{id} returns the full values. A page ends before its limit at 8 MiB: a client
 // continues while there is a next_cursor. A client that receives nothing for 25
 // seconds is disconnected.
@@ -120,14 +120,26 @@ func Home(text, url string) Option {
 	return func(h *handler) { h.homeText, h.homeURL = text, url }
 }
 
+// TrustedOrigin admits cross-origin requests from pages of that origin, such as
+// "https://nas.example:8443". It is for a reverse proxy that changes the Host header:
+// the origin is that of the proxy, as browsers see it. TrustedOrigin may be given
+// several times. Handler panics if the origin has another form.
+func TrustedOrigin(origin string) Option {
+	return func(h *handler) {
+		if err := h.guard.AddTrustedOrigin(origin); err != nil {
+			panic(fmt.Sprintf("taskhttp: trusted origin: %v", err))
+		}
+	}
+}
+
 // Handler returns a handler that serves m. Mount it under any prefix, with a
 // slash at the end:
 //
 //	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(m)))
 //
 // It refuses cross-origin requests that change something. It compares the Origin
-// header with the Host header, which a reverse proxy must therefore pass on. It
-// sets its own deadlines where a response may take longer than [http.Server]
+// header with the Host header, which a reverse proxy must therefore pass on, unless
+// its origin is a [TrustedOrigin]. It sets its own deadlines where a response may take longer than [http.Server]
 // allows. Event streams and waits end when the client disconnects, when m is
 // closed, and when the http.Server that serves them is shut down: they do not
 // delay its Shutdown.
@@ -221,7 +233,8 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		r.URL.Path = "/"
 	}
 	if err := h.guard.Check(r); err != nil {
-		Problem(w, r, http.StatusForbidden, err)
+		Problem(w, r, http.StatusForbidden, fmt.Errorf("%w; if the page at %.100q may do this, its proxy must pass on the Host header (here %.100q), "+
+			"or the server must call taskhttp.TrustedOrigin", err, r.Header.Get("Origin"), r.Host))
 		return
 	}
 	mux, pattern := h.mux.Handler(r)
@@ -369,7 +382,7 @@ type light struct {
 // lighten returns op without the values that are too long for a list.
 func lighten(op *task.Operation) light {
 	c := *op
-	c.Name, c.Error = cut(c.Name), cut(c.Error)
+	c.Name, c.Message, c.Error = cut(c.Name), cut(c.Message), cut(c.Error)
 	return light{&c, omit(&c.Metadata), omit(&c.Result)}
 }
 
@@ -550,11 +563,7 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, query url.Value
 	}
 	id := r.PathValue("id")
 	err := h.manager.CancelCause(id, cancelText(r, reason))
-	switch {
-	case errors.Is(err, errors.ErrUnsupported): // another manager runs it, and the store passes no requests on
-		Problem(w, r, http.StatusConflict, err)
-		return nil
-	case err != nil && !errors.Is(err, task.ErrNotFound):
+	if err != nil && !errors.Is(err, task.ErrNotFound) {
 		return err
 	}
 	status := http.StatusAccepted
@@ -590,6 +599,9 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 	timeout, err := parseTimeout(query.Get("timeout"))
 	if err != nil {
 		return err
+	}
+	if r.Method == http.MethodHead {
+		return h.get(w, r, nil) // no wait for a response without a body
 	}
 	http.NewResponseController(w).SetWriteDeadline(time.Time{}) // none during the wait
 	ctx, cancel := h.context(r)
@@ -643,20 +655,39 @@ func (h *handler) serving(server *http.Server) context.Context {
 	return ctx
 }
 
-// Accepted writes the response to a request that has started op: the status 202,
-// the operation as the body, and its path as the header Location. base is the
-// path under which the [Handler] is mounted, for example "/api/tasks".
-func Accepted(w http.ResponseWriter, base string, op *task.Operation) {
+// Accepted writes the response to a request that has started op, or that finds op
+// started already (see [task.ErrExists]): the status 202, the operation as the body,
+// and its address as the header Location. base is the path under which the [Handler]
+// is mounted, for example "/api/tasks". Location is relative to the address of the
+// request, so that it is right behind a proxy that serves all under a prefix, too.
+func Accepted(w http.ResponseWriter, r *http.Request, base string, op *task.Operation) {
 	header := w.Header()
-	header.Set("Location", strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID))
+	header.Set("Location", relative(r, strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID)))
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
 	body, err := json.Marshal(op)
 	if err != nil {
-		Error(w, nil, err)
+		Error(w, r, err)
 		return
 	}
 	header.Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusAccepted)
 	w.Write(append(body, '\n')) // an error means that the client has disconnected
+}
+
+// relative returns a path relative to the path of a request.
+func relative(r *http.Request, path string) string {
+	u, err := url.ParseRequestURI(r.RequestURI) // not r.URL, from which a prefix may have been stripped
+	if err != nil || !strings.HasPrefix(u.EscapedPath(), "/") || !strings.HasPrefix(path, "/") {
+		return path
+	}
+	from, to := strings.Split(u.EscapedPath(), "/"), strings.Split(path, "/")
+	for len(from) > 1 && len(to) > 1 && from[0] == to[0] {
+		from, to = from[1:], to[1:]
+	}
+	up := strings.Repeat("../", len(from)-1)
+	if up == "" {
+		up = "./" // the rest may begin with what looks like a scheme
+	}
+	return up + strings.Join(to, "/")
 }

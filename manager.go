@@ -73,6 +73,7 @@ type Manager struct {
 	closing  bool            // Close or Drain was called, or Shutdown is done: no function is started any more
 	leaving  bool            // Drain leaves what is PENDING to the next manager that resumes
 	left     map[string]bool // the IDs of what was left
+	lost     map[*task]bool  // lost operations whose functions still run
 	resuming bool            // recoverBeside runs
 	stopping bool            // the functions have returned: the writer stores the rest
 	lastTry  bool            // Close will not try again
@@ -145,6 +146,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 		unique:  make(map[string]*task),
 		others:  others{foreign: make(map[string]*foreign)},
 		left:    make(map[string]bool),
+		lost:    make(map[*task]bool),
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -278,7 +280,9 @@ func (m *Manager) enter(t *task) (holder *task) {
 
 // leave is the end of enter. The caller holds m.mu.
 func (m *Manager) leave(t *task) {
-	delete(m.tasks, t.id)
+	if m.tasks[t.id] == t {
+		delete(m.tasks, t.id)
+	}
 	for _, key := range t.unique {
 		if m.unique[key] == t {
 			delete(m.unique, key)
@@ -333,10 +337,14 @@ func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 
 // written implements source.
 func (m *Manager) written(b batch) (more bool) {
+	owner := m.owner()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now := time.Now()
 	m.backlog.writing = nil
+	if slices.ContainsFunc(b.updates, func(w record) bool { return errors.Is(w.err, ErrLost) }) {
+		m.lose(owner)
+	}
 	for _, w := range b.unknown {
 		m.backlog.again(w, now)
 	}
@@ -347,6 +355,8 @@ func (m *Manager) written(b batch) (more bool) {
 	for _, w := range b.updates {
 		more = more || retryable(w.err)
 		switch {
+		case errors.Is(w.err, ErrLost): // see lose
+			answer(w.checkpoints, w.err)
 		case w.final:
 			m.afterFinal(w, now)
 		case retryable(w.err):
@@ -371,7 +381,7 @@ func (m *Manager) afterInsert(w record) {
 	t.insertErr = w.err
 	close(t.inserted)
 	if w.err != nil {
-		if !errors.Is(w.err, ErrExists) {
+		if !errors.Is(w.err, ErrExists) && !errors.Is(w.err, ErrLost) {
 			m.backlog.remember(w)
 		}
 		m.settle(t, nil, w.err)
@@ -482,6 +492,10 @@ func (m *Manager) run(ctx context.Context, t *task) {
 	defer func() { // also if the function calls runtime.Goexit
 		m.mu.Lock()
 		m.finish(t, end)
+		if m.lost[t] {
+			delete(m.lost, t)
+			m.leave(t)
+		}
 		m.queue.Done(&t.ticket)
 		m.startNext()
 		m.mu.Unlock()
@@ -911,7 +925,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		known := f.op != nil || f.err != nil
 		m.mu.Unlock()
 		if known {
-			return &f.life, leave, nil
+			return f.life, leave, nil
 		}
 		leave()
 	}

@@ -31,7 +31,7 @@ const (
 // A foreign is an unfinished operation of another manager that somebody here waits
 // for or watches.
 type foreign struct {
-	life    // op is nil until it has been read
+	*life   // op is nil until it has been read
 	waiters int
 	look    int // the last look that found it unfinished, or that it came too late for
 }
@@ -86,7 +86,12 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 			if err = errors.Join(err, m.look(false)); err == nil {
 				continue
 			}
-			if !errors.Is(err, errNotAll) {
+			if errors.Is(err, ErrLost) {
+				owner := m.owner()
+				m.mu.Lock()
+				m.lose(owner)
+				m.mu.Unlock()
+			} else if !errors.Is(err, errNotAll) {
 				m.log.Debug("task: looking at the operations of others failed", "err", err)
 			}
 			break // to look again without waiting for a change
@@ -339,7 +344,7 @@ func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 func (m *Manager) lookFor(id string) *foreign {
 	f := m.foreign[id]
 	if f == nil {
-		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		f = &foreign{life: &life{done: make(chan struct{})}, look: m.looks}
 		m.foreign[id] = f
 	}
 	return f

@@ -186,6 +186,13 @@ func history(db Persistence) iter.Seq2[*Operation, error] {
 
 // A Recoverer is a [Persistence] that knows which process runs an operation,
 // so that several managers can share it.
+//
+// A store that others may take for dead while it lives, because it can't be
+// reached, has a method Owner() string. Once it notices, it goes on with a new
+// Owner: each write of an operation with the earlier one fails with an error that
+// wraps [ErrLost], and Changes ends with such an error. The manager then gives up
+// those operations: the contexts of their functions are cancelled, those that have
+// not started never do, and what the store has of them counts from then on.
 type Recoverer interface {
 	Persistence
 

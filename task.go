@@ -125,6 +125,11 @@ var (
 	// ID that it has.
 	ErrExists = errors.New("operation exists already")
 
+	// ErrLost is wrapped by what a store returns that was taken for dead, while it
+	// could not be reached, and whose operations others have recovered: of Submit,
+	// and as the cause of the contexts of the functions that run. See [Recoverer].
+	ErrLost = errors.New("operation lost: its manager was taken for dead")
+
 	// ErrLagged is the last thing that Watch yields to a receiver that is too
 	// slow.
 	ErrLagged = errors.New("watcher too slow: events were dropped")

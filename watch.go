@@ -226,7 +226,7 @@ func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 		}
 		for id, f := range m.foreign {
 			if m.tasks[id] == nil {
-				lives = append(lives, &f.life)
+				lives = append(lives, f.life)
 			}
 		}
 	}

@@ -371,7 +371,7 @@ func (w *writer) resolve(u *record) {
 
 // retryable reports whether err says that a write should be tried again.
 func retryable(err error) bool {
-	return err != nil && !errors.Is(err, ErrNotFound)
+	return err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrLost)
 }
 
 // note logs when trouble with the store begins and ends. An insert with an ID that

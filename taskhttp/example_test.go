@@ -3,6 +3,7 @@ package taskhttp_test
 import (
 	"context"
 	"crypto/subtle"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -41,12 +42,13 @@ func ExampleAccepted() {
 	mux := http.NewServeMux()
 	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(manager)))
 	mux.HandleFunc("POST /api/pools/{pool}/scrub", func(w http.ResponseWriter, r *http.Request) {
-		op, err := manager.Submit("scrub "+r.PathValue("pool"), scrub)
-		if err != nil {
+		name := "scrub " + r.PathValue("pool")
+		op, err := manager.Submit(name, scrub, task.WithUnique(name))
+		if err != nil && !errors.Is(err, task.ErrExists) { // two clicks start one scrub
 			taskhttp.Error(w, r, err)
 			return
 		}
-		taskhttp.Accepted(w, "/api/tasks", op)
+		taskhttp.Accepted(w, r, "/api/tasks", op)
 	})
 
 	server := httptest.NewServer(mux)
@@ -54,7 +56,8 @@ func ExampleAccepted() {
 	answer, _ := http.Post(server.URL+"/api/pools/tank/scrub", "", nil)
 	answer.Body.Close()
 	fmt.Println(answer.StatusCode)
-	answer, _ = http.Get(server.URL + answer.Header.Get("Location") + "/wait")
+	location, _ := answer.Location() // absolute
+	answer, _ = http.Get(location.String() + "/wait")
 	answer.Body.Close()
 	fmt.Println(answer.StatusCode)
 	// Output:

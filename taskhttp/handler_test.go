@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 	"github.com/mynt-nas/task/taskhttp"
 )
 
@@ -38,9 +40,9 @@ var listTests = []struct {
 }{
 	{"", []string{"live", "scrub", "scrub", "task 119"}, 50, true},
 	{"?limit=1", []string{"live"}, 1, true},
-	{"?limit=123", []string{"live"}, 123, false},
-	{"?limit=122", []string{"live"}, 122, true},
-	{"?limit=500", []string{"live"}, 123, false},
+	{"?limit=124", []string{"live"}, 124, false},
+	{"?limit=123", []string{"live"}, 123, true},
+	{"?limit=500", []string{"live"}, 124, false},
 	{"?state=RUNNING", []string{"live"}, 1, false},
 	{"?state=FAILED", []string{"scrub"}, 1, false},
 	{"?state=FAILED,RUNNING", []string{"live", "scrub"}, 2, false},
@@ -51,6 +53,18 @@ var listTests = []struct {
 	{"?name=scrub&state=DONE", []string{"scrub"}, 1, false},
 	{"?name=task+7&token=x", []string{"task 7"}, 1, false},
 	{"?name=%3Cb%3E", nil, 0, false},
+	{"?containing=SCR", []string{"scrub", "scrub"}, 2, false},
+	{"?containing=sk+11&order=finish", []string{"task 119", "task 118"}, 11, false},
+	{"?metadata.pool=tank", []string{"slow"}, 1, false},
+	{"?metadata.pool=tank&metadata.disk=sda", []string{"slow"}, 1, false},
+	{"?metadata.pool=tank&metadata.disk=sdb", nil, 0, false},
+	{"?order=finish", []string{"slow", "scrub", "scrub", "task 119"}, 50, true},
+	{"?order=finish&limit=1", []string{"slow"}, 1, true},
+	{"?order=finish&state=FAILED,RUNNING", []string{"scrub"}, 1, false},
+	{"?order=submission&limit=1", []string{"live"}, 1, true},
+	{"?finished_after=2020-01-02T03:04:05.5%2B01:00&limit=1", []string{"scrub"}, 1, true},
+	{"?finished_before=2020-01-02T03:04:05Z", nil, 0, false},
+	{"?finished_after=9020-01-02T03:04:05Z", nil, 0, false},
 }
 
 func TestList(t *testing.T) {
@@ -67,11 +81,15 @@ func TestList(t *testing.T) {
 		t.Errorf("empty history: %v", raw)
 	}
 
+	slow := newControlled(t, m, "slow", task.WithMetadata(map[string]string{"pool": "tank", "disk": "sda"}))
 	for i := range 120 {
 		run(t, m, fmt.Sprint("task ", i), nil, nil)
 	}
 	run(t, m, "scrub", nil, errors.New("no"))
 	run(t, m, "scrub", nil, nil)
+	slow.end(nil, nil)
+	_, err = m.Wait(t.Context(), slow.ID)
+	must(t, err)
 	live := newControlled(t, m, "live")
 	live.update(40)
 
@@ -106,7 +124,7 @@ func listPages(t *testing.T, m *task.Manager, s *site) {
 		}
 		run(t, m, "new", nil, nil)
 	}
-	if len(names) != 121 || names[0] != "scrub" || names[1] != "task 119" || names[120] != "task 0" {
+	if len(names) != 122 || names[0] != "scrub" || names[1] != "task 119" || names[120] != "task 0" || names[121] != "slow" {
 		t.Errorf("page by page: %d names: %q", len(names), names)
 	}
 }
@@ -121,8 +139,13 @@ func TestListBadParameters(t *testing.T) {
 		"state=running":      `parameter state: "running" is not one of [PENDING`,
 		"state=DONE,%FF":     `parameter state: "\xff"`,
 		"cursor=nonsense":    `parameter cursor: operation "nonsense" not found`,
-		"state=DONE;limit=1": "semicolon",
-		"name=%zz":           "invalid URL escape",
+		"before=nonsense":    `parameter before: operation "nonsense" not found`,
+		"order=name":         `parameter order: "name" is not one of [submission finish]`,
+		"finished_after=now": `parameter finished_after: "now" is not a time like 2026-01-02T15:04:05Z; a plus sign is written %2B`,
+		"finished_before=2026-01-02T03:04:05+01:00": "parameter finished_before",
+		"metadata.pool=a&metadata.pool=b":           `parameter metadata.KEY: "pool" has several values`,
+		"state=DONE;limit=1":                        "semicolon",
+		"name=%zz":                                  "invalid URL escape",
 	} {
 		s.fails("GET", "/?"+query, 400, detail)
 	}
@@ -164,13 +187,10 @@ func TestGet(t *testing.T) {
 }
 
 func TestCancel(t *testing.T) {
-	store := task.NewMemoryStore()
-	m := newManager(t, store, task.WithLimit(1))
-	other := newManager(t, store)
+	m := newManager(t, nil, task.WithLimit(1))
 	s := newSite(t, mount(m))
 	running := newControlled(t, m, "running")
 	waiting := newControlled(t, m, "waiting")
-	others := newControlled(t, other, "another's")
 
 	tests := []struct {
 		name   string
@@ -209,9 +229,23 @@ func TestCancel(t *testing.T) {
 	}
 
 	s.fails("POST", "/nonsense/cancel", 404, "operation not found")
-	s.do("POST", "/"+others.ID+"/cancel", 202, nil)
-	if op, err := m.Wait(t.Context(), others.ID); err != nil || op.State != task.StateCancelled {
-		t.Errorf("the other manager's operation: %+v, %v", op, err)
+}
+
+// TestCancelOfAnother cancels what another manager runs, if the store can pass that
+// on.
+func TestCancelOfAnother(t *testing.T) {
+	store := task.NewMemoryStore()
+	s, unable := newSite(t, mount(newManager(t, store))), newSite(t, mount(newManager(t, testkit.Bare(store))))
+	other := newManager(t, store)
+	op := newControlled(t, other, "another's")
+	unable.fails("POST", "/"+op.ID+"/cancel", 501, "unsupported")
+	var got task.Operation
+	s.do("POST", "/"+op.ID+"/cancel", 202, &got)
+	if !got.Cancelling && !got.State.Finished() {
+		t.Errorf("got %+v", got)
+	}
+	if s.do("GET", "/"+op.ID+"/wait", 200, &got); got.State != task.StateCancelled {
+		t.Errorf("got %+v", got)
 	}
 }
 
@@ -261,7 +295,38 @@ func TestCrossOrigin(t *testing.T) {
 	if op, _ := m.Get(op.ID); op.State.Finished() {
 		t.Errorf("state %s after a refused cancel", op.State)
 	}
+	s.fails("POST", "/"+op.ID+"/cancel", 403, `the page at "https://nas.example" may do this, its proxy must pass on the Host header`,
+		"Origin", "https://nas.example")
 	s.do("POST", "/"+op.ID+"/cancel", 202, nil, "Origin", strings.TrimSuffix(s.url, prefix))
+}
+
+// TestTrustedOrigin: a page of a trusted origin may cancel, one of another may not.
+func TestTrustedOrigin(t *testing.T) {
+	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {
+		m := newManager(t, nil)
+		h := taskhttp.Handler(m, taskhttp.TrustedOrigin("https://nas.example"), taskhttp.TrustedOrigin("http://nas:8080"))
+		s := serve(http.StripPrefix(prefix, h))
+		for origin, status := range map[string]int{
+			"https://nas.example": 202, "http://nas:8080": 202, "http://nas.example": 403, "https://nas.example.evil": 403, "null": 403,
+		} {
+			op := newControlled(t, m, "mine")
+			resp := s.request(t.Context(), "POST", "/"+op.ID+"/cancel", nil, "Origin", origin, "Sec-Fetch-Site", "cross-site")
+			resp.Body.Close()
+			if resp.StatusCode != status {
+				t.Errorf("from %s: %s, want %d", origin, resp.Status, status)
+			}
+		}
+	})
+	for _, origin := range []string{"", "nas.example", "https://nas.example/", "null"} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("no panic for the origin %q", origin)
+				}
+			}()
+			taskhttp.Handler(newManager(t, nil), taskhttp.TrustedOrigin(origin))
+		}()
+	}
 }
 
 func TestWait(t *testing.T) {
@@ -296,6 +361,12 @@ func TestWait(t *testing.T) {
 		}
 		for _, timeout := range []string{"-1s", "10m1s", "soon", "30"} {
 			s.fails("GET", "/"+live.ID+"/wait?timeout="+timeout, 400, `parameter timeout: "`+timeout)
+		}
+		start := time.Now()
+		s.do("HEAD", "/"+newControlled(t, m, "endless").ID+"/wait?timeout=1h0m", 400, nil)
+		s.do("HEAD", "/"+newControlled(t, m, "endless").ID+"/wait", 200, nil)
+		if passed := time.Since(start); passed != 0 {
+			t.Errorf("HEAD took %v", passed)
 		}
 		s.fails("GET", "/nonsense/wait", 404, "operation not found")
 		m.Close()
@@ -487,13 +558,44 @@ func TestError(t *testing.T) {
 func TestAccepted(t *testing.T) {
 	m := newManager(t, nil)
 	op := run(t, m, "started", nil, nil)
-	for _, base := range []string{prefix, prefix + "/"} {
-		w := httptest.NewRecorder()
-		taskhttp.Accepted(w, base, op)
-		if w.Code != 202 || w.Header().Get("Location") != prefix+"/"+op.ID ||
+	for _, test := range []struct{ base, target, location string }{
+		{"/api/tasks", "/api/pools", "./tasks/ID"},
+		{"/api/tasks/", "/api/pools", "./tasks/ID"},
+		{"/api/tasks", "/api/pools/a%2Fb/scrub?x=/", "../../tasks/ID"},
+		{"/api/tasks", "/api/pools/", "../tasks/ID"},
+		{"/api/tasks", "/api/tasks", "./tasks/ID"},
+		{"/api/tasks", "/api/tasks/", "./ID"},
+		{"/api/tasks", "/api/tasks/x/again", "../ID"},
+		{"/api/tasks", "/", "./api/tasks/ID"},
+		{"/api/tasks", "/other//x", "../../api/tasks/ID"},
+		{"/", "/scrub", "./ID"},
+		{"/api/tasks", "http://nas.example/api/pools", "./tasks/ID"},
+		{"/api/tasks", "*", "/api/tasks/ID"},
+		{"../tasks", "/api/pools", "../tasks/ID"},
+	} {
+		w, r := httptest.NewRecorder(), &http.Request{RequestURI: test.target}
+		taskhttp.Accepted(w, r, test.base, op)
+		if got := strings.ReplaceAll(w.Header().Get("Location"), op.ID, "ID"); w.Code != 202 || got != test.location ||
 			w.Header().Get("Content-Type") != "application/json" || !strings.Contains(w.Body.String(), op.ID) {
-			t.Errorf("status %d, header %v, body %s", w.Code, w.Header(), w.Body)
+			t.Errorf("%s from %s: status %d, header %v, body %s", test.base, test.target, w.Code, w.Header(), w.Body)
 		}
+		if base, err := url.Parse("http://x/prefix" + test.target); err == nil && strings.HasPrefix(test.target, "/") && test.base != "../tasks" {
+			got, err := base.Parse(w.Header().Get("Location"))
+			if want := "/prefix" + strings.TrimSuffix(test.base, "/") + "/" + op.ID; err != nil || got.Path != want {
+				t.Errorf("%s from %s: %v is %s, %v, want %s", test.base, test.target, w.Header(), got, err, want)
+			}
+		}
+	}
+}
+
+// TestExists: an application that refuses a second request says which operation
+// exists.
+func TestExists(t *testing.T) {
+	w := httptest.NewRecorder()
+	w.Header().Set("Location", "../ID")
+	taskhttp.Error(w, httptest.NewRequest("POST", "/scrub", nil), fmt.Errorf("scrub: %w", task.ErrExists))
+	if w.Code != 409 || w.Header().Get("Location") != "../ID" {
+		t.Errorf("status %d, header %v", w.Code, w.Header())
 	}
 }
 
@@ -565,5 +667,27 @@ func TestListEndsWithClient(t *testing.T) {
 	}
 	if err := <-store.ended; err == nil {
 		t.Error("the search continued for 10 s")
+	}
+}
+
+// TestPageOptions: the heading and the link of the page are the application's, and
+// are text.
+func TestPageOptions(t *testing.T) {
+	page := func(opts ...taskhttp.Option) string {
+		w := httptest.NewRecorder()
+		taskhttp.Handler(newManager(t, nil), opts...).ServeHTTP(w, httptest.NewRequest("GET", "/ui", nil))
+		return w.Body.String()
+	}
+	if got := page(); !strings.Contains(got, "<h1>Tasks</h1><span") || !strings.Contains(got, "<title>Tasks</title>") {
+		t.Error("the default heading is missing")
+	}
+	got := page(taskhttp.Title("NAS & <b>"), taskhttp.Home("My <NAS>", `../../?a="b"&c`))
+	for _, want := range []string{
+		"<title>NAS &amp; &lt;b&gt;</title>",
+		`<h1>NAS &amp; &lt;b&gt;</h1><a class="button" href="../../?a=&#34;b&#34;&amp;c">My &lt;NAS&gt;</a>`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("the page lacks %s", want)
+		}
 	}
 }

@@ -32,8 +32,11 @@ func TestGivenIDs(t *testing.T) {
 		_, err = m.Wait(t.Context(), id)
 		must(t, err)
 		rec := httptest.NewRecorder()
-		taskhttp.Accepted(rec, "/", op)
-		path := rec.Header().Get("Location")
+		request := httptest.NewRequest("POST", "http://x/a:b", nil)
+		taskhttp.Accepted(rec, request, "/", op)
+		location, err := request.URL.Parse(rec.Header().Get("Location"))
+		must(t, err)
+		path := location.EscapedPath()
 		for _, way := range []string{path, path + "/wait", "/" + url.PathEscape(id)} {
 			var got task.Operation
 			s.do("GET", way, 200, &got)

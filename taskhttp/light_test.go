@@ -2,6 +2,7 @@ package taskhttp_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -368,4 +369,39 @@ func TestEventsDeleted(t *testing.T) {
 		other.end(nil, nil)
 		r.want("operation other DONE 100")
 	})
+}
+
+// TestMessage: lists, events and the response with one operation have the message.
+// Lists cut a long one, which only another program can have stored.
+func TestMessage(t *testing.T) {
+	store := task.NewMemoryStore()
+	must(t, store.Save(&task.Operation{ID: "foreign", Name: "foreign", State: task.StateFailed, Message: strings.Repeat("ä", long)}))
+	m := newManager(t, store)
+	s := newSite(t, mount(m))
+	said, end := make(chan error), make(chan bool)
+	op, err := m.Submit("talks", func(ctx context.Context, _ func(int)) (any, error) {
+		said <- task.SetMessage(ctx, "at a.txt")
+		<-end
+		return nil, nil
+	})
+	must(t, err)
+	defer close(end)
+	must(t, <-said)
+
+	var whole, foreign task.Operation
+	var list, live struct{ Tasks []listed }
+	s.do("GET", "/"+op.ID, 200, &whole)
+	s.do("GET", "/", 200, &list)
+	snapshot, err := s.listen(t.Context(), "/events").next()
+	must(t, err)
+	must(t, json.Unmarshal([]byte(snapshot.data), &live))
+	for _, got := range []task.Operation{whole, list.Tasks[0].Operation, live.Tasks[0].Operation} {
+		if got.ID != op.ID || got.Message != "at a.txt" || got.Owner != op.Owner {
+			t.Errorf("got %+v", got)
+		}
+	}
+	s.do("GET", "/foreign", 200, &foreign)
+	if n, cut := len(foreign.Message), list.Tasks[1].Message; n != 2*long || len(cut) > long+3 || !strings.HasSuffix(cut, "ä…") {
+		t.Errorf("messages of %d and %d bytes", n, len(cut))
+	}
 }

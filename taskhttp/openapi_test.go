@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 	"github.com/mynt-nas/task/taskhttp"
 )
 
@@ -182,6 +183,9 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	others := newControlled(t, other, "another's").ID
 	synctest.Wait()
 
+	store.setDeaf(true)
+	a.ask("POST /{id}/cancel", others, "")
+	store.setDeaf(false)
 	a.askHealthy(done, live, others)
 	other.Close()
 	store.fail(true)
@@ -214,6 +218,16 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	defer again.Close()
 	h = mount(again)
 	a.ask("GET /events", "", "")
+	a.askBare()
+}
+
+// askBare makes a request for which the store lacks an ability.
+func (a asker) askBare() {
+	bare := testkit.Bare(task.NewMemoryStore())
+	m, other := newManager(a.t, bare), newManager(a.t, bare)
+	defer other.Close()
+	a.site = newPipeSite(a.t, mount(m))
+	a.ask("POST /{id}/cancel", newControlled(a.t, other, "another's").ID, "")
 }
 
 // An asker makes requests to a site, and checks the responses.

@@ -67,7 +67,7 @@ func TestTable(t *testing.T) {
 	path := testkit.Path(t)
 	now := time.Now()
 	ops := []task.Operation{
-		{Name: "scrub", State: task.StateRunning, Progress: 42, Message: "reading tank/home", StartedAt: now.Add(-90 * time.Second)},
+		{Name: "scrub", State: task.StateRunning, Progress: 42, Message: "reading tank/home", StartedAt: now.Add(-50*time.Hour - 30*time.Minute)},
 		{Name: "wait", State: task.StatePending, Cancelling: true},
 		{Name: strings.Repeat("long ", 50), State: task.StateFailed, Progress: 7, Error: strings.Repeat("disk full ", 30),
 			StartedAt: now.Add(-3 * time.Hour), UpdatedAt: now.Add(-time.Hour)},
@@ -96,7 +96,7 @@ func TestTable(t *testing.T) {
 			if columns < 120 {
 				return
 			}
-			for _, want := range []string{"STATE", "[####......]  42%", "CANCELLING", "1m30s", "2h0m0s", "disk", "reading"} {
+			for _, want := range []string{"STATE", "[####......]  42%", "CANCELLING", "50h30m", "2h0m0s", "disk", "reading"} {
 				if !strings.Contains(out, want) {
 					t.Errorf("no %q in\n%s", want, out)
 				}

@@ -30,7 +30,8 @@ import (
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
 //	GET  /                              the web page
 //
-// The response to a POST is 202 and the operation that was started.
+// The response to a POST is 202 and the operation that was started, or the one that
+// was started before if the same is already waiting or running.
 type api struct {
 	storage *storage
 	last    *lastResults
@@ -50,7 +51,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux.HandleFunc("POST /api/pools/{name}/scrub", a.on(s.scrub))
 	mux.HandleFunc("POST /api/pools/{name}/accept", a.on(s.accept))
 	mux.HandleFunc("POST /api/pools/{name}/replicate", a.replicate)
-	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(s.snapshot))
+	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(func(pool string) (*task.Operation, error) { return s.snapshot(pool) }))
 	mux.HandleFunc("GET /api/pools/{name}/snapshots", a.snapshots)
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
@@ -89,7 +90,7 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	op, err := a.storage.create(in.Name)
-	if err == nil {
+	if err == nil || errors.Is(err, task.ErrExists) {
 		// The client will use the pool next: wait until the pool exists, but not
 		// for long.
 		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
@@ -122,11 +123,11 @@ func (a *api) on(start func(pool string) (*task.Operation, error)) http.HandlerF
 }
 
 func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err error) {
-	if err != nil {
+	if err != nil && !errors.Is(err, task.ErrExists) {
 		fail(w, r, err)
 		return
 	}
-	taskhttp.Accepted(w, tasksPath, op)
+	taskhttp.Accepted(w, r, tasksPath, op)
 }
 
 func (a *api) pools(w http.ResponseWriter, r *http.Request) {

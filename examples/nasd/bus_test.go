@@ -141,9 +141,9 @@ func TestLastResultsFarBack(t *testing.T) {
 	for range 2500 {
 		last, err = s.submit(about{Kind: "snapshot", Pool: "tank"}, func(context.Context, func(int)) (any, error) { return nil, nil })
 		must(t, err)
+		_, err = s.tasks.Wait(t.Context(), last.ID)
+		must(t, err)
 	}
-	_, err = s.tasks.Wait(t.Context(), last.ID)
-	must(t, err)
 	got := newLastResults(s.tasks).of("tank")
 	if len(got) != 2 || got["scrub"].ID != op.ID || got["snapshot"].ID != last.ID {
 		t.Errorf("got %+v", got)

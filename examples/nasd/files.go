@@ -236,8 +236,7 @@ func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string
 
 // at reports the present file.
 func (w *worker) at(ctx context.Context, path string) {
-	w.about.File = path
-	task.SetMetadata(ctx, w.about) // fails outside of an operation, in tests
+	task.SetMessage(ctx, path) // fails outside of an operation, in tests
 }
 
 // moved adds n bytes to the progress.

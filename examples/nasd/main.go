@@ -10,7 +10,9 @@
 // event bus (bus.go), and the REST API (api.go) serves the operations under
 // /api/tasks. A user can try all of this on the page at / (page.html).
 //
-// On each pool one operation runs at a time. A replication occupies two pools.
+// On each pool one operation runs at a time. A replication occupies two pools. After
+// a kill, the next nasd resumes the scrubs, replications and snapshots that were
+// interrupted: a scrub from its last recorded place.
 //
 // DIR holds everything:
 //
@@ -96,16 +98,16 @@ func run(ctx context.Context, c config, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	m, err := task.New(store, task.WithLimit(c.limit), task.WithRetention(c.history))
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, m.Close()) }()
-	s, err := openStorage(c.data, m)
+	s, err := openStorage(c.data)
 	if err != nil {
 		return err
 	}
 	defer s.pools.Close()
+	s.tasks, err = task.New(store, task.WithLimit(c.limit), task.WithRetention(c.history), task.WithResume(s.resume))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.tasks.Close()) }()
 	ln, err := net.Listen("tcp", c.listen)
 	if err != nil {
 		return err

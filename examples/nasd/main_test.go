@@ -166,8 +166,13 @@ func (d *daemon) get(id string) (op task.Operation) {
 // value that into points to, unless that is nil.
 func (d *daemon) finish(path, body string, state task.State, into any) task.Operation {
 	d.t.Helper()
-	op := d.begin(path, body)
-	d.do("GET", "/api/tasks/"+op.ID+"/wait?timeout=5m", "", 200, &op)
+	return d.wait(d.begin(path, body).ID, state, into)
+}
+
+// wait is finish for an operation that was started before.
+func (d *daemon) wait(id string, state task.State, into any) (op task.Operation) {
+	d.t.Helper()
+	d.do("GET", "/api/tasks/"+id+"/wait?timeout=5m", "", 200, &op)
 	if op.State != state {
 		d.t.Fatalf("%s is %s at %d%% (%s), want %s", op.Name, op.State, op.Progress, op.Error, state)
 	}
@@ -249,9 +254,7 @@ func (d *daemon) untilAt(id, file string) {
 	s := d.stream("/api/tasks/" + id + "/events")
 	defer s.body.Close()
 	s.until("work on "+file, func(op *task.Operation) bool {
-		var a about
-		must(d.t, op.DecodeMetadata(&a))
-		return a.File == file
+		return op.Message == file
 	})
 }
 
@@ -348,6 +351,11 @@ func TestDaemon(t *testing.T) {
 		first := d.begin("/api/pools/tank/scrub", "")
 		second := d.begin("/api/pools/tank/snapshot", "")
 		d.untilAt(first.ID, "huge") // it takes hours
+		for path, op := range map[string]task.Operation{"scrub": first, "snapshot": second} {
+			if again := d.begin("/api/pools/tank/"+path, ""); again.ID != op.ID {
+				t.Errorf("a second request has started %+v beside %+v", again, op)
+			}
+		}
 		d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 		if op := d.get(second.ID); op.State != task.StatePending {
 			t.Errorf("the second is %s, want %s", op.State, task.StatePending)
@@ -453,32 +461,45 @@ func TestTerm(t *testing.T) {
 	must(t, d.end(syscall.SIGTERM))
 }
 
-// TestKill checks that after a kill the next daemon marks the replication as
-// failed, and can continue it.
+// TestKill checks that after a kill the next daemon resumes a replication and a
+// scrub, with their IDs, but not an accept.
 func TestKill(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
-	d.finish("/api/pools", `{"name":"backup"}`, task.StateDone, nil)
-	d.put("/api/pools/tank/files/a", "a")
-	d.put("/api/pools/tank/files/z", "z")
-	makeHuge(t, d.file("tank", "huge"))
-	op := d.begin("/api/pools/tank/replicate", `{"to":"backup"}`)
-	d.untilAt(op.ID, "huge")
+	for _, name := range []string{"backup", "scrubbed", "accepted"} {
+		d.finish("/api/pools", `{"name":"`+name+`"}`, task.StateDone, nil)
+	}
+	for _, pool := range []string{"tank", "scrubbed", "accepted"} {
+		d.put("/api/pools/"+pool+"/files/a", "a")
+		d.put("/api/pools/"+pool+"/files/z", "z")
+		makeHuge(t, d.file(pool, "huge"))
+	}
+	replicate := d.begin("/api/pools/tank/replicate", `{"to":"backup"}`)
+	scrub := d.begin("/api/pools/scrubbed/scrub", "")
+	accept := d.begin("/api/pools/accepted/accept", "")
+	for _, op := range []task.Operation{replicate, scrub, accept} {
+		d.untilAt(op.ID, "huge")
+	}
 	if err := d.end(syscall.SIGKILL); err == nil {
 		t.Error("no error of a killed daemon")
 	}
 
-	d = start(t, d.dir)
-	op = d.get(op.ID)
-	if op.State != task.StateFailed || op.Error != "Task failed due to system restart" {
-		t.Errorf("the replication is %s %q", op.State, op.Error)
+	for _, pool := range []string{"tank", "scrubbed", "accepted"} {
+		must(t, os.Remove(d.file(pool, "huge")))
 	}
-	wantTree(t, d.file("backup", ""), map[string]string{"a": "a"})
-	must(t, os.Remove(d.file("tank", "huge")))
-	var r replicateResult
-	d.finish("/api/pools/tank/replicate", `{"to":"backup"}`, task.StateDone, &r)
-	if want := (replicateResult{Copied: 1, Skipped: 1, Bytes: 2}); !reflect.DeepEqual(r, want) {
-		t.Errorf("got %+v, want %+v", r, want)
+	d = start(t, d.dir)
+	if op := d.get(accept.ID); op.State != task.StateFailed || op.Error != "Task failed due to system restart" {
+		t.Errorf("the accept is %s %q", op.State, op.Error)
+	}
+	var copied replicateResult
+	d.wait(replicate.ID, task.StateDone, &copied)
+	if want := (replicateResult{Copied: 1, Skipped: 1, Bytes: 2}); !reflect.DeepEqual(copied, want) {
+		t.Errorf("got %+v, want %+v", copied, want)
+	}
+	var read scrubResult
+	d.wait(scrub.ID, task.StateDone, &read)
+	if want := (scrubResult{Files: 2, Bytes: 2, New: files("a", "z")}); !reflect.DeepEqual(read, want) {
+		t.Errorf("got %+v, want %+v", read, want)
 	}
 	wantTree(t, d.file("backup", ""), map[string]string{"a": "a", "z": "z"})
 	d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)

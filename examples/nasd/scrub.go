@@ -8,6 +8,9 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
+
+	"github.com/mynt-nas/task"
 )
 
 // A scrubResult is what a scrub has found.
@@ -28,11 +31,27 @@ type scrubResult struct {
 	Changed    list  `json:"changed,omitzero"`
 }
 
+// A place is how far a scrub has got. It is small, because lists of operations
+// contain it.
+type place struct {
+	Last    string `json:"last"` // the manifest is up to date as far as this file
+	New     int    `json:"new"`  // files
+	Changed int    `json:"changed"`
+}
+
+// placeEvery is the time between two records of the place.
+var placeEvery = time.Minute
+
 // scrub compares all files with the manifest, and records the checksums of new and
-// changed files. A cancelled scrub records nothing. If files are corrupted or
-// unreadable, scrub returns an error beside the result.
+// changed files, those before its place while it runs. It continues behind the place
+// that w has. If files are corrupted or unreadable, scrub returns an error beside the
+// result.
 func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResult, error) {
-	s := &scrub{pool: p, worker: w, known: known, next: make(manifest)}
+	s := &scrub{pool: p, worker: w, known: known, next: make(manifest), saved: time.Now()}
+	if at := w.about.Place; at != nil {
+		s.from = strings.Split(at.Last, "/")
+		s.result.New.Count, s.result.Changed.Count = at.New, at.Changed
+	}
 	err := w.each(ctx, p.files, func(path string, err error) error { return s.visit(ctx, path, err) })
 	r := &s.result
 	r.Bytes, r.Others = w.done, w.others
@@ -62,12 +81,23 @@ type scrub struct {
 	worker *worker
 	known  manifest // as it was
 	next   manifest // as it will be
+	from   []string // the names in the path of the place to continue behind
+	saved  time.Time
 	result scrubResult
 }
 
 func (s *scrub) visit(ctx context.Context, path string, err error) error {
+	if e, ok := s.known[path]; ok && err == nil && slices.Compare(strings.Split(path, "/"), s.from) <= 0 {
+		s.next[path] = e // read before the interruption
+		s.result.Files++
+		s.worker.moved(e.size)
+		return nil
+	}
 	if err == nil {
 		err = s.check(ctx, path)
+	}
+	if err == nil {
+		err = s.savePlace(ctx, path)
 	}
 	if errors.As(err, new(readError)) {
 		s.retain(path)
@@ -104,6 +134,24 @@ func (s *scrub) check(ctx context.Context, path string) error {
 		r.Corrupted.add(path)
 		s.next[path] = old
 	}
+	return nil
+}
+
+// savePlace records that all files as far as path have been read. It does not
+// after a corrupted or unreadable one: a resumed scrub must find that again.
+func (s *scrub) savePlace(ctx context.Context, path string) error {
+	r := &s.result
+	if s.known == nil || r.Corrupted.Count+r.Unreadable.Count > 0 || time.Since(s.saved) < placeEvery {
+		return nil
+	}
+	m := maps.Clone(s.known)
+	maps.Copy(m, s.next)
+	if err := s.pool.saveManifest(m); err != nil {
+		return err
+	}
+	s.saved = time.Now()
+	s.worker.about.Place = &place{path, r.New.Count, r.Changed.Count}
+	task.SetMetadata(ctx, s.worker.about) // fails outside of an operation, in tests
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -205,6 +206,90 @@ func TestScrubCancel(t *testing.T) {
 	if after, err := p.manifest(); err != nil || !reflect.DeepEqual(after, before) {
 		t.Errorf("the manifest has become %v, %v", after, err)
 	}
+}
+
+// corrupt changes a file of one byte, but not its time.
+func corrupt(t *testing.T, p *pool, path string) { write(t, p.files, path, "X") }
+
+var placeTests = []struct {
+	name          string
+	before, after func(t *testing.T, p *pool) // the interruption
+	place         place
+	want          scrubResult
+	err           string
+}{
+	{
+		name:  "not read again",
+		after: func(t *testing.T, p *pool) { corrupt(t, p, "a"); must(t, p.files.Remove("b/c")) },
+		place: place{Last: "b.old", New: 3},
+		want:  scrubResult{Files: 3, Bytes: 3, New: list{Count: 4, Paths: []string{"z"}}, Missing: files("b/c")},
+	},
+	{
+		name: "corrupted before",
+		before: func(t *testing.T, p *pool) {
+			_, err := scrubbed(t, p)
+			must(t, err)
+			corrupt(t, p, "b/c")
+		},
+		place: place{Last: "a"},
+		want:  scrubResult{Files: 4, Bytes: 4, Corrupted: files("b/c")},
+		err:   "corrupted: 1, unreadable: 0, of 4 files",
+	},
+}
+
+// TestScrubPlace checks that a resumed scrub does not read the files before its
+// place again, and that it finds a corrupted one again.
+func TestScrubPlace(t *testing.T) {
+	defer func(every time.Duration) { placeEvery = every }(placeEvery)
+	placeEvery = 0
+	for _, tt := range placeTests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPool(t)
+			for _, path := range []string{"a", "b/c", "b.old", "z"} {
+				write(t, p.files, path, "1")
+			}
+			if tt.before != nil {
+				tt.before(t, p)
+			}
+			at := interrupted(t, p)
+			if at == nil || *at != tt.place {
+				t.Fatalf("the place is %+v, want %+v", at, tt.place)
+			}
+			if tt.after != nil {
+				tt.after(t, p)
+			}
+			known, err := p.manifest()
+			must(t, err)
+			r, err := p.scrub(t.Context(), &worker{about: about{Place: at}}, known)
+			if !reflect.DeepEqual(*r, tt.want) {
+				t.Errorf("got  %+v\nwant %+v", *r, tt.want)
+			}
+			if tt.err == "" && err != nil || tt.err != "" && (err == nil || err.Error() != tt.err) {
+				t.Errorf("got error %v, want %q", err, tt.err)
+			}
+		})
+	}
+}
+
+// interrupted scrubs a pool until the scrub is at a huge file, and returns its place.
+func interrupted(t *testing.T, p *pool) *place {
+	t.Helper()
+	huge := filepath.Join(p.files.Name(), "huge")
+	makeHuge(t, huge)
+	known, err := p.manifest()
+	must(t, err)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	w := new(worker)
+	w.update = func(int) {
+		if w.done >= chunkSize {
+			cancel(task.ErrCancelled)
+		}
+	}
+	if _, err := p.scrub(ctx, w, known); !errors.Is(err, task.ErrCancelled) {
+		t.Fatalf("got %v, want %v", err, task.ErrCancelled)
+	}
+	must(t, os.Remove(huge))
+	return w.about.Place
 }
 
 // TestManifestDamaged checks that any damage of the manifest is detected, and

@@ -242,21 +242,10 @@ type scheduler struct {
 	storage *storage
 	every   time.Duration
 	keep    int
-
-	last map[string]attempt // by pool
 }
 
-// An attempt is the last time that operations were submitted for a pool.
-type attempt struct {
-	at time.Time
-	id string // of the last operation
-}
-
-// run submits the operations that are due, until ctx is done. It derives the
-// schedule from the existing snapshots, so that a restart of the daemon does not
-// change it.
+// run submits the operations that are due, until ctx is done.
 func (s *scheduler) run(ctx context.Context) {
-	s.last = make(map[string]attempt)
 	ticker := time.NewTicker(max(s.every/10, time.Millisecond))
 	defer ticker.Stop()
 	for {
@@ -275,33 +264,25 @@ func (s *scheduler) run(ctx context.Context) {
 	}
 }
 
-// submitDue submits the operations that are due for a pool, at most once in each
-// period, even if they fail. It submits nothing while the last ones are
-// unfinished, so that they do not accumulate behind a scrub that takes days.
+// submitDue submits the operations that are due for a pool. The ID of the snapshot
+// is that of the period: it is taken at most once, even if it fails or the daemon is
+// restarted, unless it was interrupted. Nothing is submitted while the last snapshot
+// is unfinished, so that snapshots do not accumulate behind a scrub that takes days.
 func (s *scheduler) submitDue(name string, now time.Time) error {
-	last := s.last[name]
-	if op, ok := s.storage.tasks.Get(last.id); ok && !op.State.Finished() || now.Sub(last.at) < s.every {
+	ids, listErr := s.storage.snapshots(name)
+	period := "auto-" + name + "-" + now.UTC().Truncate(s.every).Format(snapshotID)
+	op, err := s.storage.snapshot(name, task.WithID(period))
+	for try := 2; errors.Is(err, task.ErrExists) && op.Interrupted(); try++ {
+		op, err = s.storage.snapshot(name, task.WithID(fmt.Sprintf("%s.%d", period, try)))
+	}
+	if err == nil {
+		err = listErr
+	}
+	if err == nil && len(expired(append(ids, newSnapshotID(now, ids)), s.keep)) > 0 {
+		_, err = s.storage.thin(name, s.keep)
+	}
+	if errors.Is(err, task.ErrExists) {
 		return nil
 	}
-	ids, err := s.storage.snapshots(name)
-	if err == nil && len(ids) > 0 {
-		latest, _ := time.Parse(snapshotID, ids[len(ids)-1])
-		// A snapshot in the future comes from a wrong clock.
-		if age := now.Sub(latest); 0 <= age && age < s.every {
-			return nil
-		}
-	}
-	s.last[name] = attempt{at: now}
-	if err != nil {
-		return err
-	}
-	op, err := s.storage.snapshot(name)
-	if err == nil && len(expired(append(ids, newSnapshotID(now, ids)), s.keep)) > 0 {
-		op, err = s.storage.thin(name, s.keep)
-	}
-	if err != nil {
-		return err
-	}
-	s.last[name] = attempt{at: now, id: op.ID}
-	return nil
+	return err
 }

@@ -154,8 +154,9 @@ func TestScheduler(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		m := task.NewManager(nil)
-		s, err := openStorage(dir, m)
+		s, err := openStorage(dir)
 		must(t, err)
+		s.tasks = m
 		must(t, s.makePool(t.Context(), "tank", func(int) {}))
 		wants := func(when string, names ...string) {
 			t.Helper()
@@ -177,7 +178,7 @@ func TestScheduler(t *testing.T) {
 			(&scheduler{storage: s, every: time.Hour, keep: 1}).run(ctx)
 		}()
 
-		// The first one at once, and the next one after an hour.
+		// The first one at once, and one in each hour of the clock.
 		wants("at once", "tank DONE")
 		time.Sleep(59 * time.Minute)
 		wants("after 59 minutes", "tank DONE")
@@ -192,14 +193,14 @@ func TestScheduler(t *testing.T) {
 		close(release)
 		synctest.Wait()
 		time.Sleep(30 * time.Minute)
-		wants("after the pool is free", "tank DONE", "hold tank DONE", "tank DONE")
+		wants("after the pool is free", "tank DONE", "hold tank DONE", "tank DONE", "tank DONE")
 
 		// The schedule survives a restart of the daemon.
 		cancel()
 		<-ended
-		sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
+		sched := &scheduler{storage: s, every: time.Hour, keep: 1}
 		must(t, sched.submitDue("tank", time.Now()))
-		wants("after a restart", "tank DONE", "hold tank DONE", "tank DONE")
+		wants("after a restart", "tank DONE", "hold tank DONE", "tank DONE", "tank DONE")
 		if err := sched.submitDue("gone", time.Now()); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %v", err, os.ErrNotExist)
 		}
@@ -217,8 +218,8 @@ func TestSchedulerErrors(t *testing.T) {
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
 	write(t, p.root, snapshotsDir+"/29990102T030405.001Z/a", "")
-	sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
-	now := time.Now()
+	sched := &scheduler{storage: s, every: time.Hour, keep: 1}
+	now := time.Now().Truncate(time.Hour)
 	for _, tt := range []struct {
 		after time.Duration
 		want  int // operations: a snapshot that lets another one expire is followed by thinning out
@@ -242,4 +243,43 @@ func TestSchedulerErrors(t *testing.T) {
 		t.Errorf("got %v, want %v", err, os.ErrNotExist)
 	}
 	must(t, sched.submitDue("tank", now.Add(2*time.Hour+time.Minute))) // no second error in the same period
+}
+
+// TestSchedulerInterrupted checks that a snapshot that was interrupted is taken
+// again, at most once after a restart, and one that failed is not.
+func TestSchedulerInterrupted(t *testing.T) {
+	s := newStorage(t, "tank")
+	store := task.NewMemoryStore()
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	wants := []string{
+		"auto-tank-20260102T030000.000Z FAILED",   // interrupted
+		"auto-tank-20260102T030000.000Z.2 FAILED", // by itself
+	}
+	must(t, store.Save(&task.Operation{
+		ID: "auto-tank-20260102T030000.000Z", Name: "snapshot tank", State: task.StateRunning, CreatedAt: now, UpdatedAt: now,
+	}))
+	must(t, openPool(t, s, "tank").root.RemoveAll(snapshotsDir)) // makes it fail
+	for range 2 {
+		m, err := task.New(store)
+		must(t, err)
+		restarted := &storage{pools: s.pools, tasks: m}
+		sched := &scheduler{storage: restarted, every: time.Hour, keep: 1}
+		for range 2 {
+			if err := sched.submitDue("tank", now); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Error(err)
+			}
+			_, err = m.Wait(t.Context(), "auto-tank-20260102T030000.000Z.2")
+			must(t, err)
+		}
+		ops, err := m.List(10, 0)
+		must(t, err)
+		var got []string
+		for _, op := range slices.Backward(ops) {
+			got = append(got, op.ID+" "+string(op.State))
+		}
+		if !slices.Equal(got, wants) {
+			t.Errorf("got %v, want %v", got, wants)
+		}
+		must(t, m.Close())
+	}
 }

@@ -19,7 +19,8 @@ import (
 // work to the task manager and returns the operation.
 //
 // On one pool, one operation runs at a time, in the order of submission: each is
-// submitted with the lock of its pool, a replication with the locks of both.
+// submitted with the lock of its pool, a replication with the locks of both. An
+// operation that is already waiting or running is not submitted again.
 type storage struct {
 	pools *os.Root // confines all access to files
 	tasks *task.Manager
@@ -27,15 +28,17 @@ type storage struct {
 
 // An about is the metadata of an operation.
 type about struct {
-	Kind string `json:"kind"`           // create, scrub, accept, replicate, snapshot or thin
-	Pool string `json:"pool"`           // the pool that it works on
-	To   string `json:"to,omitempty"`   // the pool that it writes to, if another one
-	File string `json:"file,omitempty"` // the file that it is working on
+	Kind  string `json:"kind"`            // create, scrub, accept, replicate, snapshot or thin
+	Pool  string `json:"pool"`            // the pool that it works on
+	To    string `json:"to,omitempty"`    // the pool that it writes to, if another one
+	Keep  int    `json:"keep,omitempty"`  // how many snapshots thin keeps
+	Place *place `json:"place,omitempty"` // how far a scrub has got
 }
 
 // openStorage opens the storage service in the directory data, and removes the
-// incomplete files of killed writers.
-func openStorage(data string, m *task.Manager) (*storage, error) {
+// incomplete files of killed writers. The caller then sets tasks to a manager, which
+// may call resume and run the functions that it returns.
+func openStorage(data string) (*storage, error) {
 	dir := filepath.Join(data, "pools")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -44,7 +47,7 @@ func openStorage(data string, m *task.Manager) (*storage, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &storage{pools: root, tasks: m}
+	s := &storage{pools: root}
 	entries, err := fs.ReadDir(root.FS(), ".")
 	if err != nil {
 		root.Close()
@@ -78,20 +81,12 @@ func (s *storage) create(name string) (*task.Operation, error) {
 
 // scrub reads all files of a pool and compares them with their checksums.
 func (s *storage) scrub(name string) (*task.Operation, error) {
-	return s.submitOn(about{Kind: "scrub", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
-		known, err := p.manifest()
-		if err != nil {
-			return nil, err
-		}
-		return p.scrub(ctx, w, known)
-	})
+	return s.submitOn(about{Kind: "scrub", Pool: name})
 }
 
 // accept records new checksums of all files of a pool, whatever they contain.
 func (s *storage) accept(name string) (*task.Operation, error) {
-	return s.submitOn(about{Kind: "accept", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
-		return p.scrub(ctx, w, nil)
-	})
+	return s.submitOn(about{Kind: "accept", Pool: name})
 }
 
 // replicate copies the changed files of one pool to another.
@@ -102,53 +97,93 @@ func (s *storage) replicate(name, to string) (*task.Operation, error) {
 	if err := s.mustExist(to); err != nil {
 		return nil, err
 	}
-	return s.submitOn(about{Kind: "replicate", Pool: name, To: to}, func(ctx context.Context, p *pool, w *worker) (any, error) {
-		target, err := s.open(to)
-		if err != nil {
-			return nil, err
-		}
-		defer target.close()
-		return p.replicate(ctx, w, target)
-	})
+	return s.submitOn(about{Kind: "replicate", Pool: name, To: to})
 }
 
 // snapshot takes a snapshot of a pool.
-func (s *storage) snapshot(name string) (*task.Operation, error) {
-	return s.submitOn(about{Kind: "snapshot", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
-		return p.snapshot(ctx, w)
-	})
+func (s *storage) snapshot(name string, opts ...task.SubmitOption) (*task.Operation, error) {
+	return s.submitOn(about{Kind: "snapshot", Pool: name}, opts...)
 }
 
 // thin removes the expired snapshots of a pool.
 func (s *storage) thin(name string, keep int) (*task.Operation, error) {
-	return s.submitOn(about{Kind: "thin", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
-		return p.thin(ctx, w, keep)
-	})
+	return s.submitOn(about{Kind: "thin", Pool: name, Keep: keep})
 }
 
 // submitOn submits an operation on an existing pool.
-func (s *storage) submitOn(a about, fn func(context.Context, *pool, *worker) (any, error)) (*task.Operation, error) {
+func (s *storage) submitOn(a about, opts ...task.SubmitOption) (*task.Operation, error) {
 	if err := s.mustExist(a.Pool); err != nil {
 		return nil, err
 	}
-	return s.submit(a, func(ctx context.Context, update func(int)) (any, error) {
+	return s.submit(a, s.on(a), opts...)
+}
+
+// submit submits an operation. If one of the same name is unfinished, submit
+// returns that one and an error that wraps task.ErrExists.
+func (s *storage) submit(a about, fn task.Func, opts ...task.SubmitOption) (*task.Operation, error) {
+	opts = append(opts, task.WithMetadata(a))
+	return s.tasks.Submit(a.name(), fn, append(opts, a.keys()...)...)
+}
+
+// resume continues an operation that was interrupted because the daemon was
+// killed. It does not continue the creation of a pool, nor an accept: the user
+// should look at the files again.
+func (s *storage) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
+	var a about
+	if op.DecodeMetadata(&a) != nil || a.Kind == "create" || a.Kind == "accept" {
+		return nil, nil
+	}
+	return s.on(a), a.keys()
+}
+
+// on returns the function of an operation on an existing pool.
+func (s *storage) on(a about) task.Func {
+	return func(ctx context.Context, update func(int)) (any, error) {
 		p, err := s.open(a.Pool)
 		if err != nil {
 			return nil, err
 		}
 		defer p.close()
-		return fn(ctx, p, &worker{about: a, update: update})
-	})
+		w := &worker{about: a, update: update}
+		switch a.Kind {
+		case "scrub":
+			known, err := p.manifest()
+			if err != nil {
+				return nil, err
+			}
+			return p.scrub(ctx, w, known)
+		case "accept":
+			return p.scrub(ctx, w, nil)
+		case "replicate":
+			to, err := s.open(a.To)
+			if err != nil {
+				return nil, err
+			}
+			defer to.close()
+			return p.replicate(ctx, w, to)
+		case "snapshot":
+			return p.snapshot(ctx, w)
+		case "thin":
+			return p.thin(ctx, w, a.Keep)
+		}
+		return nil, fmt.Errorf("unknown kind of operation %q", a.Kind)
+	}
 }
 
-func (s *storage) submit(a about, fn task.Func) (*task.Operation, error) {
-	name := a.Kind + " " + a.Pool
-	opts := []task.SubmitOption{task.WithMetadata(a), task.WithLock("pool:" + a.Pool)}
+func (a about) name() string {
 	if a.To != "" {
-		name += " to " + a.To
+		return a.Kind + " " + a.Pool + " to " + a.To
+	}
+	return a.Kind + " " + a.Pool
+}
+
+// keys returns the options for the keys of an operation.
+func (a about) keys() []task.SubmitOption {
+	opts := []task.SubmitOption{task.WithUnique(a.name()), task.WithLock("pool:" + a.Pool)}
+	if a.To != "" {
 		opts = append(opts, task.WithLock("pool:"+a.To))
 	}
-	return s.tasks.Submit(name, fn, opts...)
+	return opts
 }
 
 // A pool is an open pool.

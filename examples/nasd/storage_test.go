@@ -27,12 +27,12 @@ func must(t *testing.T, err error) {
 // newStorage returns a storage service with some pools.
 func newStorage(t *testing.T, pools ...string) *storage {
 	t.Helper()
-	m, err := task.New(nil)
+	s, err := openStorage(t.TempDir())
 	must(t, err)
-	s, err := openStorage(t.TempDir(), m)
+	s.tasks, err = task.New(nil)
 	must(t, err)
 	t.Cleanup(func() {
-		must(t, m.Close())
+		must(t, s.tasks.Close())
 		must(t, s.pools.Close())
 	})
 	for _, name := range pools {
@@ -265,7 +265,7 @@ func TestOpenStorage(t *testing.T) {
 	// Broken pools don't affect the others.
 	must(t, s.pools.Mkdir("half", 0o700))
 	must(t, os.Symlink("loop", filepath.Join(s.pools.Name(), "loop")))
-	again, err := openStorage(filepath.Dir(s.pools.Name()), nil)
+	again, err := openStorage(filepath.Dir(s.pools.Name()))
 	must(t, err)
 	must(t, again.pools.Close())
 	wantTree(t, p.files.Name(), map[string]string{"a": "a"})

@@ -31,8 +31,9 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	defer syscall.Unmount(dir, syscall.MNT_DETACH)
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
-	small, err := openStorage(dir, s.tasks)
+	small, err := openStorage(dir)
 	must(t, err)
+	small.tasks = s.tasks
 	defer small.pools.Close()
 	must(t, small.makePool(t.Context(), "small", func(int) {}))
 	disk, err := small.open("small")

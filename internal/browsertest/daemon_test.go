@@ -108,7 +108,7 @@ func (p *puppets) start(w http.ResponseWriter, r *http.Request) {
 	p.mu.Lock()
 	p.orders[op.ID] = orders
 	p.mu.Unlock()
-	taskhttp.Accepted(w, prefix, op)
+	taskhttp.Accepted(w, r, prefix, op)
 }
 
 func (p *puppets) tell(w http.ResponseWriter, r *http.Request) {

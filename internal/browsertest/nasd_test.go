@@ -181,7 +181,7 @@ func TestNasd(t *testing.T) {
 }
 
 // TestNasdRestarts checks that the page shows running operations live, and
-// reconnects to a restarted daemon.
+// reconnects to a restarted daemon, which resumes them.
 func TestNasdRestarts(t *testing.T) {
 	b := newTab(t)
 	d := newNasd(t)
@@ -199,9 +199,13 @@ func TestNasdRestarts(t *testing.T) {
 	b.until(`$("connection").dataset.is === "lost"`)
 	d.begin()
 	b.until(`$("connection").dataset.is === "live"`)
-	b.last("tank", "scrub", "FAILED", "Task failed due to system restart")
+	b.last("tank", "scrub", "RUNNING", "huge") // resumed, as is what waits for it
 	b.until(`document.querySelectorAll("li").length === 2`)
 	must(t, os.Remove(huge))
+	b.do(chromedp.Evaluate(`fetch("api/tasks/?state=RUNNING").then(r => r.json()).then(page =>
+		fetch("api/tasks/" + page.tasks[0].id + "/cancel", {method: "POST"}))`, nil))
+	b.last("tank", "scrub", "CANCELLED", "")
+	b.last("tank", "snapshot", "DONE", "")
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "DONE", "0 files")
 	b.nothingWrong("net::ERR_", "Failed to load resource") // while no daemon ran

@@ -2,6 +2,7 @@ package docstest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -330,6 +331,80 @@ func TestDailyOnce(t *testing.T) {
 		if err != nil || op.ID != "daily-monday.2" || op.State != task.StateDone || ran != 1 {
 			t.Errorf("%+v, %v after %d runs", op, err, ran)
 		}
+	}
+}
+
+// A job is the metadata of an operation: enough to start its function again.
+type job struct {
+	Kind string `json:"kind"`
+	Step int    `json:"step"` // the first one that is not complete
+}
+
+func resume(kinds map[string]func(job) task.Func) task.Option {
+	return task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		var j job
+		err := op.DecodeMetadata(&j)
+		start := kinds[j.Kind]
+		if err != nil || start == nil {
+			return nil, nil // the operation is FAILED
+		}
+		return start(j), []task.SubmitOption{task.WithUnique(op.Name)}
+	})
+}
+
+func inSteps(steps ...func(context.Context) error) func(job) task.Func {
+	return func(j job) task.Func {
+		return func(ctx context.Context, update func(int)) (any, error) {
+			for ; j.Step < len(steps); j.Step++ {
+				if err := errors.Join(task.SetMetadata(ctx, j), task.Checkpoint(ctx)); err != nil {
+					return nil, err
+				}
+				step := steps[j.Step]
+				if err := step(ctx); err != nil {
+					return nil, err
+				}
+				update(100 * (j.Step + 1) / len(steps))
+			}
+			return nil, nil
+		}
+	}
+}
+
+// TestResume kills a manager, as far as its store can tell, in the second of three
+// steps.
+func TestResume(t *testing.T) {
+	store := task.NewMemoryStore()
+	ran := make(map[int]int)
+	step := func(i int) func(context.Context) error {
+		return func(context.Context) error { ran[i]++; return nil }
+	}
+	move := inSteps(step(0), step(1), step(2))
+	now := time.Now()
+	for id, metadata := range map[string]any{"x": job{"move", 1}, "gone": job{"other", 0}, "foreign": 1} {
+		data, err := json.Marshal(metadata)
+		if err == nil {
+			err = store.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning, Metadata: json.RawMessage(data), CreatedAt: now, UpdatedAt: now})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	m, err := task.New(store, resume(map[string]func(job) task.Func{"move": move}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for id, want := range map[string]task.State{"x": task.StateDone, "gone": task.StateFailed, "foreign": task.StateFailed} {
+		if op := wait(t, m, id); op.State != want {
+			t.Errorf("%+v, want %s", op, want)
+		}
+	}
+	if ran[0] != 0 || ran[1] != 1 || ran[2] != 1 {
+		t.Errorf("the steps ran %v times", ran)
+	}
+	var j job
+	if err := wait(t, m, "x").DecodeMetadata(&j); err != nil || j != (job{"move", 2}) {
+		t.Errorf("the metadata is %+v, %v", j, err)
 	}
 }
 

@@ -37,6 +37,11 @@ func FuzzModel(f *testing.F) {
 		s([]byte{playReopen, 0, 1, 0}, blocked, blocked, quick, blocked, blocked, []byte{playCancel, 3, 0, playEndOne, 0, 0, playEndOne, 0, 0}, blocked, []byte{playClose, 0, playEndOne, 0, endError}),
 		s([]byte{playReopen, 0, 2, 0}, []byte{playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 2, 1, playSubmit, 0, modelBlocked, 1, 1, playSubmit, 0, modelBlocked, 0, 1},
 			[]byte{playEndOne, 1, 0, playEndOne, 0, 0, playEndOne, 0, 0, playEndOne, 0, 0}),
+		s([]byte{playSubmit, 0, modelUnique, 0, 0, 1}, []byte{playSubmit, 0, modelUnique + modelQuick, 0, 0, 1, 5, 0}, []byte{playEndOne, 0, endValue}, []byte{playSubmit, 0, modelUnique + modelQuick, 0, 0, 1, 5, 0}),
+		s([]byte{playSubmit, 0, modelID, 0, 0, 1}, []byte{playReopen, 1, 0, 0}, []byte{playSubmit, 1, modelID + modelQuick, 0, 0, 1, 5, 0, playReopen, 0, 0, endError}, []byte{playSubmit, 0, modelID, 0, 0, 1}),
+		s(blocked, blocked, []byte{playMessage, 0, 9, playMessage, 1, 255, playEndOne, 0, endError, playEndOne, 0, endValue}, quick, quick, []byte{playFind, 0, 6, 1, playFind, 0, 2, 1, playFind, 0, 4, 2}),
+		s([]byte{playCrash, 0}, blocked, []byte{playSubmit, 0, modelUnique, 1, 0, 0, playMessage, 0, 3, playEndOne, 0, endValue, playFind, 0, 6, 0}),
+		s(blocked, []byte{playCrash, 1, playCrash, 2, playFind, 0, 7, 1, playCrash, 0, playCancel, 3, 0, playEndOne, 0, endError}),
 		s([]byte{playInvalid, 0, 0, playInvalid, 0, 1, playInvalid, 0, 2, playInvalid, 0, 3, playInvalid, 0, 4, playUnknown, 0, playList, 0, 0, 0, playList, 0, 1, 3}),
 	}
 	for _, script := range seeds {
@@ -95,6 +100,8 @@ type play struct {
 	shared   bool
 	managers [2]*playManager // the second may be nil
 	ops      []*playOp       // by order of submission
+	resumes  *playOp         // what a new manager resumes; nil for nothing
+	crashes  bool            // a row that is stored before a manager starts is an orphan
 }
 
 type playManager struct {
@@ -111,6 +118,7 @@ type playManager struct {
 type playOp struct {
 	by      *playManager
 	keys    []string
+	unique  string           // of WithUnique; "" for none
 	want    task.Operation   // what its manager shows
 	history []task.Operation // all that it has shown
 	cause   error            // of its context's end
@@ -156,11 +164,16 @@ const (
 	modelBlocked = iota // it waits for orders
 	modelQuick          // it reports and ends without waiting
 	modelKinds
+
+	// To be added to a kind.
+	modelUnique = 2 // with a unique key
+	modelID     = 4 // with an ID of the script's choice
 )
 
 func newPlay(t *testing.T, kind byte) *play {
-	p := &play{t: t}
-	p.open, p.shared = playStores[int(kind)%len(playStores)](t)
+	kind %= byte(len(playStores))
+	p := &play{t: t, crashes: kind != 2} // an SQLite store's own rows are no orphans before it is closed
+	p.open, p.shared = playStores[kind](t)
 	p.managers[0] = p.newManager(0)
 	return p
 }
@@ -169,7 +182,12 @@ func (p *play) newManager(limit int) *playManager {
 	m := &playManager{limit: limit}
 	m.db, m.closeDB = p.open()
 	var err error
-	m.Manager, err = task.New(m.db, testkit.Quiet, task.WithLimit(limit))
+	m.Manager, err = task.New(m.db, testkit.Quiet, task.WithLimit(limit), task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		if p.resumes == nil || p.resumes.want.ID != op.ID {
+			return nil, nil
+		}
+		return p.resumes.function, []task.SubmitOption{task.WithLock("key 0"), task.WithUnique("unique 0")}
+	}))
 	testkit.Must(p.t, err)
 	return m
 }
@@ -221,6 +239,9 @@ const (
 	playReopen
 	playInvalid
 	playUnknown
+	playMessage
+	playFind
+	playCrash
 )
 
 var playActions = []func(p *play, r *byteReader){
@@ -238,18 +259,26 @@ var playActions = []func(p *play, r *byteReader){
 	playReopen:   (*play).reopen,
 	playInvalid:  (*play).invalid,
 	playUnknown:  (*play).unknown,
+	playMessage:  (*play).setMessage,
+	playFind:     (*play).find,
+	playCrash:    (*play).crash,
 }
 
-func (p *play) submit(r *byteReader) {
-	m := p.manager(r.byte())
-	op := &playOp{
+// newOp returns the model of a new operation.
+func (p *play) newOp(m *playManager) *playOp {
+	return &playOp{
 		by:      m,
 		started: make(chan playCall, 1),
 		orders:  make(chan func(playCall) *playEnd, 2),
 		done:    make(chan struct{}, 2),
 		want:    task.Operation{Name: fmt.Sprint("op ", len(p.ops)), State: task.StatePending},
 	}
-	kind, opts := r.byte()%modelKinds, []task.SubmitOption(nil)
+}
+
+func (p *play) submit(r *byteReader) {
+	m := p.manager(r.byte())
+	op := p.newOp(m)
+	kind, opts := r.byte(), []task.SubmitOption(nil)
 	for key, keys := 0, r.byte()%8; keys > 0; key, keys = key+1, keys/2 {
 		if keys%2 > 0 {
 			op.keys = append(op.keys, fmt.Sprint("key ", key))
@@ -260,7 +289,8 @@ func (p *play) submit(r *byteReader) {
 		op.want.Metadata = fmt.Sprint(v)
 		opts = append(opts, task.WithMetadata(op.want.Metadata))
 	}
-	if kind == modelQuick {
+	opts = append(opts, op.exclusive(kind, r)...)
+	if kind%modelKinds == modelQuick {
 		op.progress, op.ending = int(r.byte()%101), newPlayEnd(r.byte())
 		op.orders <- func(call playCall) *playEnd { call.update(op.progress); return nil }
 		op.orders <- func(playCall) *playEnd { return op.ending }
@@ -272,8 +302,16 @@ func (p *play) submit(r *byteReader) {
 		}
 		return
 	}
-	if err != nil {
-		p.t.Fatalf("Submit: %v", err)
+	if exist := p.existing(op); exist != nil {
+		i := slices.IndexFunc(exist, func(e *playOp) bool { return got != nil && e.want.ID == got.ID })
+		if i < 0 || !errors.Is(err, task.ErrExists) {
+			p.t.Fatalf("Submit: %+v, %v, want %v", got, err, task.ErrExists)
+		}
+		p.check("Submit", m, exist[i], got)
+		return
+	}
+	if err != nil || op.want.ID != "" && op.want.ID != got.ID {
+		p.t.Fatalf("Submit: %+v, %v", got, err)
 	}
 	op.want.ID = got.ID
 	op.show()
@@ -283,6 +321,30 @@ func (p *play) submit(r *byteReader) {
 		p.oneOf(got, op.history)
 	}
 	p.ops = append(p.ops, op)
+}
+
+// exclusive gives the operation a unique key, an ID, or both.
+func (op *playOp) exclusive(kind byte, r *byteReader) (opts []task.SubmitOption) {
+	if kind&modelUnique != 0 {
+		op.unique = fmt.Sprint("unique ", r.byte()%2)
+		opts = append(opts, task.WithUnique(op.unique))
+	}
+	if kind&modelID != 0 {
+		op.want.ID = fmt.Sprint("id-", r.byte()%4)
+		opts = append(opts, task.WithID(op.want.ID))
+	}
+	return opts
+}
+
+// existing returns the operations that keep a new one from being submitted.
+func (p *play) existing(op *playOp) (exist []*playOp) {
+	for _, other := range p.ops {
+		if other.want.ID == op.want.ID ||
+			op.unique != "" && other.unique == op.unique && other.by == op.by && !other.want.State.Finished() {
+			exist = append(exist, other)
+		}
+	}
+	return exist
 }
 
 // future returns the states that the operation may reach by itself from now on.
@@ -342,9 +404,9 @@ func ended(op task.Operation, end *playEnd, cause error) task.Operation {
 	op.State, op.Cancelling = task.StateFailed, false
 	switch end.kind {
 	case endValue:
-		op.State, op.Progress = task.StateDone, 100
+		op.State, op.Progress, op.Message = task.StateDone, 100, ""
 	case endBadValue:
-		op.State, op.Progress = task.StateDone, 100
+		op.State, op.Progress, op.Message = task.StateDone, 100, ""
 		op.Error = "result not kept: json: unsupported type: chan struct {}"
 	case endPanic:
 		op.Error = "panic: oh no"
@@ -533,6 +595,21 @@ func (p *play) setMetadata(r *byteReader) {
 	p.look(op.by, op)
 }
 
+func (p *play) setMessage(r *byteReader) {
+	op, text := p.running(r.byte()), strings.Repeat("x", int(r.byte())*5)
+	if op == nil {
+		return
+	}
+	p.order(op, func(call playCall) {
+		if err := task.SetMessage(call.ctx, text); err != nil {
+			p.t.Error(err)
+		}
+	})
+	op.want.Message = text[:min(len(text), 1000)]
+	op.show()
+	p.look(op.by, op)
+}
+
 // look checks what Get returns.
 func (p *play) look(m *playManager, op *playOp) {
 	p.t.Helper()
@@ -632,6 +709,40 @@ func (p *play) listPage(m *playManager, limit, offset int) {
 	}
 }
 
+// find lists finished operations, in the order of their finish or not. The other
+// states of another manager's operations are not certain.
+func (p *play) find(r *byteReader) {
+	m, b, digit := p.manager(r.byte()), r.byte(), fmt.Sprint(r.byte()%10)
+	states := []task.State{task.StateDone, task.StateFailed, task.StateCancelled}[:1+b%3]
+	opts := []task.ListOption{task.ByState(states...), task.Containing("OP"), task.Containing(digit)}
+	var want []*playOp
+	for _, op := range slices.Backward(p.ops) {
+		if slices.Contains(states, op.want.State) && strings.Contains(op.want.Name, digit) {
+			want = append(want, op)
+		}
+	}
+	if b&4 != 0 {
+		opts = append(opts, task.ByFinish())
+		slices.SortStableFunc(want, func(a, b *playOp) int { return b.last.UpdatedAt.Compare(a.last.UpdatedAt) })
+	}
+	for before := ""; ; { // in pages of two
+		got, err := m.List(2, 0, append(opts, task.Before(before))...)
+		if err != nil || len(got) != min(len(want), 2) {
+			p.t.Fatalf("List: %+v, %v, want %d", got, err, len(want))
+		}
+		for i, op := range got {
+			if op.ID != want[i].want.ID {
+				p.t.Fatalf("List[%d] is %s, want %s", i, op.Name, want[i].want.Name)
+			}
+			p.exactly("List", want[i], op)
+			before = op.ID
+		}
+		if want = want[len(got):]; len(want) == 0 {
+			return
+		}
+	}
+}
+
 // wait waits with a context that is done.
 func (p *play) wait(r *byteReader) {
 	op, m := p.op(r.byte()), p.manager(r.byte())
@@ -659,6 +770,9 @@ func (p *play) late(r *byteReader) {
 		return
 	}
 	op.call.update(33)
+	if err := task.SetMessage(op.call.ctx, "late"); err == nil {
+		p.t.Error("SetMessage after the function's return: no error")
+	}
 	if err := task.SetMetadata(op.call.ctx, "late"); err == nil {
 		p.t.Error("SetMetadata after the function's return: no error")
 	}
@@ -746,6 +860,37 @@ func (p *play) reopen(r *byteReader) {
 		p.leave(p.managers[i], end)
 	}
 	p.managers[i] = p.newManager(limit)
+}
+
+// crash has another manager take the place of the only one, and find an operation
+// whose process has died. It resumes that, or not, or a cancel was requested.
+func (p *play) crash(r *byteReader) {
+	how := r.byte() % 3
+	if p.managers[1] != nil || !p.crashes {
+		return
+	}
+	p.leave(p.managers[0], endError)
+	op, now := p.newOp(nil), time.Now().UTC()
+	op.want.ID = fmt.Sprint("crashed-", len(p.ops))
+	row := op.want
+	row.State, row.Progress, row.Message, row.Cancelling = task.StateRunning, 40, "left", how == 2
+	row.CreatedAt, row.UpdatedAt = now, now
+	db, closeDB := p.open()
+	testkit.Must(p.t, errors.Join(db.Save(&row), closeDB()))
+	p.ops = append(p.ops, op)
+	if p.resumes = nil; how != 1 {
+		p.resumes = op
+	}
+	op.by = p.newManager(0)
+	p.managers[0] = op.by
+	if how == 0 {
+		op.keys, op.unique = []string{"key 0"}, "unique 0"
+		op.show()
+		return
+	}
+	op.want.State, op.want.Progress, op.want.Message, op.want.Error = task.StateFailed, 40, "left", testkit.RestartText
+	op.show()
+	p.finished(op)
 }
 
 // leave closes a manager and its store.

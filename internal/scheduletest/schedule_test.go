@@ -334,7 +334,9 @@ func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(
 		}
 		if err != nil {
 			op.refused = err
-			if !errors.Is(err, task.ErrClosed) && !errors.Is(err, testkit.ErrDisk) {
+			if errors.Is(err, task.ErrExists) && len(opts) > 0 {
+				s.tell(s.ops[got.Name], got)
+			} else if !errors.Is(err, task.ErrClosed) && !errors.Is(err, testkit.ErrDisk) {
 				s.t.Errorf("Submit of %s: %v", name, err)
 			}
 			return
@@ -599,6 +601,34 @@ func TestCancel(t *testing.T) {
 	}
 }
 
+// TestUnique: Submits of one unique key, or of one ID, against each other, with
+// writes that fail, and against Close.
+func TestUnique(t *testing.T) {
+	for name, opt := range map[string]task.SubmitOption{"key": task.WithUnique("k"), "ID": task.WithID("x")} {
+		for faults := range 2 {
+			t.Run(fmt.Sprintf("%s, %d faults", name, faults), func(t *testing.T) {
+				explore(t, 300, func(s *schedule) {
+					s.faults, s.limit = faults, 1 // one at a time, although the manager has no limit
+					m := s.manager(s.memory())
+					for _, name := range []string{"a", "b", "c"} {
+						s.submit(m, name, yields, func(op *scheduled) { s.waits(op, m, 1) }, opt)
+					}
+					s.close(m)
+					s.check = func() {
+						calls := 0
+						for _, op := range s.ops {
+							calls += op.calls
+						}
+						if name == "ID" && calls > 1 {
+							s.t.Errorf("%d functions were called for one ID", calls)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
 // TestCloseSubmit: Close against Submit, with and without a queue, and
 // with writes that fail.
 func TestCloseSubmit(t *testing.T) {
@@ -731,6 +761,39 @@ func TestRecovery(t *testing.T) {
 		}
 		s.check = func() {
 			log.WantRecovered(s.t, "left 1", "left 2")
+		}
+	})
+}
+
+// TestResume: two managers resume the same operations at the same time, while one of
+// them closes. Each is resumed once, or failed by the Close.
+func TestResume(t *testing.T) {
+	explore(t, 300, func(s *schedule) {
+		db := s.memory()
+		calls := map[string]*atomic.Int32{"left 1": new(atomic.Int32), "left 2": new(atomic.Int32)}
+		for id := range calls {
+			testkit.Must(s.t, s.db.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning}))
+		}
+		resume := task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+			return func(ctx context.Context, update func(int)) (any, error) {
+				calls[op.ID].Add(1)
+				s.add(1)
+				defer s.add(-1)
+				s.wait("end " + op.ID)
+				return yields(ctx, update)
+			}, []task.SubmitOption{task.WithLock("k")}
+		})
+		s.goes("open one", func() { s.close(s.manager(db, resume)) })
+		s.goes("open two", func() { s.manager(db, resume) })
+		s.check = func() {
+			for id, calls := range calls {
+				row, err := s.stored(id)
+				testkit.Must(s.t, err)
+				closed := row.State == task.StateFailed && row.Error == testkit.ShutdownText
+				if n := calls.Load(); n > 1 || !closed && (n != 1 || row.State != task.StateDone) {
+					s.t.Errorf("called %d times: %+v", n, row)
+				}
+			}
 		}
 	})
 }

@@ -3,11 +3,9 @@ package sweeptest
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/mynt-nas/task"
@@ -18,26 +16,7 @@ import (
 // after the other, each call of the store fails. Whichever it is, the function
 // is called once if a Submit has succeeded, and never otherwise.
 func TestSweepIDs(t *testing.T) {
-	for store, opener := range sweepStores {
-		for name, fault := range sweepFaults {
-			t.Run(store+"/"+name, func(t *testing.T) {
-				for i, over := 0, 0; over < 3; i++ { // the number of calls varies a little
-					over++
-					t.Run(fmt.Sprint("call ", i), func(t *testing.T) {
-						defer time.AfterFunc(time.Minute, func() { panic("a run takes a minute") }).Stop() // real time
-						synctest.Test(t, func(t *testing.T) {
-							s := &sweepRun{t: t, open: opener(t), fault: fault(i)}
-							s.db = s.open()
-							sweepIDs(s)
-							if s.faults.Load() > 0 {
-								over = 0
-							}
-						})
-					})
-				}
-			})
-		}
-	}
+	sweepAll(t, sweepIDs)
 }
 
 func sweepIDs(s *sweepRun) {

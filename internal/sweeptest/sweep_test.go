@@ -23,6 +23,11 @@ var errSweep = errors.New("injected failure")
 // then the second and so on, until a run ends before that call comes. Whichever
 // it is, no acknowledged operation is lost, and no call hangs.
 func TestSweep(t *testing.T) {
+	sweepAll(t, sweep)
+}
+
+// sweepAll runs a scenario for each store, fault and call.
+func sweepAll(t *testing.T, scenario func(s *sweepRun)) {
 	for store, opener := range sweepStores {
 		for name, fault := range sweepFaults {
 			t.Run(store+"/"+name, func(t *testing.T) {
@@ -31,7 +36,10 @@ func TestSweep(t *testing.T) {
 					t.Run(fmt.Sprint("call ", i), func(t *testing.T) {
 						defer time.AfterFunc(time.Minute, func() { panic("a run takes a minute") }).Stop() // real time
 						synctest.Test(t, func(t *testing.T) {
-							if sweep(t, opener(t), fault(i)) {
+							s := &sweepRun{t: t, open: opener(t), fault: fault(i)}
+							s.db = s.open()
+							scenario(s)
+							if s.faults.Load() > 0 {
 								over = 0
 							}
 						})
@@ -82,6 +90,9 @@ var sweepJobs = []sweepJob{
 		opts: []task.SubmitOption{task.WithMetadata("first")},
 		fn: func(ctx context.Context, update func(int)) (any, error) {
 			update(40)
+			if err := task.SetMessage(ctx, "at a"); err != nil {
+				return nil, err
+			}
 			time.Sleep(150 * time.Millisecond) // so that this is stored
 			return nil, task.SetMetadata(ctx, "second")
 		},
@@ -89,11 +100,11 @@ var sweepJobs = []sweepJob{
 	},
 	{
 		name: "fails",
-		fn: func(_ context.Context, update func(int)) (any, error) {
+		fn: func(ctx context.Context, update func(int)) (any, error) {
 			update(40)
-			return "partial", errors.New("broken")
+			return "partial", errors.Join(task.SetMessage(ctx, "at a"), errors.New("broken"))
 		},
-		want: task.Operation{State: task.StateFailed, Progress: 40, Result: "partial", Error: "broken"},
+		want: task.Operation{State: task.StateFailed, Progress: 40, Message: "at a", Result: "partial", Error: "broken"},
 	},
 	{
 		name: "panics",
@@ -150,11 +161,8 @@ type sweepOp struct {
 	final string       // what was stored when the manager was closed, as JSON; "" for nothing final
 }
 
-// sweep runs the scenario and reports whether a call has failed.
-func sweep(t *testing.T, open func() task.Persistence, fault func(tasktest.Call) error) bool {
-	s := &sweepRun{t: t, open: open, fault: fault}
-	s.db = s.open()
-
+func sweep(s *sweepRun) {
+	t := s.t
 	s.restart("first")
 	logger := s.log.Option()
 	m, err := task.New(s.faulty(), logger)
@@ -184,7 +192,6 @@ func sweep(t *testing.T, open func() task.Persistence, fault func(tasktest.Call)
 	if s.faults.Load() > 0 && !s.surfaced.Load() && !strings.Contains(s.log.String(), errSweep.Error()) {
 		t.Error("the failure was neither returned nor logged")
 	}
-	return s.faults.Load() > 0
 }
 
 // restart leaves operations in some states, as a process does that dies, and
@@ -205,8 +212,10 @@ func (s *sweepRun) close() {
 }
 
 // faulty returns the store with the fault. Calls are counted over restarts.
-func (s *sweepRun) faulty() task.Persistence {
-	return tasktest.Inject(s.db, func(c tasktest.Call) error {
+func (s *sweepRun) faulty() task.Persistence { return s.inject(s.db) }
+
+func (s *sweepRun) inject(db task.Persistence) task.Persistence {
+	return tasktest.Inject(db, func(c tasktest.Call) error {
 		c.N = int(s.calls.Add(1)) - 1
 		err := s.fault(c)
 		if err != nil {

@@ -28,7 +28,7 @@ import (
 //	written    settles the task: Wait returns, and the task is forgotten
 //
 // What it goes through is appended to the event log for Watch (watch.go).
-// Whatever other managers run is looked at by recovery.go.
+// Whatever other managers run is looked at by others.go.
 
 // A Manager runs operations and keeps track of them. All its methods may be
 // called concurrently.
@@ -185,13 +185,10 @@ func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation
 	if err == nil {
 		op, err = m.insert(t)
 	}
-	if op != nil {
-		op = m.copyOut(op)
-	}
 	if err != nil {
 		err = fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
-	return op, err
+	return m.copyOut(op), err
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -201,18 +198,10 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	if fn == nil {
 		return nil, errors.New("the function is nil")
 	}
-	now := time.Now()
-	created := now.UTC().Truncate(time.Microsecond)
+	created := wall()
 	op := &Operation{Name: validUTF8(name), State: StatePending, CreatedAt: created, UpdatedAt: created, Owner: m.owner()}
-	t := &task{
-		name:     op.Name,
-		fn:       fn,
-		created:  now,
-		base:     created,
-		inserted: make(chan struct{}),
-		life:     life{op: op, done: make(chan struct{})},
-	}
-	t.ticket.Item = t
+	t := taskOf(op)
+	t.fn = fn
 	return t, t.apply(opts)
 }
 
@@ -622,21 +611,18 @@ func (m *Manager) present(l *life) *Operation {
 	return &op
 }
 
-// copyOut returns a copy of op for a caller.
-func (m *Manager) copyOut(op *Operation) *Operation {
-	c := *op
-	c.Metadata = roundTrip(c.Metadata)
-	c.Result = roundTrip(c.Result)
-	c.manager = m
-	return &c
-}
+// copyOut returns a copy of op for a caller, nil for nil.
+func (m *Manager) copyOut(op *Operation) *Operation { return m.copied(op, roundTrip) }
 
-// raw returns a copy of op for a caller of [Raw].
-func (m *Manager) raw(op *Operation) *Operation {
+// raw is copyOut for a caller of [Raw].
+func (m *Manager) raw(op *Operation) *Operation { return m.copied(op, rawValue) }
+
+func (m *Manager) copied(op *Operation, value func(any) any) *Operation {
+	if op == nil {
+		return nil
+	}
 	c := *op
-	c.Metadata = rawValue(c.Metadata)
-	c.Result = rawValue(c.Result)
-	c.manager = m
+	c.Metadata, c.Result, c.manager = value(c.Metadata), value(c.Result), m
 	return &c
 }
 
@@ -841,7 +827,6 @@ func (m *Manager) cancelLive(id, text string) bool {
 	m.emit(t, true)
 	cancel := t.cancel
 	if t.op.State == StatePending {
-		cancel = func(error) {}
 		m.queue.Remove(&t.ticket)
 		m.finish(t, outcome{state: StateCancelled, err: text})
 		m.startNext()
@@ -871,9 +856,6 @@ func (m *Manager) cancelLive(id, text string) bool {
 // for ever; that is not detected.
 func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 	op, err := m.wait(ctx, id)
-	if op == nil {
-		return nil, err
-	}
 	return m.copyOut(op), err
 }
 
@@ -930,9 +912,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		left := m.left[id]
 		m.mu.Unlock()
 		if left {
-			l := life{op: row, stored: row.State, err: errLeft, done: make(chan struct{})}
-			close(l.done)
-			return &l, func() {}, nil
+			return endedLife(row, errLeft), func() {}, nil
 		}
 		f := m.follow(id)
 		leave = func() { m.unfollow(id, f) }
@@ -951,8 +931,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	ended := newLife(row)
-	return &ended, func() {}, nil
+	return endedLife(row, nil), func() {}, nil
 }
 
 // Prune deletes the operations that finished before that time from the history,

@@ -163,9 +163,7 @@ func roundTrip(v any) any {
 	if _, ok := v.(Omitted); ok {
 		return v
 	}
-	value, _ := stored(v)
-	raw, _ := value.(json.RawMessage)
-	return decode(raw)
+	return decode(rawJSON(v))
 }
 
 // stored returns a value of an operation as stores are given it: nil or a
@@ -177,6 +175,13 @@ func stored(v any) (any, error) {
 		return nil, nil
 	}
 	return marshal(v)
+}
+
+// rawJSON returns a value of an operation as JSON, nil for none.
+func rawJSON(v any) json.RawMessage {
+	value, _ := stored(v)
+	raw, _ := value.(json.RawMessage)
+	return raw
 }
 
 // An Omitted stands for metadata or a result that was left out of a list: see
@@ -204,8 +209,7 @@ func rawValue(v any) any {
 	if _, ok := v.(Omitted); ok {
 		return v
 	}
-	value, _ := stored(v)
-	raw, _ := value.(json.RawMessage)
+	raw := rawJSON(v)
 	if !json.Valid(raw) {
 		return nil
 	}
@@ -244,6 +248,18 @@ func FromContext(ctx context.Context) (*Operation, bool) {
 	return r.snapshot(), true
 }
 
+// inFunc calls f for the Func that was given ctx. What says what f does.
+func inFunc(ctx context.Context, what string, f func(r running) error) error {
+	r, ok := ctx.Value(contextKey{}).(running)
+	if !ok {
+		return fmt.Errorf("task: %s: the context is not that of an operation", what)
+	}
+	if err := f(r); err != nil {
+		return fmt.Errorf("task: %s of %s: %w", what, r.t.id, err)
+	}
+	return nil
+}
+
 // errReturned is why a function's context is of no use any more.
 var errReturned = errors.New("its function has returned")
 
@@ -259,20 +275,14 @@ var errReturned = errors.New("its function has returned")
 // after ctx has ended, pass [context.WithoutCancel] of it, with a timeout: while
 // the store fails, the function would wait, and Close for the function.
 func Checkpoint(ctx context.Context) error {
-	r, ok := ctx.Value(contextKey{}).(running)
-	if !ok {
-		return errors.New("task: checkpoint: the context is not that of an operation")
-	}
-	var err error
-	select {
-	case err = <-r.checkpoint():
-	case <-ctx.Done():
-		err = context.Cause(ctx)
-	}
-	if err != nil {
-		return fmt.Errorf("task: checkpoint of %s: %w", r.t.id, err)
-	}
-	return nil
+	return inFunc(ctx, "checkpoint", func(r running) error {
+		select {
+		case err := <-r.checkpoint():
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
 }
 
 // SetMetadata replaces the metadata of the operation whose [Func] was given
@@ -280,18 +290,13 @@ func Checkpoint(ctx context.Context) error {
 // It returns an error if ctx is no such context, if JSON can't hold v in 16 MiB,
 // or if the function has returned.
 func SetMetadata(ctx context.Context, v any) error {
-	r, ok := ctx.Value(contextKey{}).(running)
-	if !ok {
-		return errors.New("task: set metadata: the context is not that of an operation")
-	}
-	metadata, err := encode(v)
-	if err == nil {
-		err = r.change(func(op *Operation) bool { op.Metadata = metadata; return true })
-	}
-	if err != nil {
-		return fmt.Errorf("task: set metadata of %s: %w", r.t.id, err)
-	}
-	return nil
+	return inFunc(ctx, "set metadata", func(r running) error {
+		metadata, err := encode(v)
+		if err != nil {
+			return err
+		}
+		return r.change(func(op *Operation) bool { op.Metadata = metadata; return true })
+	})
 }
 
 // maxMessage is how many characters of a message are kept.
@@ -305,27 +310,16 @@ const maxMessage = 1000
 // waits for the database. It returns an error if ctx is no such context, or if the
 // function has returned.
 func SetMessage(ctx context.Context, text string) error {
-	r, ok := ctx.Value(contextKey{}).(running)
-	if !ok {
-		return errors.New("task: set message: the context is not that of an operation")
-	}
 	text = validUTF8(text)
 	if len(text) > maxMessage {
-		n := 0
-		for i := range text {
-			if n++; n > maxMessage {
-				text = text[:i]
-				break
-			}
-		}
+		runes := []rune(text)
+		text = string(runes[:min(len(runes), maxMessage)])
 	}
-	err := r.change(func(op *Operation) (changed bool) {
-		changed = op.Message != text
-		op.Message = text
-		return changed
+	return inFunc(ctx, "set message", func(r running) error {
+		return r.change(func(op *Operation) (changed bool) {
+			changed = op.Message != text
+			op.Message = text
+			return changed
+		})
 	})
-	if err != nil {
-		return fmt.Errorf("task: set message of %s: %w", r.t.id, err)
-	}
-	return nil
 }

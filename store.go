@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -250,13 +249,12 @@ func resumes(resume func(op *Operation) bool, orphan *Operation) (owner string, 
 // Update takes over what is to be resumed there; its Owner stays.
 func recoverOrphans(db Persistence, reason string, resume func(op *Operation) bool, live func(id string) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
-		unsupported := true
-		if r, ok := db.(Recoverer); ok {
-			unsupported = false
+		r, able := db.(Recoverer)
+		if able {
 			for op, err := range r.Recover(reason, resume) {
 				// An error of the operating system may say the same, of something else.
-				unsupported = op == nil && errors.Is(err, errors.ErrUnsupported) && !errors.As(err, new(syscall.Errno))
-				if unsupported {
+				able = op != nil || !errors.Is(err, errors.ErrUnsupported) || errors.As(err, new(syscall.Errno))
+				if !able {
 					break
 				}
 				if !yield(op, err) {
@@ -264,7 +262,7 @@ func recoverOrphans(db Persistence, reason string, resume func(op *Operation) bo
 				}
 			}
 		}
-		if !unsupported || live == nil {
+		if able || live == nil {
 			return
 		}
 		for op, err := range history(db) {
@@ -394,9 +392,7 @@ func (f Filter) inMetadata(metadata any) bool {
 	if _, ok := metadata.(Omitted); ok || len(f.Metadata) == 0 {
 		return true
 	}
-	value, _ := stored(metadata)
-	raw, _ := value.(json.RawMessage)
-	members, _ := decode(raw).(map[string]any)
+	members, _ := decode(rawJSON(metadata)).(map[string]any)
 	for key, value := range f.Metadata {
 		if members[key] != any(value) {
 			return false
@@ -642,22 +638,19 @@ const pollInterval = 100 * time.Millisecond
 // all the time.
 func hints(ctx context.Context, db Persistence) iter.Seq[error] {
 	return func(yield func(error) bool) {
-		if n, ok := db.(Notifier); ok {
-			unsupported := false
+		n, able := db.(Notifier)
+		if able {
 			for err := range n.Changes(ctx) {
-				if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
+				if able = !errors.Is(err, errors.ErrUnsupported); !able {
 					break
 				}
 				if !yield(err) {
 					return
 				}
 			}
-			if !unsupported {
-				return
-			}
 		}
-		for ok := true; ok && yield(nil); {
-			ok = sleep(ctx, pollInterval)
+		for more := !able; more && yield(nil); {
+			more = sleep(ctx, pollInterval)
 		}
 	}
 }

@@ -221,26 +221,24 @@ type row struct {
 }
 
 // columns are what a row is read from.
-const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TEXT), ''), coalesce(CAST(state AS TEXT), ''),
-	coalesce(CAST(progress AS INTEGER), 0), coalesce(CAST(metadata AS TEXT), ''), coalesce(CAST(result AS TEXT), ''),
-	coalesce(CAST(error AS TEXT), ''), coalesce(CAST(created_at AS TEXT), ''), coalesce(CAST(updated_at AS TEXT), ''),
-	coalesce(CAST(started_at AS TEXT), ''), coalesce(CAST(owner AS TEXT), ''), coalesce(CAST(message AS TEXT), ''),
-	coalesce(CAST(cancel_requested_at AS TEXT), '')`
+var columns = columnsFor(Filter{})
 
 // columnsFor is columns with the length, an integer, in place of metadata and
 // results of more bytes than the filter's MaxValue, or without results.
 func columnsFor(f Filter) string {
-	selected := columns
-	for _, name := range []string{"metadata", "result"} {
-		length, text := `length(CAST(`+name+` AS BLOB))`, `coalesce(CAST(`+name+` AS TEXT), '')`
+	cells := []string{`rowid`, `coalesce(CAST(progress AS INTEGER), 0)`}
+	for _, name := range []string{"id", "name", "state", "error", "created_at", "updated_at", "started_at", "owner", "message",
+		"cancel_requested_at", "metadata", "result"} {
+		length, cell := `length(CAST(`+name+` AS BLOB))`, `coalesce(CAST(`+name+` AS TEXT), '')`
 		switch {
 		case name == "result" && f.WithoutResults:
-			selected = strings.Replace(selected, text, `''`, 1)
-		case f.MaxValue > 0:
-			selected = strings.Replace(selected, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, f.MaxValue, length, text), 1)
+			cell = `''`
+		case (name == "metadata" || name == "result") && f.MaxValue > 0:
+			cell = fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, f.MaxValue, length, cell)
 		}
+		cells = append(cells, cell)
 	}
-	return selected
+	return strings.Join(cells, ", ")
 }
 
 // operation turns a row into an operation. What it can't make sense of becomes
@@ -376,13 +374,12 @@ func cells(op *Operation, owner string) ([]any, error) {
 	if err := c.encode(); err != nil {
 		return nil, err
 	}
-	metadata, _ := c.Metadata.(json.RawMessage)
-	result, _ := c.Result.(json.RawMessage)
+	metadata, result := string(rawJSON(c.Metadata)), string(rawJSON(c.Result))
 	requested := ""
 	if op.Cancelling {
 		requested = formatTime(latest(op.UpdatedAt, op.CreatedAt))
 	}
-	return []any{string(op.State), op.Progress, textCell(string(metadata)), textCell(string(result)), textCell(op.Error),
+	return []any{string(op.State), op.Progress, textCell(metadata), textCell(result), textCell(op.Error),
 		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), textCell(op.Message), textCell(requested), op.ID,
 		textCell(owner), op.Name, textCell(formatTime(op.CreatedAt))}, nil
 }
@@ -413,16 +410,18 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	writes := make([]write, 0, len(errs))
 	for i, op := range slices.Concat(saves, updates) {
 		stmt, owner := insert, s.Owner()
-		if i >= len(saves) {
+		switch {
+		case i >= len(saves):
 			stmt = update
 			if op.Owner != owner {
 				owner = "" // any
 			}
+		case owner == "":
+			errs[i] = errAttached
+			continue
 		}
 		var args []any
-		if i < len(saves) && s.Owner() == "" {
-			errs[i] = errAttached
-		} else if args, errs[i] = cells(op, owner); errs[i] == nil {
+		if args, errs[i] = cells(op, owner); errs[i] == nil {
 			writes = append(writes, write{stmt, args, &errs[i]})
 		}
 	}
@@ -539,9 +538,54 @@ func whyIgnored(c *sql.Conn, id any, err error) error {
 	return cmp.Or(readErr, err)
 }
 
+// A query is SQL text, or a part of one, with its arguments.
+type query struct {
+	text string
+	args []any
+}
+
+func sqlText(text string, args ...any) query { return query{text, args} }
+
+// plus returns the query with more text and arguments behind it.
+func (q query) plus(text string, args ...any) query {
+	return query{q.text + text, slices.Concat(q.args, args)}
+}
+
+// with returns the query with others behind it.
+func (q query) with(others ...query) query {
+	for _, other := range others {
+		q = q.plus(other.text, other.args...)
+	}
+	return q
+}
+
+// unionAll returns a query for the rows of all those queries.
+func unionAll(queries []query) query {
+	all := queries[0]
+	for _, q := range queries[1:] {
+		all = all.plus(` UNION ALL `).with(q)
+	}
+	return all
+}
+
+// row reads the first row, or returns [sql.ErrNoRows].
+func (q query) row(c *sql.Conn, cells ...any) error {
+	return c.QueryRowContext(context.Background(), q.text, q.args...).Scan(cells...)
+}
+
+// each reads each row into the cells, and then calls f.
+func (q query) each(c *sql.Conn, f func(), cells ...any) error {
+	return sqlitefile.Each(c, q.text, q.args, f, cells...)
+}
+
+func jsonArray[T any](all []T) string {
+	raw, _ := json.Marshal(all) // which can't fail
+	return string(raw)
+}
+
 // List implements [Persistence].
 func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
-	return s.query(context.Background(), `SELECT `+columns+` FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
+	return s.ListFiltered(Filter{}, limit, offset)
 }
 
 // ListFiltered implements [FilteredLister]. By state it uses the index, except
@@ -553,35 +597,36 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		return s.search(ctx, f, limit, offset)
 	}
 	if f.ByFinish {
-		return s.query(ctx, `SELECT `+columnsFor(f)+byFinish+orderByFinish+` LIMIT ? OFFSET ?`, limit, offset)
+		return s.read(ctx, columnsFor(f), sqlText(byFinish+orderByFinish+` LIMIT ? OFFSET ?`, limit, offset))
 	}
-	where, args := `TRUE`, []any(nil)
+	where := sqlText(`TRUE`)
 	if f.Before != "" {
-		place, id := placeOf(f.Before)
-		where, args = `rowid < (`+place+`)`, id
+		where = sqlText(`rowid < `).with(placeOf(f.Before))
 	}
-	from, args := selection(f, where, args, limit, offset)
-	ops, err := s.query(ctx, `SELECT `+columnsFor(f)+from, args...)
+	ops, err := s.read(ctx, columnsFor(f), selection(f, where, limit, offset))
 	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
 		_, err = s.Get(f.Before)
 	}
 	return ops, err
 }
 
-// placeOf returns a query for the rowid below which are the rows submitted
+// noneDone reports whether the index of states has all that the filter is for.
+func (f Filter) noneDone() bool { return len(f.States) > 0 && !slices.Contains(f.States, StateDone) }
+
+// placeOf returns an expression for the rowid below which are the rows submitted
 // before an operation: NULL if there is none. Without its row, a timed ID is
 // taken to be behind its nearest neighbours with a smaller ID, and behind any
 // others that are not followed by its next neighbour with a greater one.
-func placeOf(id string) (query string, args []any) {
-	const self = `SELECT rowid FROM tasks WHERE id = ?`
+func placeOf(id string) query {
+	const self = `(SELECT rowid FROM tasks WHERE id = ?)`
 	if !isTimed(id) {
-		return self, []any{id}
+		return sqlText(self, id)
 	}
 	const near = `FROM (SELECT rowid, id FROM tasks WHERE id %s ? ORDER BY id %s LIMIT 100)
 		WHERE id GLOB '????????-????-7???-[89ab]???-????????????'`
 	smaller, greater := fmt.Sprintf(near, `<`, `DESC`), fmt.Sprintf(near, `>`, `ASC`)
-	return `SELECT coalesce((` + self + `), (SELECT max(rowid) FROM (SELECT rowid + 1 AS rowid ` + smaller + `
-		UNION ALL SELECT ifnull((SELECT rowid ` + greater + ` LIMIT 1), 9223372036854775807))))`, []any{id, id, id}
+	return sqlText(`coalesce(`+self+`, (SELECT max(rowid) FROM (SELECT rowid + 1 AS rowid `+smaller+`
+		UNION ALL SELECT ifnull((SELECT rowid `+greater+` LIMIT 1), 9223372036854775807))))`, id, id, id)
 }
 
 // The order with ByFinish is that of the index: by the text of the time, of which
@@ -593,36 +638,31 @@ const (
 
 // selection returns the end of a query for the rows for which the filter, but
 // for its Before and its range of time, and a condition hold.
-func selection(f Filter, where string, args []any, limit, offset int) (string, []any) {
+func selection(f Filter, where query, limit, offset int) query {
 	if f.Name != "" {
-		where += ` AND name = ?`
-		args = append(args, f.Name)
+		where = where.plus(` AND name = ?`, f.Name)
 	}
 	if f.Containing != "" {
-		where += ` AND instr(lower(name), lower(?)) > 0`
-		args = append(args, f.Containing)
+		where = where.plus(` AND instr(lower(name), lower(?)) > 0`, f.Containing)
 	}
-	now, own := whereNow(f)
-	args = slices.Clip(args)
+	now, page := whereNow(f), sqlText(` LIMIT ? OFFSET ?`, limit, offset)
 	switch {
 	case f.ByFinish: // so the rest has the final state
 		if len(f.States) > 0 {
-			now += ` AND state IN (SELECT value FROM json_each(?))`
-			own = append(own, jsonArray(f.States))
+			now = now.plus(` AND state IN (SELECT value FROM json_each(?))`, jsonArray(f.States))
 		}
 		// The sorter need not hold what columns are long.
-		return ` FROM tasks WHERE rowid IN (SELECT rowid FROM tasks NOT INDEXED WHERE ` + where + now + orderByFinish + ` LIMIT ? OFFSET ?)` + orderByFinish,
-			append(append(args, own...), limit, offset)
+		rowids := sqlText(`SELECT rowid FROM tasks NOT INDEXED WHERE `).with(where, now).plus(orderByFinish).with(page)
+		return sqlText(` FROM tasks WHERE rowid IN (`).with(rowids).plus(`)` + orderByFinish)
 	case len(f.States) > 0:
 		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
-		where, args = whereState(f, where, args, last)
-	case len(f.Include) > 0 && len(f.Metadata) > 0:
-		where += ` AND (TRUE` + now + ` OR ` + included + `)`
-		args = append(append(args, own...), jsonArray(f.Include))
+		where = whereState(f, where, now, last)
+	case len(f.Include) > 0:
+		where = where.plus(` AND (TRUE`).with(now).plus(` OR `+included+`)`, jsonArray(f.Include))
 	default:
-		where, args = where+now, append(args, own...)
+		where = where.with(now)
 	}
-	return ` FROM tasks WHERE ` + where + ` ORDER BY rowid DESC LIMIT ? OFFSET ?`, append(args, limit, offset)
+	return sqlText(` FROM tasks WHERE `).with(where).plus(` ORDER BY rowid DESC`).with(page)
 }
 
 // included holds for unfinished rows with one of the IDs in a JSON array.
@@ -632,19 +672,37 @@ const included = `(state IN ('PENDING', 'RUNNING') AND id IN (SELECT value FROM 
 // filter's metadata and are not in its Exclude. Without a backslash, the JSON of a
 // string has its text: most rows need not be parsed. CASE keeps json_each from
 // failing for what is no JSON.
-func whereNow(f Filter) (and string, args []any) {
+func whereNow(f Filter) (and query) {
 	const cell = `CAST(metadata AS TEXT)`
 	for _, key := range slices.Sorted(maps.Keys(f.Metadata)) {
 		value := f.Metadata[key]
-		and += ` AND (instr(` + cell + `, ?) > 0 OR instr(` + cell + `, '\') > 0) AND CASE WHEN json_valid(` + cell + `) THEN
-			EXISTS (SELECT 1 FROM json_each(` + cell + `) WHERE key = ? AND type = 'text' AND atom = ?) ELSE FALSE END`
-		args = append(args, value, key, value)
+		and = and.plus(` AND (instr(`+cell+`, ?) > 0 OR instr(`+cell+`, '\') > 0) AND CASE WHEN json_valid(`+cell+`) THEN
+			EXISTS (SELECT 1 FROM json_each(`+cell+`) WHERE key = ? AND type = 'text' AND atom = ?) ELSE FALSE END`, value, key, value)
 	}
 	if len(f.Exclude) > 0 && len(f.States)+len(f.Metadata) > 0 {
-		and += ` AND NOT ` + included
-		args = append(args, jsonArray(f.Exclude))
+		and = and.plus(` AND NOT `+included, jsonArray(f.Exclude))
 	}
-	return and, args
+	return and
+}
+
+// whereState returns a condition that holds for the last rows that are in one of
+// the filter's states and for which two conditions hold, and for those in its
+// Include for which the first holds. Each state has a query of its own, because only
+// so the index answers each in its order.
+func whereState(f Filter, where, now query, last int64) query {
+	var queries []query
+	for _, state := range f.States {
+		term := ` AND state = ?`
+		if state != StateDone {
+			term += ` AND state <> 'DONE'`
+		}
+		rows := where.plus(term, string(state)).with(now).plus(` ORDER BY rowid DESC LIMIT ?`, last)
+		queries = append(queries, sqlText(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE `).with(rows).plus(`)`))
+	}
+	if len(f.Include) > 0 {
+		queries = append(queries, sqlText(`SELECT rowid FROM tasks WHERE `).with(where).plus(` AND `+included, jsonArray(f.Include)))
+	}
+	return sqlText(`rowid IN (`).with(unionAll(queries)).plus(`)`)
 }
 
 // maxStep is how many rows one step of a search looks at, at most: some fit into
@@ -676,15 +734,15 @@ func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (
 		var skipped int
 		var next *place
 		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-			var w window
+			var window query
 			if n == 2*first { // what is frequent has been found by now
-				w, err = fewFor(c, f, *below)
+				window, err = fewFor(c, f, *below)
 			}
-			if next = nil; err == nil && w.where == "" {
-				w, next, err = windowOf(c, f, *below, n)
+			if next = nil; err == nil && window.text == "" {
+				window, next, err = windowOf(c, f, *below, n)
 			}
 			if err == nil {
-				found, skipped, err = step(c, f, w, limit-len(ops), offset)
+				found, skipped, err = step(c, f, window, limit-len(ops), offset)
 			}
 			return err
 		})
@@ -704,21 +762,18 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 	var err error
 	switch {
 	case f.ByFinish && f.Before != "":
-		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+`, rowid FROM tasks WHERE id = ? AND `+finished, f.Before).
-			Scan(&at.finish, &at.rowid)
+		err = sqlText(`SELECT `+finishTime+`, rowid FROM tasks WHERE id = ? AND `+finished, f.Before).row(c, &at.finish, &at.rowid)
 		if err == sql.ErrNoRows {
 			err = fmt.Errorf("%s, finished: %w", f.Before, ErrNotFound)
 		}
 	case f.ByFinish:
-		and, args := bounds(f)
-		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+byFinish+and+orderByFinish+` LIMIT 1`, args...).Scan(&at.finish)
+		err = sqlText(`SELECT `+finishTime+byFinish).with(bounds(f)).plus(orderByFinish+` LIMIT 1`).row(c, &at.finish)
 		if err == sql.ErrNoRows {
 			return nil, nil
 		}
 	case f.Before != "":
 		var below sql.NullInt64
-		query, id := placeOf(f.Before)
-		err = c.QueryRowContext(context.Background(), `SELECT (`+query+`)`, id...).Scan(&below)
+		err = sqlText(`SELECT `).with(placeOf(f.Before)).row(c, &below)
 		if at.rowid = below.Int64; err == nil && !below.Valid {
 			err = ErrNotFound
 		}
@@ -728,14 +783,14 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 
 // bounds returns what is to be added to a condition for finished rows that may be
 // in the filter's range of time.
-func bounds(f Filter) (and string, args []any) {
+func bounds(f Filter) (and query) {
 	if !f.FinishedAfter.IsZero() {
-		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
+		and = and.plus(` AND `+finishTime+` >= ?`, bound(f.FinishedAfter, -foreignSlack))
 	}
 	if !f.FinishedBefore.IsZero() {
-		and, args = and+` AND `+finishTime+` <= ?`, append(args, bound(f.FinishedBefore, foreignSlack))
+		and = and.plus(` AND `+finishTime+` <= ?`, bound(f.FinishedBefore, foreignSlack))
 	}
-	return and, args
+	return and
 }
 
 // bound returns where in the order of texts a time is, with some slack.
@@ -749,172 +804,122 @@ func bound(t time.Time, slack time.Duration) string {
 	return formatTime(t)
 }
 
-// A window is a condition for the rows that a step looks at.
-type window struct {
-	where string
-	args  []any
-}
-
-// fewFor returns a window for the rest of the list if an index that is not in its
-// order has so few rows for it that one step is enough. Else its condition is empty.
-func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
-	var from string
-	var args []any
+// fewFor returns a condition for the rest of the list if an index that is not in its
+// order has so few rows for it that one step is enough, and else no text.
+func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
+	var from query
 	switch {
-	case !f.ByFinish && !f.ranged():
-		return w, nil
-	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
-		from, args = ` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
-	case !f.ByFinish:
-		from, args = bounds(f)
-		from = byFinish + from
+	case f.noneDone() && (f.ByFinish || f.ranged()):
+		from = sqlText(` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, jsonArray(f.States))
+	case f.ranged() && !f.ByFinish:
+		from = sqlText(byFinish).with(bounds(f))
 	default:
-		return w, nil
+		return window, nil
 	}
 	const few = 4 * maxStep // most of which are only counted, or in the slack
 	var n int
-	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT 1`+from+` LIMIT ?)`, append(slices.Clip(args), few+1)...).Scan(&n)
+	err = sqlText(`SELECT count(*) FROM (SELECT 1`).with(from).plus(` LIMIT ?)`, few+1).row(c, &n)
 	if err != nil || n > few {
-		return w, err
+		return window, err
 	}
-	w = window{`rowid IN (SELECT rowid` + from + `) AND rowid < ?`, append(args, below.rowid)}
+	window = sqlText(`rowid IN (SELECT rowid`).with(from)
 	if f.ByFinish {
-		w.where = `rowid IN (SELECT rowid` + from + `) AND ` + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`
-		w.args = append(args, below.finish, below.rowid)
+		return window.plus(`) AND `+finished+` AND (`+finishTime+`, rowid) < (`+placeFinish+`, ?)`, below.finish, below.rowid), nil
 	}
-	return w, nil
+	return window.plus(`) AND rowid < ?`, below.rowid), nil
 }
 
-// windowOf returns a window for the next n rows below a place, or for fewer in one
-// step, and the place of the next step, or nil if there is none. With ByFinish,
-// those with the same time have a step of their own.
-func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place, err error) {
-	if !f.ByFinish {
-		var last sql.NullInt64
-		query, args := lastOf(f, below.rowid, n)
-		err = c.QueryRowContext(context.Background(), query, args...).Scan(&last)
-		if last.Valid {
-			next = &place{rowid: last.Int64}
-		} else {
-			last.Int64 = math.MinInt64
-		}
-		return window{`rowid < ? AND rowid >= ?`, []any{below.rowid, last.Int64}}, next, err
+// windowOf returns a condition for the next n rows below a place, or for fewer in
+// one step, and the place of the next step, or nil if there is none.
+func windowOf(c *sql.Conn, f Filter, below place, n int) (window query, next *place, err error) {
+	if f.ByFinish {
+		return windowByFinish(c, f, below, n)
 	}
-	same := below.rowid > math.MinInt64
-	and, args := ` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, []any{below.finish, below.rowid}
-	if !same {
-		f.FinishedBefore = time.Time{} // that is a place above this one
-		and, args = bounds(f)
-		and, args = ` AND `+finishTime+` < `+placeFinish+and, append([]any{below.finish}, args...)
+	var last sql.NullInt64
+	err = lastOf(f, below.rowid, n).row(c, &last)
+	if last.Valid {
+		next = &place{rowid: last.Int64}
+	} else {
+		last.Int64 = math.MinInt64
 	}
-	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
-	var last place
-	err = c.QueryRowContext(context.Background(), entries(finishTime+`, rowid`)+` OFFSET ?`, append(slices.Clip(args), 1, n-1)...).
-		Scan(&last.finish, &last.rowid)
-	switch {
-	case err == nil:
-		next = &last
-	case err != sql.ErrNoRows:
-		return w, nil, err
-	case same:
-		next = &place{below.finish, math.MinInt64}
-	}
-	return window{`rowid IN (` + entries(`rowid`) + `)`, append(args, n)}, next, nil
-}
-
-// inRange returns a window for those of its rows that have finished in the filter's
-// range of time.
-func (w window) inRange(c *sql.Conn, f Filter) (window, error) {
-	and, args := bounds(f)
-	rows, err := c.QueryContext(context.Background(), `SELECT rowid, CAST(`+finishTime+` AS TEXT) FROM tasks NOT INDEXED WHERE `+
-		w.where+` AND `+finished+and, slices.Concat(w.args, args)...)
-	if err != nil {
-		return w, err
-	}
-	defer rows.Close()
-	in := []int64{}
-	for rows.Next() {
-		var rowid int64
-		var finish string
-		if err := rows.Scan(&rowid, &finish); err != nil {
-			return w, err
-		}
-		if f.inRange(cellTime(finish)) {
-			in = append(in, rowid)
-		}
-	}
-	return window{`rowid IN (SELECT value FROM json_each(?))`, []any{jsonArray(in)}}, rows.Err()
-}
-
-// step looks for operations in a window. It returns what it has found, and how many
-// it has skipped.
-func step(c *sql.Conn, f Filter, w window, limit, offset int) (ops []*Operation, skipped int, err error) {
-	if f.ranged() {
-		if w, err = w.inRange(c, f); err != nil {
-			return nil, 0, err
-		}
-	}
-	if offset > 0 {
-		from, args := selection(f, w.where, w.args, offset, 0)
-		err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT rowid`+from+`)`, args...).Scan(&skipped)
-		if err != nil {
-			return nil, 0, err
-		}
-	}
-	from, args := selection(f, w.where, w.args, limit, offset)
-	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columnsFor(f)+from, args...)
-	return ops, skipped, err
+	return sqlText(`rowid < ? AND rowid >= ?`, below.rowid, last.Int64), next, err
 }
 
 // lastOf returns a query for the rowid of the n-th row below another, or for NULL
 // if there are fewer. Only rows of the filter's states count if the index has
 // them.
-func lastOf(f Filter, below int64, n int) (query string, args []any) {
+func lastOf(f Filter, below int64, n int) query {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
-	if len(f.States) == 0 || slices.Contains(f.States, StateDone) || f.ranged() {
-		return fmt.Sprintf(last, ``), []any{below, n - 1}
+	if !f.noneDone() || f.ranged() {
+		return sqlText(fmt.Sprintf(last, ``), below, n-1)
 	}
-	var queries []string
+	var queries []query
 	for _, state := range f.States {
-		queries = append(queries, fmt.Sprintf(last, ` AND state = ? AND state <> 'DONE'`))
-		args = append(args, below, string(state), n-1)
+		queries = append(queries, sqlText(fmt.Sprintf(last, ` AND state = ? AND state <> 'DONE'`), below, string(state), n-1))
 	}
-	return `SELECT max(last) FROM (` + strings.Join(queries, ` UNION ALL `) + `)`, args
+	return sqlText(`SELECT max(last) FROM (`).with(unionAll(queries)).plus(`)`)
 }
 
-// whereState returns a condition that holds for the last rows that are in one
-// of the filter's states, with its metadata, and for which where holds. Each state
-// has a query of its own, because only so the index answers each in its order.
-func whereState(f Filter, where string, args []any, last int64) (string, []any) {
-	var queries []string
-	var all []any
-	add := func(format, term string, own ...any) {
-		queries = append(queries, fmt.Sprintf(format, term+` AND `+where))
-		all = append(append(all, own...), args...)
+// windowByFinish is windowOf with ByFinish: rows with the same time as the place have
+// a step of their own.
+func windowByFinish(c *sql.Conn, f Filter, below place, n int) (window query, next *place, err error) {
+	from, same := sqlText(byFinish), below.rowid > math.MinInt64
+	if same {
+		from = from.plus(` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, below.finish, below.rowid)
+	} else {
+		f.FinishedBefore = time.Time{} // that is a place above this one
+		from = from.plus(` AND `+finishTime+` < `+placeFinish, below.finish).with(bounds(f))
 	}
-	now, own := whereNow(f)
-	for _, state := range f.States {
-		term := `state = ?`
-		if state != StateDone {
-			term += ` AND state <> 'DONE'`
+	from = from.plus(orderByFinish)
+	var last place
+	err = sqlText(`SELECT `+finishTime+`, rowid`).with(from).plus(` LIMIT 1 OFFSET ?`, n-1).row(c, &last.finish, &last.rowid)
+	switch {
+	case err == nil:
+		next = &last
+	case err != sql.ErrNoRows:
+		return window, nil, err
+	case same:
+		next = &place{below.finish, math.MinInt64}
+	}
+	return sqlText(`rowid IN (SELECT rowid`).with(from).plus(` LIMIT ?)`, n), next, nil
+}
+
+// inRange returns a condition for those rows of a window that have finished in the
+// filter's range of time.
+func inRange(c *sql.Conn, f Filter, window query) (query, error) {
+	in := []int64{}
+	var rowid int64
+	var finish string
+	rows := sqlText(`SELECT rowid, CAST(` + finishTime + ` AS TEXT) FROM tasks NOT INDEXED WHERE `)
+	err := rows.with(window).plus(` AND `+finished).with(bounds(f)).each(c, func() {
+		if f.inRange(cellTime(finish)) {
+			in = append(in, rowid)
 		}
-		add(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE %s ORDER BY rowid DESC LIMIT ?)`, term+now, append([]any{string(state)}, own...)...)
-		all = append(all, last)
-	}
-	if len(f.Include) > 0 {
-		add(`SELECT rowid FROM tasks WHERE %s`, included, jsonArray(f.Include))
-	}
-	return `rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`, all
+	}, &rowid, &finish)
+	return sqlText(`rowid IN (SELECT value FROM json_each(?))`, jsonArray(in)), err
 }
 
-func jsonArray[T any](all []T) string {
-	raw, _ := json.Marshal(all) // which can't fail
-	return string(raw)
+// step looks for operations in a window. It returns what it has found, and how many
+// it has skipped.
+func step(c *sql.Conn, f Filter, window query, limit, offset int) (ops []*Operation, skipped int, err error) {
+	if f.ranged() {
+		if window, err = inRange(c, f, window); err != nil {
+			return nil, 0, err
+		}
+	}
+	if offset > 0 {
+		err = sqlText(`SELECT count(*) FROM (SELECT rowid`).with(selection(f, window, offset, 0)).plus(`)`).row(c, &skipped)
+		if err != nil {
+			return nil, 0, err
+		}
+	}
+	ops, err = operations(c, columnsFor(f), selection(f, window, limit, offset))
+	return ops, skipped, err
 }
 
 // Get implements [Persistence].
 func (s *SQLiteStore) Get(id string) (*Operation, error) {
-	ops, err := s.query(context.Background(), `SELECT `+columns+` FROM tasks WHERE id = ?`, id)
+	ops, err := s.read(context.Background(), columns, sqlText(` FROM tasks WHERE id = ?`, id))
 	if err != nil {
 		return nil, err
 	}
@@ -924,32 +929,28 @@ func (s *SQLiteStore) Get(id string) (*Operation, error) {
 	return ops[0], nil
 }
 
-// query returns the operations that a query selects.
-func (s *SQLiteStore) query(ctx context.Context, query string, args ...any) (ops []*Operation, err error) {
-	err = s.db.Read(ctx, func(c *sql.Conn) error {
-		ops = nil
-		return scan(c, func(r *row) { ops = append(ops, r.operation()) }, query, args...)
+// read returns the operations that columns and the end of a query select.
+func (s *SQLiteStore) read(ctx context.Context, columns string, from query) (ops []*Operation, err error) {
+	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
+		ops, err = operations(c, columns, from)
+		return err
 	})
 	return ops, err
 }
 
-// scan calls f with each row that a query of columns returns.
-func scan(c *sql.Conn, f func(*row), query string, args ...any) error {
-	rows, err := c.QueryContext(context.Background(), query, args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var r row
-		err := rows.Scan(&r.rowid, &r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result, &r.err,
-			&r.createdAt, &r.updatedAt, &r.startedAt, &r.owner, &r.message, &r.cancelRequested)
-		if err != nil {
-			return err
-		}
-		f(&r)
-	}
-	return rows.Err()
+// operations is read with a connection.
+func operations(c *sql.Conn, columns string, from query) (ops []*Operation, err error) {
+	err = eachRow(c, columns, from, func(r *row) { ops = append(ops, r.operation()) })
+	return ops, err
+}
+
+// eachRow calls f with each row that columns and the end of a query select. The
+// next row takes its place.
+func eachRow(c *sql.Conn, columns string, from query, f func(*row)) error {
+	var r row
+	return sqlText(`SELECT `+columns).with(from).each(c, func() { f(&r) },
+		&r.rowid, &r.progress, &r.id, &r.name, &r.state, &r.err, &r.createdAt, &r.updatedAt, &r.startedAt,
+		&r.owner, &r.message, &r.cancelRequested, &r.metadata, &r.result)
 }
 
 // recoverChunk is how many operations one transaction of Recover changes, so
@@ -1001,23 +1002,22 @@ func (s *SQLiteStore) owners() (ids []string, err error) {
 }
 
 // recoverFrom yields what it has recovered from an owner, if that is dead, and
-// reports whether to go on. If nobody knows whether it is, recoverFrom yields
-// one of its operations, the first time.
+// reports whether to go on.
 func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) bool, yield func(*Operation, error) bool) (goOn bool) {
 	done, dead, unknown := s.owner.Dead(id)
-	if dead {
-		defer func() { done(goOn) }()
+	switch {
+	case unknown != nil:
+		return s.reportUnknown(id, unknown, yield)
+	case !dead:
+		return true
 	}
-	at := int64(math.MinInt64)
-	for n := recoverChunk; dead && n == recoverChunk; {
+	defer func() { done(goOn) }()
+	for at := int64(math.MinInt64); ; {
 		var ops []*Operation
 		orphans, err := s.orphans(id, at, resume)
 		if err == nil && len(orphans) > 0 {
-			err = s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
-				ops, err = s.settle(c, orphans, id, reason)
-				return err
-			})
 			at = orphans[len(orphans)-1].rowid
+			ops, err = s.settle(orphans, id, reason)
 		}
 		if err != nil {
 			yield(nil, err)
@@ -1028,12 +1028,19 @@ func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) 
 				return false
 			}
 		}
-		n = len(orphans)
+		if len(orphans) < recoverChunk {
+			return true
+		}
 	}
-	if _, again := s.reported.Load(id); unknown == nil || again {
+}
+
+// reportUnknown yields an operation of an owner of which nobody knows whether it is
+// dead, and why, the first time. It reports whether to go on.
+func (s *SQLiteStore) reportUnknown(id string, unknown error, yield func(*Operation, error) bool) (goOn bool) {
+	if _, again := s.reported.Load(id); again {
 		return true
 	}
-	ops, err := s.query(context.Background(), `SELECT `+columns+ofOwner, id, math.MinInt64, 1)
+	ops, err := s.read(context.Background(), columns, sqlText(ofOwner, id, math.MinInt64, 1))
 	if err != nil || len(ops) == 0 {
 		return err == nil || yield(nil, err)
 	}
@@ -1058,7 +1065,7 @@ type orphan struct {
 func (s *SQLiteStore) orphans(owner string, at int64, resume func(op *Operation) bool) (all []orphan, err error) {
 	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
 		all = nil
-		return scan(c, func(r *row) { all = append(all, orphan{row: *r}) }, `SELECT `+columns+ofOwner, owner, at, recoverChunk)
+		return eachRow(c, columns, sqlText(ofOwner, owner, at, recoverChunk), func(r *row) { all = append(all, orphan{row: *r}) })
 	})
 	for i := range all {
 		_, all[i].resumed = resumes(resume, all[i].operation())
@@ -1076,27 +1083,31 @@ const (
 
 // settle marks operations of a dead owner as failed, or takes them over. It
 // touches no cell that this does not concern: other code may have written it.
-func (s *SQLiteStore) settle(c *sql.Conn, orphans []orphan, owner, reason string) (ops []*Operation, err error) {
-	for _, o := range orphans {
-		n := 0
-		op := o.operation().recovered(reason, o.resumed)
-		if o.resumed {
-			op.Owner = s.Owner()
-			n, err = changes(c, takeOrphan, op.Owner, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+func (s *SQLiteStore) settle(orphans []orphan, owner, reason string) (ops []*Operation, err error) {
+	err = s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+		ops = nil
+		for _, o := range orphans {
+			n := 0
+			op := o.operation().recovered(reason, o.resumed)
+			if o.resumed {
+				op.Owner = s.Owner()
+				n, err = changes(c, takeOrphan, op.Owner, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+			}
+			if n == 0 && err == nil {
+				op = o.operation().recovered(reason, false)
+				n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+				// 0 if another was first, or a trigger has ignored it
+			}
+			if err != nil {
+				return err
+			}
+			if n > 0 {
+				ops = append(ops, op)
+			}
 		}
-		if n == 0 && err == nil {
-			op = o.operation().recovered(reason, false)
-			n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
-			// 0 if another was first, or a trigger has ignored it
-		}
-		if err != nil {
-			return nil, err
-		}
-		if n > 0 {
-			ops = append(ops, op)
-		}
-	}
-	return ops, nil
+		return nil
+	})
+	return ops, err
 }
 
 // pruneChunk is how many rows Prune deletes at most at a time.
@@ -1141,22 +1152,14 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 // count as times.
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
-	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
-		at.finish, bound(before, foreignSlack), bound(before, 0), pruneChunk, pruneChunk)
-	if err != nil {
-		return next, 0, err
-	}
-	defer rows.Close()
 	var old []int64
-	for rows.Next() {
-		if err := rows.Scan(&next.finish, &next.rowid); err != nil {
-			return next, 0, err
-		}
+	err = sqlText(pruneQuery, at.finish, at.rowid, pruneChunk,
+		at.finish, bound(before, foreignSlack), bound(before, 0), pruneChunk, pruneChunk).each(c, func() {
 		if t := cellTime(next.finish); !t.IsZero() && t.Before(before) {
 			old = append(old, next.rowid)
 		}
-	}
-	if err := cmp.Or(rows.Err(), rows.Close()); err != nil || len(old) == 0 {
+	}, &next.finish, &next.rowid)
+	if err != nil || len(old) == 0 {
 		return next, 0, err
 	}
 	deleted, err = changes(c, `DELETE FROM tasks WHERE rowid IN (SELECT value FROM json_each(?))`, jsonArray(old))
@@ -1192,20 +1195,10 @@ func (s *SQLiteStore) RequestCancel(id, text string) error {
 func (s *SQLiteStore) CancelRequests() (requests map[string]string, err error) {
 	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
 		requests = make(map[string]string)
-		rows, err := c.QueryContext(context.Background(), `SELECT CAST(id AS TEXT), coalesce(CAST(cancel_cause AS TEXT), '')
-			FROM tasks INDEXED BY tasks_cancelling WHERE `+cancelling+` AND `+ownerText+` = ?`, s.owner.ID)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var id, text string
-			if err := rows.Scan(&id, &text); err != nil {
-				return err
-			}
-			requests[id] = validUTF8(text)
-		}
-		return rows.Err()
+		var id, text string
+		return sqlText(`SELECT CAST(id AS TEXT), coalesce(CAST(cancel_cause AS TEXT), '')
+			FROM tasks INDEXED BY tasks_cancelling WHERE `+cancelling+` AND `+ownerText+` = ?`, s.owner.ID).
+			each(c, func() { requests[id] = validUTF8(text) }, &id, &text)
 	})
 	return requests, err
 }

@@ -405,12 +405,11 @@ type life struct {
 	done   chan struct{} // closed once the final state is stored, or err is set
 }
 
-// newLife returns the life of an operation of which a row is stored.
-func newLife(row *Operation) life {
-	l := life{op: row, stored: row.State, done: make(chan struct{})}
-	if !row.State.live() {
-		close(l.done)
-	}
+// endedLife returns the life of an operation that will not change any more, and of
+// which a row is stored.
+func endedLife(row *Operation, err error) *life {
+	l := &life{op: row, stored: row.State, err: err, done: make(chan struct{})}
+	close(l.done)
 	return l
 }
 
@@ -435,14 +434,29 @@ type task struct {
 	word atomic.Uint64 // see report
 
 	life
-	final  *Operation // how it ended, once that is decided; what it points to never changes
-	cancel context.CancelCauseFunc
+	final  *Operation              // how it ended, once that is decided; what it points to never changes
+	cancel context.CancelCauseFunc // of the function's context; does nothing before that is called
 	ticket queue.Ticket[*task]
 
 	listed  bool  // in backlog.changed
 	refused error // why the store did not take final
 
 	checkpoints []chan error // of calls of Checkpoint that wait for a commit
+}
+
+// taskOf returns a task that begins with an operation.
+func taskOf(op *Operation) *task {
+	t := &task{
+		id:       op.ID,
+		name:     op.Name,
+		created:  time.Now(),
+		base:     op.UpdatedAt,
+		cancel:   func(error) {},
+		inserted: make(chan struct{}),
+		life:     life{op: op, done: make(chan struct{})},
+	}
+	t.ticket.Item = t
+	return t
 }
 
 // hidden reports whether nobody may find the task by its ID yet.

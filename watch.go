@@ -61,13 +61,10 @@ func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation
 			w = m.subscribe(ctx, ids)
 		}
 		w.run(ctx, func(op *Operation, err error) bool {
-			switch {
-			case op == nil:
-				return yield(nil, err)
-			case err != nil: // deleted
+			if op != nil && err != nil { // deleted
 				return true
 			}
-			return yield(m.copyOut(op), nil)
+			return yield(m.copyOut(op), err)
 		})
 	}
 }
@@ -89,9 +86,6 @@ func (r Raw) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
 // Wait is [Manager.Wait].
 func (r Raw) Wait(ctx context.Context, id string) (*Operation, error) {
 	op, err := r.m.wait(ctx, id)
-	if op == nil {
-		return nil, err
-	}
 	return r.m.raw(op), err
 }
 
@@ -122,10 +116,7 @@ func (r Raw) Subscribe(ctx context.Context, ids ...string) (present []*Operation
 	}
 	return present, func(yield func(*Operation, error) bool) {
 		w.run(ctx, func(op *Operation, err error) bool {
-			if op != nil {
-				op = m.raw(op)
-			}
-			return yield(op, err)
+			return yield(m.raw(op), err)
 		})
 	}, nil
 }

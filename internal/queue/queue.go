@@ -134,25 +134,20 @@ func (q *Queue[T]) release(t *Ticket[T]) {
 // Clear removes all waiting items, and returns them by order of arrival. Those
 // that run hold their keys until Done.
 func (q *Queue[T]) Clear() []T {
-	waiting := q.ready
-	q.ready = nil
-	for key, waiters := range q.waiters {
+	waiting := slices.Clone(q.ready)
+	for _, waiters := range q.waiters {
 		for _, t := range waiters {
 			if t.blocked > 0 {
 				waiting = append(waiting, t)
-				t.blocked = 0 // it may wait for other keys, too
 			}
-		}
-		if first := waiters[0]; first.number == 0 {
-			q.waiters[key] = []*Ticket[T]{first}
-		} else {
-			delete(q.waiters, key)
 		}
 	}
 	slices.SortFunc(waiting, func(a, b *Ticket[T]) int { return cmp.Compare(a.number, b.number) })
+	waiting = slices.Compact(waiting) // one that needs several keys
 	items := make([]T, len(waiting))
-	for i, t := range waiting {
-		items[i], t.number = t.Item, 0
+	for i, t := range slices.Backward(waiting) { // so that none becomes ready
+		items[i] = t.Item
+		q.Remove(t)
 	}
 	return items
 }

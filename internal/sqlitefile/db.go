@@ -159,10 +159,7 @@ func (d *DB) Close() error {
 		c.(*sql.Conn).Close() // which Changes notices
 		return true
 	})
-	if d.reads == d.DB {
-		return d.DB.Close()
-	}
-	return errors.Join(d.reads.Close(), d.DB.Close())
+	return errors.Join(d.reads.Close(), d.DB.Close()) // which may be the same, closed already
 }
 
 // Read calls f, which only reads, with a connection. It calls f again while
@@ -282,21 +279,28 @@ func Exec(c *sql.Conn, query string) error {
 	return err
 }
 
-// Strings returns the first column of a query's rows.
-func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
+// Each reads each row of a query into the cells, as [sql.Rows.Scan] does, and then
+// calls f.
+func Each(c *sql.Conn, query string, args []any, f func(), cells ...any) error {
 	rows, err := c.QueryContext(context.Background(), query, args...)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer rows.Close()
 	for rows.Next() {
-		var s string
-		if err := rows.Scan(&s); err != nil {
-			return nil, err
+		if err := rows.Scan(cells...); err != nil {
+			return err
 		}
-		all = append(all, s)
+		f()
 	}
-	return all, rows.Err()
+	return cmp.Or(rows.Err(), rows.Close())
+}
+
+// Strings returns the first column of a query's rows.
+func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
+	var s string
+	err = Each(c, query, args, func() { all = append(all, s) }, &s)
+	return all, err
 }
 
 // Changes yields nil at once, and then every so often if a commit of anyone has

@@ -35,13 +35,16 @@ func Resolve(path string) (string, error) {
 	if path, err = filepath.EvalSymlinks(path); err != nil {
 		return "", fmt.Errorf("%w: make sure that you may use that path, and that a symbolic link leads to a file", err)
 	}
-	if info, err := os.Stat(path); err != nil {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
 		return "", err
-	} else if !info.Mode().IsRegular() {
+	case !info.Mode().IsRegular():
 		return "", fmt.Errorf("%s is not a regular file: choose another path", path)
-	} else if info.Mode().Perm()&0o222 == 0 { // root could write it all the same
+	case info.Mode().Perm()&0o222 == 0: // root could write it all the same
 		return "", fmt.Errorf("%s is read-only: make it writable, or choose another path", path)
-	} else if err := onlyName(path, info); err != nil {
+	}
+	if err := onlyName(path, info); err != nil {
 		return "", err
 	}
 	return path, nil

@@ -409,3 +409,52 @@ func (m *Manager) unfollowAll() {
 func (m *Manager) dropUnwaited() {
 	maps.DeleteFunc(m.foreign, func(_ string, f *foreign) bool { return f.waiters == 0 })
 }
+
+// lose gives up the operations that were submitted under another Owner than the
+// present one: see [Recoverer]. They are followed as those of other managers. The
+// functions that run keep their slots and keys until they return. The caller holds
+// m.mu.
+func (m *Manager) lose(owner string) {
+	for _, t := range m.sorted() {
+		if t.op.Owner == owner || t.stored == "" {
+			continue
+		}
+		m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
+		if t.cancel != nil && t.final == nil {
+			go t.cancel(ErrLost) // which runs the function's own callbacks
+			m.lost[t] = true
+			delete(m.tasks, t.id)
+		} else {
+			m.queue.Remove(&t.ticket)
+			m.leave(t)
+		}
+		t.word.Or(wordReturned)
+		t.final = t.op
+		answer(t.checkpoints, ErrLost)
+		t.checkpoints = nil
+		m.followLost(t)
+	}
+	m.lookOut()
+	if m.draining && len(m.tasks) == 0 {
+		m.drain()
+	}
+}
+
+// followLost has those who wait for a lost operation get what becomes of it. The
+// caller holds m.mu.
+func (m *Manager) followLost(t *task) {
+	f := m.foreign[t.id]
+	if f == nil {
+		f = &foreign{life: &t.life, look: m.looks}
+		m.foreign[t.id] = f
+	} else { // followed before it was resumed here
+		go func() {
+			<-f.done
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			t.op, t.err = f.op, f.err
+			close(t.done)
+		}()
+	}
+	f.waiters++ // until its end
+}

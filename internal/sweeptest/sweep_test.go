@@ -221,6 +221,9 @@ func (s *sweepRun) inject(db task.Persistence) task.Persistence {
 		if err != nil {
 			s.faults.Add(1)
 		}
+		if err != nil && (c.Method == "CancelRequests" || c.Method == "Changes") {
+			s.surfaced.Store(true) // asked again, and Close does not wait until that is logged
+		}
 		return err
 	})
 }

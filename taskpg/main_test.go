@@ -3,10 +3,9 @@
 package taskpg
 
 import (
-	"os"
 	"testing"
 
-	"github.com/mynt-nas/task/taskpg/internal/pgtest"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
-func TestMain(m *testing.M) { os.Exit(pgtest.Main(m)) }
+func TestMain(m *testing.M) { testkit.Main(m, map[string]func() any{"store": func() any { return new(role) }}) }

@@ -174,6 +174,7 @@ func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, 
 		s.stop()
 		return nil, fmt.Errorf("taskpg: open: %w", explain(err))
 	}
+	s.loops.Go(s.renew)
 	s.loops.Go(s.observe)
 	return s, nil
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/puddle/v2"
 )
 
 // A transaction is what is written in one. All of it is sent at once.
@@ -55,7 +56,7 @@ func (s *Store) transact(deadline time.Time, t transaction) error {
 			return err
 		}
 		time.Sleep(wait)
-		backoff = min(2*backoff, 500*time.Millisecond)
+		backoff = min(2*backoff, s.lease/40)
 	}
 }
 
@@ -102,10 +103,12 @@ func earlier(a, b time.Time) time.Time {
 // send sends the transaction and reads the replies. If a statement has failed,
 // the connection is good again when it returns.
 //
-// The first statement that writes moves the owner's beat from what it was to the
+// The last statement before COMMIT moves the owner's beat from what it was to the
 // next one, and fails if it was something else: so whatever the network delays
 // and delivers later, nothing of it is committed after a later attempt was, or
-// after the owner was declared gone.
+// after the owner was declared gone. It is the last one because the server ends no
+// transaction of which it has received half: if this process is stopped while it
+// sends, its owner's row is not locked.
 func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) error {
 	b := new(pgx.Batch)
 	limit := max(s.lease/3, time.Millisecond).Milliseconds()
@@ -116,26 +119,10 @@ func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) e
 		b.Queue(s.sql.Replace(`SELECT FROM {}task_owners WHERE id = ANY ($1::text[]) ORDER BY id FOR UPDATE`),
 			[]string{owner, t.victim})
 	}
-	var first *pgx.QueuedQuery
-	if s.registered {
-		first = b.Queue(s.sql.Replace(`WITH beaten AS (UPDATE {}task_owners SET beat = beat + 1
-			WHERE id = $1::text AND beat = $2::bigint AND NOT gone RETURNING 1)
-			SELECT 1 / (SELECT count(*) FROM beaten)`), owner, s.beat)
-	} else {
-		s.beat = 0
-		first = b.Queue(s.sql.Replace(`INSERT INTO {}task_owners (id, node, beat, lease_ms) VALUES ($1::text, $2::text, 0, $3::bigint)
-			RETURNING 1`), owner, s.node, s.lease.Milliseconds())
-	}
-	first.QueryRow(func(row pgx.Row) error {
-		err := row.Scan(new(int64))
-		if code := code(err); code == "22012" || code == "23505" { // division by zero, duplicate key
-			return errBeat{err}
-		}
-		return err
-	})
 	if t.queue != nil {
 		t.queue(b, owner, again)
 	}
+	s.queueBeat(b, owner)
 	b.Queue(`COMMIT`).Exec(func(tag pgconn.CommandTag) error {
 		if tag.String() != "COMMIT" {
 			return fmt.Errorf("the server has answered COMMIT with %s", tag)
@@ -150,6 +137,27 @@ func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) e
 		}
 	}
 	return err
+}
+
+// queueBeat adds the statement that renews the owner, or makes its row.
+func (s *Store) queueBeat(b *pgx.Batch, owner string) {
+	var q *pgx.QueuedQuery
+	if s.registered {
+		q = b.Queue(s.sql.Replace(`WITH beaten AS (UPDATE {}task_owners SET beat = beat + 1
+			WHERE id = $1::text AND beat = $2::bigint AND NOT gone RETURNING 1)
+			SELECT 1 / (SELECT count(*) FROM beaten)`), owner, s.beat)
+	} else {
+		s.beat = 0
+		q = b.Queue(s.sql.Replace(`INSERT INTO {}task_owners (id, node, beat, lease_ms) VALUES ($1::text, $2::text, 0, $3::bigint)
+			RETURNING 1`), owner, s.node, s.lease.Milliseconds())
+	}
+	q.QueryRow(func(row pgx.Row) error {
+		err := row.Scan(new(int64))
+		if code := code(err); code == "22012" || code == "23505" { // division by zero, duplicate key
+			return errBeat{err}
+		}
+		return err
+	})
 }
 
 // look finds out why the owner's row is not as expected.
@@ -183,6 +191,9 @@ func unknown(err error) bool {
 
 // temporary reports whether another attempt may succeed where one has failed.
 func temporary(err error) bool {
+	if errors.Is(err, puddle.ErrClosedPool) {
+		return false
+	}
 	if unknown(err) || errors.As(err, new(notSent)) && !refused(err) {
 		return true
 	}
@@ -206,16 +217,22 @@ func refused(err error) bool {
 }
 
 // leave declares the store's own owner gone, so that nobody has to wait for its
-// lease to end, or removes it if it leaves nothing.
+// lease to end, and removes it if it leaves nothing. Any transaction that is still
+// under way then fails.
 func (s *Store) leave() error {
-	err := s.transact(time.Now().Add(callLimit), transaction{queue: func(b *pgx.Batch, owner string, _ bool) {
-		b.Queue(s.sql.Replace(`UPDATE {}task_owners SET gone = true WHERE id = $1::text`), owner)
-		b.Queue(s.sql.Replace(forget), owner)
-	}})
-	if errors.Is(err, errFenced) {
-		return nil
+	owner := s.Owner()
+	for deadline := time.Now().Add(callLimit); ; time.Sleep(s.lease / 40) {
+		err := withConn(context.Background(), s.pool, earlier(deadline, time.Now().Add(s.lease/3)), func(c *pgxpool.Conn) error {
+			_, err := c.Exec(context.Background(), s.sql.Replace(`UPDATE {}task_owners SET gone = true WHERE id = $1::text`), owner)
+			if err == nil {
+				_, err = c.Exec(context.Background(), s.sql.Replace(forget), owner)
+			}
+			return err
+		})
+		if err == nil || !temporary(err) || time.Until(deadline) < s.lease/40 {
+			return err
+		}
 	}
-	return err
 }
 
 // forget removes an owner that is gone and has nothing unfinished.

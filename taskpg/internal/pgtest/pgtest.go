@@ -5,7 +5,6 @@
 package pgtest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -110,23 +109,26 @@ func tempDir() (string, error) {
 type process struct {
 	cmd *exec.Cmd
 	in  io.Closer
-	log bytes.Buffer
+	log string // a file
 }
 
 // start runs a program under a shell that ends it with a signal once its own
-// standard input ends.
-func start(dir, signal string, args ...string) (*process, error) {
-	p := new(process)
-	script := `"$@" </dev/null & p=$!; cat >/dev/null; kill -` + signal + ` $p 2>/dev/null; wait $p`
-	p.cmd = exec.Command("/bin/sh", append([]string{"-c", script, "sh"}, args...)...)
+// standard input ends, and then removes a directory, if that is not "".
+func start(dir, signal, remove string, args ...string) (*process, error) {
+	p := &process{log: dir + "/log"}
+	script := `"$@" </dev/null & p=$!; cat >/dev/null; kill -` + signal + ` $p 2>/dev/null; wait $p; rm -rf "$0"`
+	p.cmd = exec.Command("/bin/sh", append([]string{"-c", script, remove}, args...)...)
 	p.cmd.Dir = dir
-	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: credential(), Setpgid: true}
-	in, err := p.cmd.StdinPipe()
+	log, err := os.Create(p.log)
 	if err != nil {
 		return nil, err
 	}
-	p.in = in
+	defer log.Close()
+	p.cmd.Stdout, p.cmd.Stderr = log, log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: credential(), Setpgid: true}
+	if p.in, err = p.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
 	return p, p.cmd.Start()
 }
 
@@ -181,31 +183,20 @@ var (
 )
 
 // Database returns the DSN of a new database on a server that the tests of this
-// process share. Main must be the package's TestMain.
+// process share.
 func Database(t testing.TB) string {
 	t.Helper()
 	sharedMu.Lock()
 	defer sharedMu.Unlock()
 	if shared == nil {
 		s := newServer(t)
-		s.Start("max_connections=200")
 		s.keep = true
+		s.Start("max_connections=200")
 		shared = s
 	}
 	shared.t = t
 	dbs++
 	return shared.Database(fmt.Sprintf("test%d", dbs))
-}
-
-// Main ends the shared server after the tests, and returns the exit status.
-func Main(m *testing.M) int {
-	code := m.Run()
-	sharedMu.Lock()
-	defer sharedMu.Unlock()
-	if shared != nil {
-		shared.remove()
-	}
-	return code
 }
 
 // Start starts the server, and waits until it accepts connections.
@@ -216,12 +207,17 @@ func (s *Server) Start(settings ...string) {
 		"timezone=Asia/Kathmandu", "log_min_messages=warning"}, settings...) {
 		args = append(args, "-c", setting)
 	}
+	remove := ""
+	if s.keep {
+		remove = s.dir
+	}
 	var err error
-	s.watch, err = start(s.dir, "QUIT", args...)
+	s.watch, err = start(s.dir, "QUIT", remove, args...)
 	must(s.t, err)
 	if err := s.ready("template1"); err != nil {
+		log, _ := os.ReadFile(s.watch.log)
 		s.Stop("QUIT")
-		s.t.Fatalf("PostgreSQL does not start: %v\n%s", err, s.watch.log.String())
+		s.t.Fatalf("PostgreSQL does not start: %v\n%s", err, log)
 	}
 }
 
@@ -312,7 +308,7 @@ default_pool_size = 30
 ignore_startup_parameters = extra_float_digits
 `, config.Database, config.Host, config.Port, port, dir, mode)
 	must(t, os.WriteFile(dir+"/pgbouncer.ini", []byte(ini), 0o644))
-	p, err := start(dir, "KILL", bouncer, dir+"/pgbouncer.ini")
+	p, err := start(dir, "KILL", "", bouncer, dir+"/pgbouncer.ini")
 	must(t, err)
 	t.Cleanup(func() {
 		p.end()

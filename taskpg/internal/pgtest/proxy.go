@@ -34,6 +34,7 @@ type Rule struct {
 	FromServer bool
 	Text       string
 	Late       time.Duration // if not 0: the data still reaches the server, so much later
+	Hold       bool          // the data is passed on, and nothing after it; the server's connection stays open until Cut
 	Met        chan struct{} // closed when it has happened
 }
 
@@ -144,6 +145,16 @@ func (p *Proxy) pass(to, from net.Conn, fromServer bool) {
 		delay := p.delay
 		rule := p.match(buf[:n], fromServer)
 		p.mu.Unlock()
+		if rule != nil && rule.Hold {
+			to.Write(buf[:n])
+			close(rule.Met)
+			p.mu.Lock()
+			for !p.refuse {
+				p.change.Wait()
+			}
+			p.mu.Unlock()
+			return
+		}
 		if rule != nil {
 			from.Close()
 			time.Sleep(rule.Late)

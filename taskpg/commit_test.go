@@ -17,13 +17,21 @@ import (
 // TestUnknownOutcome breaks the connection at either side of a commit. The store
 // finds out what became of it.
 func TestUnknownOutcome(t *testing.T) {
-	for name, rule := range map[string]pgtest.Rule{
-		"the request is lost": {Text: "COMMIT"},
-		"the reply is lost":   {Text: "COMMIT\x00", FromServer: true},
-		"the request is late": {Text: "COMMIT", Late: lease / 2},
+	for _, c := range []struct {
+		name, mode string
+		rule       pgtest.Rule
+	}{
+		{"the request is lost", "", pgtest.Rule{Text: "COMMIT"}},
+		{"the reply is lost", "", pgtest.Rule{Text: "COMMIT\x00", FromServer: true}},
+		{"the request is late", "", pgtest.Rule{Text: "COMMIT", Late: lease / 2}},
+		{"the pooler's reply is lost", "transaction", pgtest.Rule{Text: "COMMIT\x00", FromServer: true}},
+		{"the request to the pooler is late", "transaction", pgtest.Rule{Text: "COMMIT", Late: lease / 2}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			dsn := pgtest.Database(t)
+		t.Run(c.name, func(t *testing.T) {
+			dsn, rule := pgtest.Database(t), c.rule
+			if c.mode != "" {
+				dsn = pgtest.Pooler(t, dsn, c.mode)
+			}
 			proxy := pgtest.NewProxy(t, dsn)
 			s := open(t, proxy.DSN(), WithLease(10*time.Second)) // so that it writes nothing else
 			op := newOp(s, task.StateRunning)

@@ -8,4 +8,6 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-func TestMain(m *testing.M) { testkit.Main(m, map[string]func() any{"store": func() any { return new(role) }}) }
+func TestMain(m *testing.M) {
+	testkit.Main(m, map[string]func() any{"store": func() any { return new(role) }})
+}

@@ -47,9 +47,12 @@ func (s *Store) observe() {
 			continue
 		}
 		o.commit(instant{began.mono - idle, began.wall - idle})
+		s.hints.others.Store(slices.ContainsFunc(owners, func(o sighting) bool { return !o.gone }))
 		dead, next := o.observe(began, s.clock(), owners)
 		for _, owner := range dead {
-			s.declareGone(owner)
+			if s.declareGone(owner) == nil {
+				s.hints.written()
+			}
 		}
 		wait = min(wait, next)
 	}
@@ -152,6 +155,7 @@ func (s *Store) recoverFrom(owner, reason string, resume func(*task.Operation) b
 		}
 		for _, op := range ops {
 			patience = time.Now().Add(s.lease)
+			s.hints.written()
 			if !yield(op, nil) {
 				return false
 			}

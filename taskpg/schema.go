@@ -49,6 +49,8 @@ ALTER TABLE tasks
 	ADD COLUMN IF NOT EXISTS attempt uuid,
 	ADD COLUMN IF NOT EXISTS seq bigint GENERATED ALWAYS AS IDENTITY,
 	ADD COLUMN IF NOT EXISTS finished_at timestamptz;
+UPDATE tasks SET finished_at = coalesce(updated_at, '-infinity')
+	WHERE finished_at IS NULL AND state IN ('DONE', 'FAILED', 'CANCELLED');
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_seq ON tasks (seq);
 CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (owner, seq) WHERE state IN ('PENDING', 'RUNNING');
 CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (finished_at, seq) WHERE finished_at IS NOT NULL;
@@ -70,13 +72,11 @@ func (s *Store) migrate(ctx context.Context) error {
 	var encoding string
 	err := s.pool.QueryRow(ctx, `SELECT current_setting('server_version_num')::int, current_setting('server_encoding')`).
 		Scan(&version, &encoding)
-	switch {
-	case err != nil:
+	if err == nil {
+		err = suits(version, encoding)
+	}
+	if err != nil {
 		return err
-	case version < minVersion*10000:
-		return fmt.Errorf("the server is PostgreSQL %d: version %d or later is needed", version/10000, minVersion)
-	case encoding != "UTF8":
-		return fmt.Errorf("the database's encoding is %s: make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0", encoding)
 	}
 	if complete, err := s.complete(ctx); err != nil || complete {
 		return err
@@ -98,6 +98,18 @@ func (s *Store) migrate(ctx context.Context) error {
 		}
 		return tx.Conn().PgConn().Exec(ctx, stmts).Close()
 	})
+}
+
+// suits returns an error if the store can't work with such a database. The version
+// is a server_version_num.
+func suits(version int, encoding string) error {
+	switch {
+	case version < minVersion*10000:
+		return fmt.Errorf("the server is PostgreSQL %d: version %d or later is needed", version/10000, minVersion)
+	case encoding != "UTF8":
+		return fmt.Errorf("the database's encoding is %s: make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0", encoding)
+	}
+	return nil
 }
 
 func schemaExists(ctx context.Context, tx pgx.Tx, name string) (exists bool, err error) {

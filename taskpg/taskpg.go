@@ -95,6 +95,7 @@ type Store struct {
 	stop    context.CancelFunc
 	ctx     context.Context // ends with Close
 	loops   sync.WaitGroup
+	hints   *hints
 
 	// turn is held during an attempt to write, and guards beat and registered. The
 	// beat orders the transactions of an owner anyway.
@@ -142,8 +143,8 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 }
 
 // OpenPool is Open for an application's own pool, which Close leaves open. The
-// store uses up to three connections of it at a time, and has one of them for as
-// long as it is open.
+// store takes one connection out of the pool to listen on; writes use one at a
+// time, and so do beats and reads.
 //
 // When a write takes too long, the store closes the connection. pgx then asks the
 // server to cancel what that does. With synchronous standbys this ends the wait
@@ -152,7 +153,7 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, error) {
 	host, _ := os.Hostname()
 	s := &Store{pool: pool, node: cmp.Or(host, "unknown"), lease: 30 * time.Second, clock: systemClock(),
-		turn: make(chan struct{}, 1), lost: make(map[string]bool)}
+		turn: make(chan struct{}, 1), lost: make(map[string]bool), hints: newHints()}
 	for _, opt := range opts {
 		opt(s)
 	}
@@ -168,6 +169,9 @@ func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, 
 	s.owner = s.newOwner()
 	err := s.migrate(ctx)
 	if err == nil {
+		err = s.nameChannel(ctx)
+	}
+	if err == nil {
 		err = s.transact(time.Now().Add(callLimit), transaction{})
 	}
 	if err != nil {
@@ -176,6 +180,8 @@ func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, 
 	}
 	s.loops.Go(s.renew)
 	s.loops.Go(s.observe)
+	s.loops.Go(s.announce)
+	s.loops.Go(s.listen)
 	return s, nil
 }
 
@@ -216,6 +222,9 @@ func (s *Store) Close() error {
 	s.stop()
 	s.loops.Wait()
 	err := s.leave()
+	if err == nil && s.hints.others.Load() {
+		s.notify(context.Background()) // whose loss costs time only
+	}
 	if s.ownPool {
 		s.pool.Close()
 	}

@@ -62,7 +62,7 @@ func (s *Store) transact(deadline time.Time, t transaction) error {
 
 // attempt is one attempt of transact.
 func (s *Store) attempt(deadline time.Time, t transaction, owner string, again bool) error {
-	deadline = earlier(deadline, time.Now().Add(min(callLimit, s.lease/3)))
+	deadline = earlier(deadline, time.Now().Add(s.attemptLimit()))
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
@@ -93,6 +93,10 @@ func (s *Store) attempt(deadline time.Time, t transaction, owner string, again b
 	return err
 }
 
+// attemptLimit is how long an attempt may take: there is time for a second one in
+// a call, and for a third one in a lease.
+func (s *Store) attemptLimit() time.Duration { return min(callLimit/2, s.lease/3) }
+
 func earlier(a, b time.Time) time.Time {
 	if a.Before(b) {
 		return a
@@ -111,7 +115,7 @@ func earlier(a, b time.Time) time.Time {
 // sends, its owner's row is not locked.
 func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) error {
 	b := new(pgx.Batch)
-	limit := max(s.lease/3, time.Millisecond).Milliseconds()
+	limit := s.attemptLimit().Milliseconds()
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE`)
 	b.Queue(fmt.Sprintf(`SET LOCAL statement_timeout = %d`, limit))
 	b.Queue(fmt.Sprintf(`SET LOCAL idle_in_transaction_session_timeout = %d`, limit))
@@ -222,7 +226,7 @@ func refused(err error) bool {
 func (s *Store) leave() error {
 	owner := s.Owner()
 	for deadline := time.Now().Add(callLimit); ; time.Sleep(s.lease / 40) {
-		err := withConn(context.Background(), s.pool, earlier(deadline, time.Now().Add(s.lease/3)), func(c *pgxpool.Conn) error {
+		err := withConn(context.Background(), s.pool, earlier(deadline, time.Now().Add(s.attemptLimit())), func(c *pgxpool.Conn) error {
 			_, err := c.Exec(context.Background(), s.sql.Replace(`UPDATE {}task_owners SET gone = true WHERE id = $1::text`), owner)
 			if err == nil {
 				_, err = c.Exec(context.Background(), s.sql.Replace(forget), owner)

@@ -151,7 +151,7 @@ func (s *Store) store(deadline time.Time, all []*write) {
 	err := s.storeOnce(deadline, all)
 	switch {
 	case err == nil:
-		s.changed(all)
+		s.hints.written()
 	case errors.Is(err, errFenced):
 		s.store(deadline, all)
 	case len(all) > 1 && ofData(err):

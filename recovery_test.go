@@ -286,7 +286,7 @@ func left(t *testing.T, db task.Persistence, id string, state task.State) {
 // TestRecoveryOfFourMethods recovers by way of the four methods, for several
 // sizes of pages that List returns at most.
 func TestRecoveryOfFourMethods(t *testing.T) {
-	const n = 9000
+	const n = 2500
 	for _, page := range []int{math.MaxInt, 100, 1} {
 		t.Run(fmt.Sprint(page), func(t *testing.T) {
 			memory := task.NewMemoryStore()

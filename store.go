@@ -4,11 +4,14 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
 	"maps"
+	"math"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -37,7 +40,9 @@ import (
 type Persistence interface {
 	// Save stores a new operation. On return it is durable, as far as the
 	// store promises that. If there is an operation with the same ID already,
-	// Save leaves that as it is and returns an error.
+	// Save leaves that as it is and returns an error. That wraps [ErrExists] if
+	// the store can tell; after any other error the manager looks with Get,
+	// where it matters. No other error wraps ErrExists.
 	Save(op *Operation) error
 
 	// Update stores the present state of an operation that is stored and not
@@ -265,20 +270,35 @@ func failOrphan(db Persistence, id, reason string) (*Operation, error) {
 type Filter struct {
 	States []State // in one of these states; of none for all
 	Name   string  // with exactly this name; "" for all
-	Before string  // submitted before the operation with this ID; "" for all
+	Before string  // behind the operation with this ID in the list; "" for all
+
+	Containing string            // with this text in the name, ASCII letters in either case; "" for all
+	Metadata   map[string]string // with a JSON object as metadata that has these strings as members; nil for all
+
+	// Finished at FinishedAfter or later, and before FinishedBefore, zero for any
+	// time. If one of them is not zero, what is not finished, or has no UpdatedAt,
+	// is left out.
+	FinishedAfter, FinishedBefore time.Time
+
+	// Finished, and listed by UpdatedAt, the latest first; those with the same in
+	// the order of List.
+	ByFinish bool
 
 	// Context is that of who asks, or nil. Once it is done nobody wants the answer:
 	// a store that would go on for long should return its error.
 	Context context.Context
 
-	// With States: the IDs, sorted, of operations whose state is not yet stored.
-	// If they are stored as unfinished, those in Include count as being in one
-	// of the states, and those in Exclude do not.
+	// With States or Metadata: the IDs, sorted, of operations whose state or metadata
+	// is not yet stored. If they are stored as unfinished, those in Include count as
+	// being in one of the states and having the metadata, and those in Exclude do not.
 	Include, Exclude []string
 
 	// If not 0: in place of metadata and results of more bytes than that there
 	// may be an [Omitted], so that the store does not read them.
 	MaxValue int
+
+	// The Result of all operations is nil, so that the store does not read it.
+	WithoutResults bool
 }
 
 // ended returns the error of the filter's context.
@@ -292,11 +312,33 @@ func (f Filter) ended() error {
 // matches reports whether a stored operation is one that the filter is for,
 // Before left aside.
 func (f Filter) matches(op *Operation) bool {
-	return (f.Name == "" || op.Name == f.Name) && (len(f.States) == 0 || f.inStates(op))
+	return (f.Name == "" || op.Name == f.Name) &&
+		(f.Containing == "" || strings.Contains(lowerASCII(op.Name), lowerASCII(f.Containing))) &&
+		(!f.ByFinish && !f.ranged() || op.State.Finished()) &&
+		f.inRange(op.UpdatedAt) && f.matchesNow(op)
 }
 
-func (f Filter) inStates(op *Operation) bool {
-	if op.State.live() {
+// lowerASCII folds letters as SQLite does.
+func lowerASCII(s string) string {
+	return strings.Map(func(r rune) rune {
+		if 'A' <= r && r <= 'Z' {
+			r += 'a' - 'A'
+		}
+		return r
+	}, s)
+}
+
+// ranged reports whether the filter is for a range of time.
+func (f Filter) ranged() bool { return !f.FinishedAfter.IsZero() || !f.FinishedBefore.IsZero() }
+
+func (f Filter) inRange(t time.Time) bool {
+	return !f.ranged() || !t.IsZero() && !t.Before(f.FinishedAfter) && (f.FinishedBefore.IsZero() || t.Before(f.FinishedBefore))
+}
+
+// matchesNow reports whether an operation matches in what may change while it is
+// live: its state and its metadata.
+func (f Filter) matchesNow(op *Operation) bool {
+	if len(f.States)+len(f.Metadata) > 0 && op.State.live() {
 		if _, ok := slices.BinarySearch(f.Include, op.ID); ok {
 			return true
 		}
@@ -304,7 +346,24 @@ func (f Filter) inStates(op *Operation) bool {
 			return false
 		}
 	}
-	return slices.Contains(f.States, op.State)
+	return (len(f.States) == 0 || slices.Contains(f.States, op.State)) && f.inMetadata(op.Metadata)
+}
+
+// inMetadata reports whether metadata has all the strings. What was left out has
+// been compared by the store.
+func (f Filter) inMetadata(metadata any) bool {
+	if _, ok := metadata.(Omitted); ok || len(f.Metadata) == 0 {
+		return true
+	}
+	value, _ := stored(metadata)
+	raw, _ := value.(json.RawMessage)
+	members, _ := decode(raw).(map[string]any)
+	for key, value := range f.Metadata {
+		if members[key] != any(value) {
+			return false
+		}
+	}
+	return true
 }
 
 // A FilteredLister is a [Persistence] that can find operations by more than
@@ -316,7 +375,8 @@ type FilteredLister interface {
 	// is for. If there is no operation with the ID Before, and that is a UUIDv7,
 	// as Submit makes them, the page begins where it would be: their order is
 	// that of their times. For any other ID, ListFiltered then returns an error
-	// that wraps [ErrNotFound].
+	// that wraps [ErrNotFound]. With ByFinish it does so for the ID of any operation
+	// that is not stored as finished.
 	ListFiltered(f Filter, limit, offset int) ([]*Operation, error)
 }
 
@@ -359,8 +419,8 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 	if err := f.ended(); err != nil {
 		return nil, err
 	}
-	all := len(f.States) == 0 && f.Name == "" && f.Before == ""
-	if l, ok := db.(FilteredLister); ok && (!all || f.Context != nil || f.MaxValue != 0) {
+	all := len(f.States)+len(f.Metadata) == 0 && f.Name+f.Containing+f.Before == "" && !f.ByFinish && !f.ranged()
+	if l, ok := db.(FilteredLister); ok && (!all || f.Context != nil || f.MaxValue != 0 || f.WithoutResults) {
 		ops, err := l.ListFiltered(f, limit, offset)
 		if !errors.Is(err, errors.ErrUnsupported) {
 			return ops, notFound(err)
@@ -369,9 +429,16 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 	if all {
 		return db.List(limit, offset)
 	}
-	var ops []*Operation
+	return f.page(history(db), limit, offset)
+}
+
+// page returns a part of the operations that the filter is for.
+func (f Filter) page(newestFirst iter.Seq2[*Operation, error], limit, offset int) (ops []*Operation, err error) {
+	if f.ByFinish {
+		return f.pageByFinish(newestFirst, limit, offset)
+	}
 	before := f.Before // what is yet to be found
-	for op, err := range history(db) {
+	for op, err := range newestFirst {
 		switch err = cmp.Or(err, f.ended()); {
 		case err != nil:
 			return nil, err
@@ -392,13 +459,60 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 		return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
 	}
 	if before != "" {
-		var err error
-		if f.Before, err = neighbour(history(db), before); err != nil {
+		if f.Before, err = neighbour(newestFirst, before); err != nil {
 			return nil, err
 		}
-		return listFiltered(db, f, limit, offset)
+		return f.page(newestFirst, limit, offset)
 	}
 	return ops, nil
+}
+
+// pageByFinish is page with ByFinish. It keeps little more than what it returns.
+func (f Filter) pageByFinish(newestFirst iter.Seq2[*Operation, error], limit, offset int) (ops []*Operation, err error) {
+	cursor, err := f.cursor(newestFirst)
+	if err != nil {
+		return nil, err
+	}
+	last := math.MaxInt
+	if limit < last-offset {
+		last = limit + offset
+	}
+	sorted := func() []*Operation {
+		slices.SortStableFunc(ops, func(a, b *Operation) int { return b.UpdatedAt.Compare(a.UpdatedAt) })
+		return ops[:min(last, len(ops))]
+	}
+	passed := false // the cursor
+	for op, err := range newestFirst {
+		if err := cmp.Or(err, f.ended()); err != nil {
+			return nil, err
+		}
+		behind := cursor == nil || op.UpdatedAt.Before(cursor.UpdatedAt) || passed && op.UpdatedAt.Equal(cursor.UpdatedAt)
+		passed = passed || op.ID == f.Before
+		if behind && f.matches(op) {
+			ops = append(ops, op)
+		}
+		if len(ops)-1000 > last {
+			ops = sorted()
+		}
+	}
+	ops = sorted()
+	return ops[min(offset, len(ops)):], nil
+}
+
+// cursor returns the finished operation Before, or nil for the start of the list.
+func (f Filter) cursor(newestFirst iter.Seq2[*Operation, error]) (*Operation, error) {
+	if f.Before == "" {
+		return nil, nil
+	}
+	for op, err := range newestFirst {
+		if err := cmp.Or(err, f.ended()); err != nil {
+			return nil, err
+		}
+		if op.ID == f.Before && op.State.Finished() {
+			return op, nil
+		}
+	}
+	return nil, fmt.Errorf("%s, finished: %w", f.Before, ErrNotFound)
 }
 
 // A Pruner is a [Persistence] that can delete operations.

@@ -1,7 +1,6 @@
 package task
 
 import (
-	"fmt"
 	"iter"
 	"math"
 	"slices"
@@ -37,7 +36,7 @@ func (s *MemoryStore) Save(op *Operation) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.rows[op.ID] != nil {
-		return fmt.Errorf("operation %s is already stored", op.ID)
+		return ErrExists
 	}
 	s.rows[op.ID] = &row
 	s.order = append(s.order, &row)
@@ -96,47 +95,25 @@ func (s *MemoryStore) List(limit, offset int) ([]*Operation, error) {
 func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	end := len(s.order)
-	if f.Before != "" {
-		end = s.place(f.Before)
-	}
-	if end < 0 {
-		return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
-	}
-	ops := []*Operation{}
-	for _, row := range slices.Backward(s.order[:end]) {
-		switch {
-		case !f.matches(row) || s.gone(row):
-		case offset > 0:
-			offset--
-		case len(ops) == limit:
-			return ops, nil
-		default:
-			op := *row
-			ops = append(ops, &op)
+	ops, err := f.page(s.newestFirst, limit, offset)
+	for i, row := range ops {
+		op := *row
+		if f.WithoutResults {
+			op.Result = nil
 		}
+		ops[i] = &op
 	}
-	return ops, nil
+	return ops, err
 }
 
-// place returns how many rows were submitted before the operation with that ID,
-// or -1 if nobody knows. The caller holds s.mu.
-func (s *MemoryStore) place(id string) int {
-	at := slices.Index(s.order, s.rows[id])
-	if at >= 0 || !isTimed(id) {
-		return at
-	}
-	before, _ := neighbour(func(yield func(*Operation, error) bool) {
-		for _, row := range slices.Backward(s.order) {
-			if !s.gone(row) && !yield(row, nil) {
-				return
-			}
+// newestFirst yields the rows by order of Save, the last one first. The caller
+// holds s.mu.
+func (s *MemoryStore) newestFirst(yield func(*Operation, error) bool) {
+	for _, row := range slices.Backward(s.order) {
+		if !s.gone(row) && !yield(row, nil) {
+			return
 		}
-	}, id)
-	if before == "" {
-		return len(s.order)
 	}
-	return slices.Index(s.order, s.rows[before])
 }
 
 // Get implements [Persistence].

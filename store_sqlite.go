@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -188,18 +189,20 @@ const columns = `rowid, coalesce(CAST(id AS TEXT), ''), coalesce(CAST(name AS TE
 	coalesce(CAST(started_at AS TEXT), ''), coalesce(CAST(owner AS TEXT), ''), coalesce(CAST(message AS TEXT), ''),
 	coalesce(CAST(cancel_requested_at AS TEXT), '')`
 
-// columnsWithin is columns with the length, an integer, in place of metadata and
-// results of more than max bytes.
-func columnsWithin(max int) string {
-	if max == 0 {
-		return columns
-	}
-	bounded := columns
+// columnsFor is columns with the length, an integer, in place of metadata and
+// results of more bytes than the filter's MaxValue, or without results.
+func columnsFor(f Filter) string {
+	selected := columns
 	for _, name := range []string{"metadata", "result"} {
 		length, text := `length(CAST(`+name+` AS BLOB))`, `coalesce(CAST(`+name+` AS TEXT), '')`
-		bounded = strings.Replace(bounded, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, max, length, text), 1)
+		switch {
+		case name == "result" && f.WithoutResults:
+			selected = strings.Replace(selected, text, `''`, 1)
+		case f.MaxValue > 0:
+			selected = strings.Replace(selected, text, fmt.Sprintf(`CASE WHEN %s > %d THEN %s ELSE %s END`, length, f.MaxValue, length, text), 1)
+		}
 	}
-	return bounded
+	return selected
 }
 
 // operation turns a row into an operation. What it can't make sense of becomes
@@ -316,8 +319,11 @@ var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.colu
 
 // insert begins with the parameters of update.
 var insert = newStatement(`INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
-	message, cancel_requested_at, id, owner, name, created_at) VALUES %s`, "", 13,
+	message, cancel_requested_at, id, owner, name, created_at) VALUES %s ON CONFLICT (id) DO NOTHING`, "", 13,
 	errors.New("a trigger of the database has ignored the new row"))
+
+// idCell is the place of the ID among the parameters.
+const idCell = 9
 
 // A write is a row to insert or to update.
 type write struct {
@@ -355,8 +361,8 @@ func (s *SQLiteStore) Update(op *Operation) error {
 
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
-// has (UPDATE ... FROM takes one of two for the same operation), the rows are
-// written one by one instead, in their order. If COMMIT finds no room for all of
+// has (an ID may exist, and UPDATE ... FROM takes one of two for the same
+// operation), the rows are written one by one instead, in their order. If COMMIT finds no room for all of
 // them, those are stored for which there is room. Any other failure of BEGIN or
 // COMMIT, and a database that stays locked, fail the whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
@@ -449,7 +455,9 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 				err := writeRows(c, writes[i:i+1])
 				*w.err = err
 				switch {
-				case err == nil || err == w.none:
+				case err == nil || err == ErrNotFound:
+				case err == insert.none:
+					*w.err = whyIgnored(c, w.args[idCell], err)
 				case sqlitefile.Locked(err):
 					return err
 				case !sqlitefile.InTransaction(c):
@@ -476,6 +484,16 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 	}
 }
 
+// whyIgnored returns why no row was inserted: that there is one with the same ID,
+// or else err.
+func whyIgnored(c *sql.Conn, id any, err error) error {
+	ids, readErr := sqlitefile.Strings(c, `SELECT id FROM tasks WHERE id = ?`, id)
+	if len(ids) > 0 {
+		return ErrExists
+	}
+	return cmp.Or(readErr, err)
+}
+
 // List implements [Persistence].
 func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
 	return s.query(context.Background(), `SELECT `+columns+` FROM tasks ORDER BY rowid DESC LIMIT ? OFFSET ?`, limit, offset)
@@ -485,8 +503,12 @@ func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
 // for those DONE. What no index has is searched for in steps.
 func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
 	ctx := cmp.Or(f.Context, context.Background())
-	if f.Name != "" || slices.Contains(f.States, StateDone) {
+	if f.Name+f.Containing != "" || len(f.Metadata) > 0 || f.ranged() || slices.Contains(f.States, StateDone) ||
+		f.ByFinish && (len(f.States) > 0 || f.Before != "") {
 		return s.search(ctx, f, limit, offset)
+	}
+	if f.ByFinish {
+		return s.query(ctx, `SELECT `+columnsFor(f)+byFinish+orderByFinish+` LIMIT ? OFFSET ?`, limit, offset)
 	}
 	where, args := `TRUE`, []any(nil)
 	if f.Before != "" {
@@ -494,7 +516,7 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 		where, args = `rowid < (`+place+`)`, id
 	}
 	from, args := selection(f, where, args, limit, offset)
-	ops, err := s.query(ctx, `SELECT `+columnsWithin(f.MaxValue)+from, args...)
+	ops, err := s.query(ctx, `SELECT `+columnsFor(f)+from, args...)
 	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
 		_, err = s.Get(f.Before)
 	}
@@ -517,18 +539,67 @@ func placeOf(id string) (query string, args []any) {
 		UNION ALL SELECT ifnull((SELECT rowid ` + greater + ` LIMIT 1), 9223372036854775807))))`, []any{id, id, id}
 }
 
+// The order with ByFinish is that of the index: by the text of the time, of which
+// that in a foreign layout may be out of place.
+const (
+	byFinish      = ` FROM tasks INDEXED BY tasks_finished WHERE ` + finished
+	orderByFinish = ` ORDER BY ` + finishTime + ` DESC, rowid DESC`
+)
+
 // selection returns the end of a query for the rows for which the filter, but
-// for its Before, and a condition hold.
+// for its Before and its range of time, and a condition hold.
 func selection(f Filter, where string, args []any, limit, offset int) (string, []any) {
 	if f.Name != "" {
 		where += ` AND name = ?`
 		args = append(args, f.Name)
 	}
-	if len(f.States) > 0 {
+	if f.Containing != "" {
+		where += ` AND instr(lower(name), lower(?)) > 0`
+		args = append(args, f.Containing)
+	}
+	now, own := whereNow(f)
+	args = slices.Clip(args)
+	switch {
+	case f.ByFinish: // so the rest has the final state
+		if len(f.States) > 0 {
+			now += ` AND state IN (SELECT value FROM json_each(?))`
+			own = append(own, jsonArray(f.States))
+		}
+		// The sorter need not hold what columns are long.
+		return ` FROM tasks WHERE rowid IN (SELECT rowid FROM tasks NOT INDEXED WHERE ` + where + now + orderByFinish + ` LIMIT ? OFFSET ?)` + orderByFinish,
+			append(append(args, own...), limit, offset)
+	case len(f.States) > 0:
 		last := int64(min(uint64(limit)+uint64(offset), math.MaxInt64))
 		where, args = whereState(f, where, args, last)
+	case len(f.Include) > 0 && len(f.Metadata) > 0:
+		where += ` AND (TRUE` + now + ` OR ` + included + `)`
+		args = append(append(args, own...), jsonArray(f.Include))
+	default:
+		where, args = where+now, append(args, own...)
 	}
 	return ` FROM tasks WHERE ` + where + ` ORDER BY rowid DESC LIMIT ? OFFSET ?`, append(args, limit, offset)
+}
+
+// included holds for unfinished rows with one of the IDs in a JSON array.
+const included = `(state IN ('PENDING', 'RUNNING') AND id IN (SELECT value FROM json_each(?)))`
+
+// whereNow returns what is to be added to a condition for the rows that have the
+// filter's metadata and are not in its Exclude. Without a backslash, the JSON of a
+// string has its text: most rows need not be parsed. CASE keeps json_each from
+// failing for what is no JSON.
+func whereNow(f Filter) (and string, args []any) {
+	const cell = `CAST(metadata AS TEXT)`
+	for _, key := range slices.Sorted(maps.Keys(f.Metadata)) {
+		value := f.Metadata[key]
+		and += ` AND (instr(` + cell + `, ?) > 0 OR instr(` + cell + `, '\') > 0) AND CASE WHEN json_valid(` + cell + `) THEN
+			EXISTS (SELECT 1 FROM json_each(` + cell + `) WHERE key = ? AND type = 'text' AND atom = ?) ELSE FALSE END`
+		args = append(args, value, key, value)
+	}
+	if len(f.Exclude) > 0 && len(f.States)+len(f.Metadata) > 0 {
+		and += ` AND NOT ` + included
+		args = append(args, jsonArray(f.Exclude))
+	}
+	return and, args
 }
 
 // maxStep is how many rows one step of a search looks at, at most: some fit into
@@ -536,62 +607,217 @@ func selection(f Filter, where string, args []any, limit, offset int) (string, [
 // the WAL can be checkpointed, and the context counts.
 const maxStep = 5000
 
+// A place is one in a list. Only with ByFinish it has a finish.
+type place struct {
+	finish any // a cell of finishTime
+	rowid  int64
+}
+
+// placeFinish is the parameter for a place's finish. As that, some drivers return
+// nil for bytes of which there are none.
+const placeFinish = `coalesce(?, x'')`
+
 // search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
 // it may miss some.
 func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
-	below := sql.NullInt64{Int64: math.MaxInt64, Valid: true}
-	if f.Before != "" {
-		place, id := placeOf(f.Before)
-		err := s.db.Read(ctx, func(c *sql.Conn) error {
-			return c.QueryRowContext(context.Background(), `SELECT (`+place+`)`, id...).Scan(&below)
-		})
-		if err != nil {
-			return nil, err
+	var below *place
+	var few window
+	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
+		if below, err = start(c, f); err == nil && below != nil {
+			few, err = fewFor(c, f, *below)
 		}
-		if !below.Valid {
-			return nil, ErrNotFound
-		}
-	}
-	for n := 100; below.Valid && len(ops) < limit; n = min(2*n, maxStep) {
+		return err
+	})
+	for n := 100; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
 		var found []*Operation
-		var next sql.NullInt64
 		var skipped int
-		err := s.db.Read(ctx, func(c *sql.Conn) (err error) {
-			found, skipped, next, err = step(c, f, below.Int64, n, limit-len(ops), offset)
+		var next *place
+		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
+			w := few
+			if next = nil; w.where == "" {
+				w, next, err = windowOf(c, f, *below, n)
+			}
+			if err == nil {
+				found, skipped, err = step(c, f, w, limit-len(ops), offset)
+			}
 			return err
 		})
-		if err != nil {
-			return nil, err
-		}
 		ops = append(ops, found...)
 		offset -= skipped
 		below = next
 	}
+	if err != nil {
+		return nil, err
+	}
 	return ops, nil
 }
 
-// step looks for operations among the last n rows below a rowid. It returns what
-// it has found, how many it has skipped, and what is the rowid of the next step.
-func step(c *sql.Conn, f Filter, below int64, n, limit, offset int) (ops []*Operation, skipped int, next sql.NullInt64, err error) {
-	query, args := lastOf(f, below, n)
-	if err = c.QueryRowContext(context.Background(), query, args...).Scan(&next); err != nil {
-		return nil, 0, next, err
-	}
-	above := next.Int64
-	if !next.Valid {
-		above = math.MinInt64
-	}
-	const where = `rowid < ? AND rowid >= ?`
-	if offset > 0 {
-		from, args := selection(f, where, []any{below, above}, offset, 0)
-		err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT rowid`+from+`)`, args...).Scan(&skipped)
-		if err != nil {
-			return nil, 0, next, err
+// start returns the place below which a search begins, or nil if nothing is there.
+func start(c *sql.Conn, f Filter) (*place, error) {
+	at := place{rowid: math.MaxInt64}
+	var err error
+	switch {
+	case f.ByFinish && f.Before != "":
+		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+`, rowid FROM tasks WHERE id = ? AND `+finished, f.Before).
+			Scan(&at.finish, &at.rowid)
+		if err == sql.ErrNoRows {
+			err = fmt.Errorf("%s, finished: %w", f.Before, ErrNotFound)
+		}
+	case f.ByFinish:
+		and, args := bounds(f)
+		err = c.QueryRowContext(context.Background(), `SELECT `+finishTime+byFinish+and+orderByFinish+` LIMIT 1`, args...).Scan(&at.finish)
+		if err == sql.ErrNoRows {
+			return nil, nil
+		}
+	case f.Before != "":
+		var below sql.NullInt64
+		query, id := placeOf(f.Before)
+		err = c.QueryRowContext(context.Background(), `SELECT (`+query+`)`, id...).Scan(&below)
+		if at.rowid = below.Int64; err == nil && !below.Valid {
+			err = ErrNotFound
 		}
 	}
-	from, args := selection(f, where, []any{below, above}, limit, offset)
-	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columnsWithin(f.MaxValue)+from, args...)
-	return ops, skipped, next, err
+	return &at, err
+}
+
+// bounds returns what is to be added to a condition for finished rows that may be
+// in the filter's range of time.
+func bounds(f Filter) (and string, args []any) {
+	if !f.FinishedAfter.IsZero() {
+		and, args = ` AND `+finishTime+` >= ?`, []any{bound(f.FinishedAfter, -foreignSlack)}
+	}
+	if !f.FinishedBefore.IsZero() {
+		and, args = and+` AND `+finishTime+` <= ?`, append(args, bound(f.FinishedBefore, foreignSlack))
+	}
+	return and, args
+}
+
+// bound returns where in the order of texts a time is, with some slack.
+func bound(t time.Time, slack time.Duration) string {
+	if t = t.UTC(); t.Year() < 9999 {
+		t = t.Add(slack)
+	}
+	if t.Year() > 9999 { // which has more digits
+		return ":" // which is behind all digits
+	}
+	return formatTime(t)
+}
+
+// A window is a condition for the rows that a step looks at.
+type window struct {
+	where string
+	args  []any
+}
+
+// fewFor returns a window for the rest of the list if an index that is not in its
+// order has so few rows for it that one step is enough. Else its condition is empty.
+func fewFor(c *sql.Conn, f Filter, below place) (w window, err error) {
+	var from string
+	var args []any
+	switch {
+	case !f.ByFinish && !f.ranged():
+		return w, nil
+	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
+		from, args = ` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, []any{jsonArray(f.States)}
+	case !f.ByFinish:
+		from, args = bounds(f)
+		from = byFinish + from
+	default:
+		return w, nil
+	}
+	const few = 4 * maxStep // most of which are only counted, or in the slack
+	var n int
+	err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT 1`+from+` LIMIT ?)`, append(slices.Clip(args), few+1)...).Scan(&n)
+	if err != nil || n > few {
+		return w, err
+	}
+	w = window{`rowid IN (SELECT rowid` + from + `) AND rowid < ?`, append(args, below.rowid)}
+	if f.ByFinish {
+		w.where = `rowid IN (SELECT rowid` + from + `) AND ` + finished + ` AND (` + finishTime + `, rowid) < (` + placeFinish + `, ?)`
+		w.args = append(args, below.finish, below.rowid)
+	}
+	return w, nil
+}
+
+// windowOf returns a window for the next n rows below a place, or for fewer in one
+// step, and the place of the next step, or nil if there is none. With ByFinish,
+// those with the same time have a step of their own.
+func windowOf(c *sql.Conn, f Filter, below place, n int) (w window, next *place, err error) {
+	if !f.ByFinish {
+		var last sql.NullInt64
+		query, args := lastOf(f, below.rowid, n)
+		err = c.QueryRowContext(context.Background(), query, args...).Scan(&last)
+		if last.Valid {
+			next = &place{rowid: last.Int64}
+		} else {
+			last.Int64 = math.MinInt64
+		}
+		return window{`rowid < ? AND rowid >= ?`, []any{below.rowid, last.Int64}}, next, err
+	}
+	same := below.rowid > math.MinInt64
+	and, args := ` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, []any{below.finish, below.rowid}
+	if !same {
+		f.FinishedBefore = time.Time{} // that is a place above this one
+		and, args = bounds(f)
+		and, args = ` AND `+finishTime+` < `+placeFinish+and, append([]any{below.finish}, args...)
+	}
+	entries := func(cells string) string { return `SELECT ` + cells + byFinish + and + orderByFinish + ` LIMIT ?` }
+	var last place
+	err = c.QueryRowContext(context.Background(), entries(finishTime+`, rowid`)+` OFFSET ?`, append(slices.Clip(args), 1, n-1)...).
+		Scan(&last.finish, &last.rowid)
+	switch {
+	case err == nil:
+		next = &last
+	case err != sql.ErrNoRows:
+		return w, nil, err
+	case same:
+		next = &place{below.finish, math.MinInt64}
+	}
+	return window{`rowid IN (` + entries(`rowid`) + `)`, append(args, n)}, next, nil
+}
+
+// inRange returns a window for those of its rows that have finished in the filter's
+// range of time.
+func (w window) inRange(c *sql.Conn, f Filter) (window, error) {
+	and, args := bounds(f)
+	rows, err := c.QueryContext(context.Background(), `SELECT rowid, CAST(`+finishTime+` AS TEXT) FROM tasks NOT INDEXED WHERE `+
+		w.where+` AND `+finished+and, slices.Concat(w.args, args)...)
+	if err != nil {
+		return w, err
+	}
+	defer rows.Close()
+	in := []int64{}
+	for rows.Next() {
+		var rowid int64
+		var finish string
+		if err := rows.Scan(&rowid, &finish); err != nil {
+			return w, err
+		}
+		if f.inRange(cellTime(finish)) {
+			in = append(in, rowid)
+		}
+	}
+	return window{`rowid IN (SELECT value FROM json_each(?))`, []any{jsonArray(in)}}, rows.Err()
+}
+
+// step looks for operations in a window. It returns what it has found, and how many
+// it has skipped.
+func step(c *sql.Conn, f Filter, w window, limit, offset int) (ops []*Operation, skipped int, err error) {
+	if f.ranged() {
+		if w, err = w.inRange(c, f); err != nil {
+			return nil, 0, err
+		}
+	}
+	if offset > 0 {
+		from, args := selection(f, w.where, w.args, offset, 0)
+		err = c.QueryRowContext(context.Background(), `SELECT count(*) FROM (SELECT rowid`+from+`)`, args...).Scan(&skipped)
+		if err != nil {
+			return nil, 0, err
+		}
+	}
+	from, args := selection(f, w.where, w.args, limit, offset)
+	err = scan(c, func(r *row) { ops = append(ops, r.operation()) }, `SELECT `+columnsFor(f)+from, args...)
+	return ops, skipped, err
 }
 
 // lastOf returns a query for the rowid of the n-th row below another, or for NULL
@@ -599,7 +825,7 @@ func step(c *sql.Conn, f Filter, below int64, n, limit, offset int) (ops []*Oper
 // them.
 func lastOf(f Filter, below int64, n int) (query string, args []any) {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
-	if len(f.States) == 0 || slices.Contains(f.States, StateDone) {
+	if len(f.States) == 0 || slices.Contains(f.States, StateDone) || f.ranged() {
 		return fmt.Sprintf(last, ``), []any{below, n - 1}
 	}
 	var queries []string
@@ -611,8 +837,8 @@ func lastOf(f Filter, below int64, n int) (query string, args []any) {
 }
 
 // whereState returns a condition that holds for the last rows that are in one
-// of the filter's states and for which where holds. Each state has a query of
-// its own, because only so the index answers each in its order.
+// of the filter's states, with its metadata, and for which where holds. Each state
+// has a query of its own, because only so the index answers each in its order.
 func whereState(f Filter, where string, args []any, last int64) (string, []any) {
 	var queries []string
 	var all []any
@@ -620,21 +846,17 @@ func whereState(f Filter, where string, args []any, last int64) (string, []any) 
 		queries = append(queries, fmt.Sprintf(format, term+` AND `+where))
 		all = append(append(all, own...), args...)
 	}
+	now, own := whereNow(f)
 	for _, state := range f.States {
-		term, own := `state = ?`, []any{string(state)}
+		term := `state = ?`
 		if state != StateDone {
 			term += ` AND state <> 'DONE'`
 		}
-		if state.live() && len(f.Exclude) > 0 {
-			term += ` AND id NOT IN (SELECT value FROM json_each(?))`
-			own = append(own, jsonArray(f.Exclude))
-		}
-		add(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE %s ORDER BY rowid DESC LIMIT ?)`, term, own...)
+		add(`SELECT rowid FROM (SELECT rowid FROM tasks WHERE %s ORDER BY rowid DESC LIMIT ?)`, term+now, append([]any{string(state)}, own...)...)
 		all = append(all, last)
 	}
 	if len(f.Include) > 0 {
-		add(`SELECT rowid FROM tasks WHERE %s`, `id IN (SELECT value FROM json_each(?)) AND state IN ('PENDING', 'RUNNING')`,
-			jsonArray(f.Include))
+		add(`SELECT rowid FROM tasks WHERE %s`, included, jsonArray(f.Include))
 	}
 	return `rowid IN (` + strings.Join(queries, ` UNION ALL `) + `)`, all
 }
@@ -797,9 +1019,9 @@ func failOrphans(c *sql.Conn, id, reason string) (ops []*Operation, err error) {
 // pruneChunk is how many rows Prune deletes at most at a time.
 const pruneChunk = 100
 
-// pruneSlack is by how much a text in a foreign layout may be behind its place
+// foreignSlack is by how much a text in a foreign layout may be behind its place
 // in the order of time: zones go up to 14 hours, and a T sorts behind a space.
-const pruneSlack = 38 * time.Hour
+const foreignSlack = 38 * time.Hour
 
 // A pruneCursor is a place in the index that Prune reads. Should a VACUUM give
 // rows new rowids meanwhile, some of those that finished in the very
@@ -836,12 +1058,8 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 // count as times.
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
-	last := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) // later times have more digits: their texts are in no order
-	if before.Add(pruneSlack).After(last) {
-		before = last.Add(-pruneSlack)
-	}
 	rows, err := c.QueryContext(context.Background(), pruneQuery, at.finish, at.rowid, pruneChunk,
-		at.finish, formatTime(before.Add(pruneSlack)), formatTime(before), pruneChunk, pruneChunk)
+		at.finish, bound(before, foreignSlack), bound(before, 0), pruneChunk, pruneChunk)
 	if err != nil {
 		return next, 0, err
 	}

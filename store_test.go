@@ -2,20 +2,19 @@ package task_test
 
 import (
 	"context"
+	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"math"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"database/sql"
-	"encoding/json"
-	"iter"
-	"sync"
 
 	"github.com/google/uuid"
 
@@ -417,7 +416,7 @@ func TestListContext(t *testing.T) {
 // TestSubmitBesideSearches submits while many clients search a long history, some
 // of which give up.
 func TestSubmitBesideSearches(t *testing.T) {
-	r := besideSearches(t, 300_000, 100, 2*time.Second)
+	r := besideSearches(t, 100_000, 100, 700*time.Millisecond)
 	t.Log(r)
 	if r.submits == 0 || r.failed != nil || r.worstSubmit > 500*time.Millisecond {
 		t.Errorf("%v, want none failed, and none to take longer than 0.5 s", r)
@@ -979,5 +978,53 @@ func TestListMaxValueBare(t *testing.T) {
 	})
 	if ops, err := m.List(10, 0, task.MaxValue(1)); err != nil || len(ops) != 1 {
 		t.Errorf("%v, %v", ops, err)
+	}
+}
+
+// TestLockedForLong: another process keeps the database locked for longer than
+// a write waits, while an operation finishes and one is submitted.
+func TestLockedForLong(t *testing.T) {
+	path := testkit.Path(t)
+	store := openSQLite(t, path)
+	task.SetTimeout(store, 50*time.Millisecond)
+	m := newManager(t, store)
+	fn, started, release := blocker(nil)
+	held := submit(t, m, fn)
+	<-started
+	waiting := submit(t, m, untilCancelled)
+
+	other, err := sql.Open("sqlite3", path)
+	testkit.Must(t, err)
+	defer other.Close()
+	c, err := other.Conn(t.Context())
+	testkit.Must(t, err)
+	defer c.Close()
+	_, err = c.ExecContext(t.Context(), "BEGIN IMMEDIATE")
+	testkit.Must(t, err)
+
+	release()
+	if _, err := m.Submit("refused", func(context.Context, func(int)) (any, error) {
+		t.Error("called, though Submit has failed")
+		return nil, nil
+	}); err == nil || !strings.Contains(err.Error(), "locked") {
+		t.Errorf("Submit: %v", err)
+	}
+	testkit.Must(t, testkit.Until(func() bool {
+		op, _ := m.Get(held.ID)
+		return strings.Contains(op.Error, "DONE, which can't be stored yet")
+	}))
+	if err := waiting.Cancel(); err != nil { // which needs no database
+		t.Error(err)
+	}
+	_, err = c.ExecContext(t.Context(), "ROLLBACK")
+	testkit.Must(t, err)
+	if op := wait(t, m, held.ID); op.State != task.StateDone || op.Error != "" {
+		t.Errorf("in the end it is %+v", op)
+	}
+	if op := wait(t, m, waiting.ID); op.State != task.StateCancelled {
+		t.Errorf("the cancelled one is %+v", op)
+	}
+	if ops, err := m.List(10, 0); err != nil || len(ops) != 2 {
+		t.Errorf("List: %v, %v", ops, err)
 	}
 }

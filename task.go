@@ -54,6 +54,7 @@ import (
 	"runtime/pprof"
 	"runtime/trace"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -117,6 +118,11 @@ var (
 	// ErrCancelled is the cause of a context that Cancel cancelled, or is wrapped
 	// by it if CancelCause did.
 	ErrCancelled = errors.New("operation cancelled")
+
+	// ErrExists is returned by Submit, together with the operation that exists,
+	// as [WithID] and [WithUnique] say, and by a Persistence when it is to save an
+	// ID that it has.
+	ErrExists = errors.New("operation exists already")
 
 	// ErrLagged is the last thing that Watch yields to a receiver that is too
 	// slow.
@@ -216,6 +222,57 @@ func WithLock(key string) SubmitOption {
 	}
 }
 
+// WithID gives the operation an ID of the caller's choice. While there is an
+// operation with that ID, live or in the history, whichever manager runs it or
+// has run it, Submit returns that operation and an error that wraps
+// [ErrExists], and the function is never called. So a request that is sent
+// again, or a job that a scheduler submits again after a restart, is done at
+// most once for as long as the history keeps it. To do again what was
+// interrupted (see [Operation.Interrupted]), submit it with another ID.
+//
+// Of several Submits of one ID at the same time, in whatever process, one
+// succeeds. In one manager the others wait until it has, and if it fails, they
+// return the same error.
+//
+// An ID is 1 to 200 bytes of printable ASCII without spaces, slashes,
+// backslashes and the characters ?, # and %. It is not ".", "..", "events", "ui"
+// or "openapi.json", which are paths of package taskhttp. Submit returns an error
+// for anything else.
+func WithID(id string) SubmitOption {
+	return func(t *task) error {
+		ok := len(id) > 0 && len(id) <= 200 && !slices.Contains([]string{".", "..", "events", "ui", "openapi.json"}, id)
+		for _, c := range []byte(id) {
+			ok = ok && c > ' ' && c < 0x7f && !strings.ContainsRune(`/\?#%`, rune(c))
+		}
+		if !ok {
+			return fmt.Errorf("the ID %.40q is not 1 to 200 bytes of printable ASCII without space, /, \\, ?, # and %%, or is reserved", id)
+		}
+		t.id, t.op.ID, t.given = id, id, true
+		return nil
+	}
+}
+
+// WithUnique gives the operation a key that no other unfinished operation of the
+// same manager has. While there is one that has it, Submit returns that operation
+// and an error that wraps [ErrExists], and the function is never called: two
+// clicks on a button start one operation. The key is free again when the
+// operation has finished.
+//
+// Given several times, all those keys are unique. Of several Submits of one key
+// at the same time, one succeeds; the others wait until it has, and if it fails,
+// they return the same error.
+//
+// Submit returns an error if the key is empty.
+func WithUnique(key string) SubmitOption {
+	return func(t *task) error {
+		if key == "" {
+			return errors.New("the unique key is empty")
+		}
+		t.unique = append(t.unique, key)
+		return nil
+	}
+}
+
 // A ListOption says which operations [Manager.List] returns. Of several that
 // say the same, the last one counts.
 type ListOption func(*Filter)
@@ -239,6 +296,54 @@ func MaxValue(bytes int) ListOption {
 // takes a while; see [WithContext].
 func ByName(name string) ListOption {
 	return func(f *Filter) { f.Name = validUTF8(name) }
+}
+
+// Containing lets List return only operations with that text in their name, or
+// any if it is empty. ASCII letters match in either case. No index helps with that:
+// see [ByName].
+func Containing(text string) ListOption {
+	return func(f *Filter) { f.Containing = validUTF8(text) }
+}
+
+// ByMetadata lets List return only operations whose metadata is a JSON object in
+// which the member with that key is that very string. Of several keys, all have to
+// match. No index helps with that: see [ByName].
+func ByMetadata(key, value string) ListOption {
+	return func(f *Filter) {
+		if f.Metadata == nil {
+			f.Metadata = make(map[string]string)
+		}
+		f.Metadata[validUTF8(key)] = validUTF8(value)
+	}
+}
+
+// FinishedAfter lets List return only operations that finished at t or later, or
+// any if t is zero. Together, FinishedAfter and [FinishedBefore] say when the range
+// of time begins and ends: what finished when it ends is not in it.
+func FinishedAfter(t time.Time) ListOption {
+	return func(f *Filter) { f.FinishedAfter = t }
+}
+
+// FinishedBefore lets List return only operations that finished before t, or any if
+// t is zero.
+func FinishedBefore(t time.Time) ListOption {
+	return func(f *Filter) { f.FinishedBefore = t }
+}
+
+// ByFinish lets List return only finished operations, the one that finished last
+// first. Those that finished in the same microsecond are in the order without
+// ByFinish. [Before] and the offset count in that order.
+//
+// Before an operation that is not finished, or that has been deleted, is
+// [ErrNotFound].
+func ByFinish() ListOption {
+	return func(f *Filter) { f.ByFinish = true }
+}
+
+// WithoutResults lets List leave out all results: Result is nil. SQLite does not
+// read them.
+func WithoutResults() ListOption {
+	return func(f *Filter) { f.WithoutResults = true }
 }
 
 // Before restricts List to operations submitted before the one with that ID,
@@ -283,11 +388,16 @@ func (l *life) visible() bool { return l.stored != "" || l.err != nil }
 // A task is an operation that this manager runs: from Submit until its final
 // state is stored. Its manager's mutex guards what is not marked otherwise.
 type task struct {
-	// Immutable.
+	// Immutable once claimed.
 	id, name string
+	given    bool   // the caller gave the ID: until the first row is stored, it may be another's
+	number   uint64 // by order of submission
 	fn       Func
-	created  time.Time  // with its monotonic reading
-	inserted chan error // gets the outcome of storing the first row
+	created  time.Time // with its monotonic reading
+	unique   []string  // keys
+
+	inserted  chan struct{} // closed once the store has answered to the first row
+	insertErr error         // its answer; set before that
 
 	word atomic.Uint64 // see report
 
@@ -301,6 +411,9 @@ type task struct {
 
 	checkpoints []chan error // of calls of Checkpoint that wait for a commit
 }
+
+// hidden reports whether nobody may find the task by its ID yet.
+func (t *task) hidden() bool { return t.given && t.stored == "" }
 
 // The word of a task holds what a function changes without the mutex: its
 // progress and two flags.

@@ -5,6 +5,14 @@ import (
 	"time"
 )
 
+// UpdateProgress is updateProgress for tests outside the package.
+func UpdateProgress(m *Manager, id string, progress int) error {
+	return m.updateProgress(id, progress)
+}
+
+// Subscribers returns how many calls of Watch are under way.
+func Subscribers(m *Manager) int { return m.events.Readers() }
+
 func TestStateFinished(t *testing.T) {
 	for state, want := range map[State]bool{
 		StatePending:   false,

@@ -152,7 +152,7 @@ func (m *Manager) appendEvent(e event, soft bool) {
 
 // emit appends the present state of a task, if it is visible. The caller holds m.mu.
 func (m *Manager) emit(t *task, soft bool) {
-	if t.visible() {
+	if t.visible() && !t.hidden() {
 		m.appendEvent(event{op: t.op, err: t.err}, soft)
 	}
 }

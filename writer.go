@@ -38,9 +38,10 @@ const (
 
 // A record is one row to store, and what has become of it.
 type record struct {
-	t     *task      // nil for an insert of unknown outcome, which is to be FAILED
-	op    *Operation // the row, which never changes
+	t     *task      // nil for an insert of unknown outcome
+	op    *Operation // the row, which never changes; of an insert of unknown outcome some fields
 	final bool       // it is the final state of t
+	given bool       // the row of an insert of unknown outcome may be another's
 	err   error
 
 	checkpoints []chan error // to be answered
@@ -55,9 +56,10 @@ func answer(checkpoints []chan error, err error) {
 // A batch is what one call of the store writes.
 type batch struct {
 	inserts, updates []record
+	unknown          []record // inserts of unknown outcome, which are to be FAILED
 }
 
-func (b *batch) empty() bool { return len(b.inserts)+len(b.updates) == 0 }
+func (b *batch) empty() bool { return len(b.inserts)+len(b.updates)+len(b.unknown) == 0 }
 
 // A backlog is what waits to be written. The manager's mutex guards it.
 type backlog struct {
@@ -67,7 +69,8 @@ type backlog struct {
 	changedAt time.Time // when the first of changed came
 	before    int       // how many of changed the last take has left
 	urgent    bool      // do not delay those of changed that Checkpoint waits for
-	retry     []record  // final states that were refused, and inserts of unknown outcome
+	retry     []record  // final states that were refused
+	unknown   []record  // inserts of unknown outcome
 	writing   []*task   // whose updates are being written
 
 	retryAt time.Time // when to try again what has failed
@@ -97,6 +100,7 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	out.updates, b.finals = cut(b.finals, fitting(b.finals), all)
 	if all || !now.Before(b.retryAt) {
 		retry, b.retry = cut(b.retry, fitting(b.retry), all)
+		out.unknown, b.unknown = cut(b.unknown, maxBatch, all)
 		along := min(b.before, maxChanges)
 		switch {
 		case all || now.Sub(b.changedAt) >= changeDelay:
@@ -116,9 +120,7 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	out.updates = append(out.updates, retry...)
 	b.writing = nil
 	for _, w := range out.updates {
-		if w.t != nil {
-			b.writing = append(b.writing, w.t)
-		}
+		b.writing = append(b.writing, w.t)
 	}
 	return out
 }
@@ -159,7 +161,7 @@ func cut[T any](s []T, n int, all bool) (head, tail []T) {
 
 // next returns when something is due even if nothing new comes.
 func (b *backlog) next() (at time.Time, ok bool) {
-	if len(b.retry) > 0 || b.urgent {
+	if len(b.retry)+len(b.unknown) > 0 || b.urgent {
 		return b.retryAt, true
 	}
 	if len(b.changed) > 0 {
@@ -168,14 +170,16 @@ func (b *backlog) next() (at time.Time, ok bool) {
 	return at, false
 }
 
-// again has an update tried again.
+// again has a record tried again.
 func (b *backlog) again(w record, now time.Time) {
 	if !now.Before(b.retryAt) {
 		b.backoff = min(max(2*b.backoff, minBackoff), maxBackoff)
 		b.retryAt = now.Add(b.backoff)
 	}
 	switch {
-	case w.t == nil || w.final:
+	case w.t == nil:
+		b.unknown = append(b.unknown, w)
+	case w.final:
 		b.retry = append(b.retry, w)
 	case w.t.final != nil:
 		answer(w.checkpoints, errReturned)
@@ -187,25 +191,29 @@ func (b *backlog) again(w record, now time.Time) {
 
 // remember notes an insert that has failed. Should the row be there after all,
 // then as one that has FAILED.
-func (b *backlog) remember(op *Operation, err error) {
-	if len(b.retry) >= maxUnknown { // recovery will find it
+func (b *backlog) remember(w record) {
+	if len(b.unknown) >= maxUnknown { // recovery will find it
 		return
 	}
-	failed := &Operation{ID: op.ID, Name: op.Name, State: StateFailed, CreatedAt: op.CreatedAt, UpdatedAt: wall()}
-	failed.Error = validUTF8("not started, because Submit failed: " + err.Error())
-	b.retry = append(b.retry, record{op: failed})
+	failed := &Operation{ID: w.op.ID, CreatedAt: w.op.CreatedAt, Owner: w.op.Owner}
+	failed.Error = validUTF8("not started, because Submit failed: " + w.err.Error())
+	b.unknown = append(b.unknown, record{op: failed, given: w.t.given})
 }
 
-// unstored yields the tasks that are in another state than the database has it.
+// forget drops what remember has noted of an ID, which is that of another insert
+// now.
+func (b *backlog) forget(id string) {
+	b.unknown = slices.DeleteFunc(b.unknown, func(w record) bool { return w.op.ID == id })
+}
+
+// unstored yields the tasks of which the database may not have the present state.
 func (b *backlog) unstored(yield func(*task) bool) {
 	tasks := slices.Concat(b.changed, b.writing)
 	for _, w := range slices.Concat(b.finals, b.retry) {
-		if w.t != nil {
-			tasks = append(tasks, w.t)
-		}
+		tasks = append(tasks, w.t)
 	}
 	for _, t := range tasks {
-		if t.op.State != t.stored && !yield(t) {
+		if !yield(t) {
 			return
 		}
 	}
@@ -252,7 +260,7 @@ func (w *writer) run() {
 		runtime.Gosched()
 		b, at, done := w.source.next(time.Now())
 		if !b.empty() {
-			w.write(b)
+			w.write(&b)
 			w.note(b, w.source.written(b))
 			continue
 		}
@@ -270,8 +278,22 @@ func (w *writer) run() {
 	}
 }
 
-// write stores a batch, and notes in it what has become of each row.
-func (w *writer) write(b batch) {
+// write stores a batch, and notes in it what has become of each row. Inserts of
+// unknown outcome come first: a new one of the same ID is not to be taken for
+// them. Those that are left in the batch are to be tried again.
+func (w *writer) write(b *batch) {
+	var failed error
+	for failed == nil && len(b.unknown) > 0 {
+		first := b.unknown[0]
+		b.unknown = b.unknown[1:]
+		if failed = w.failInsert(first); failed != nil {
+			first.err = failed
+			b.unknown = append(b.unknown, first)
+		}
+	}
+	if len(b.inserts)+len(b.updates) == 0 {
+		return
+	}
 	saves, updates := rows(b.inserts), rows(b.updates)
 	errs := writeBatch(w.db, saves, updates)
 	for i := range b.inserts {
@@ -283,6 +305,19 @@ func (w *writer) write(b batch) {
 			w.resolve(&b.updates[i])
 		}
 	}
+}
+
+// failInsert marks the row of an insert of unknown outcome as FAILED, if there
+// is one.
+func (w *writer) failInsert(u record) error {
+	row, err := get(w.db, u.op.ID)
+	if err == nil && (!u.given || u.op.saved(row)) {
+		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
+	}
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	return err
 }
 
 // rows returns copies, which belong to the store.
@@ -326,10 +361,11 @@ func retryable(err error) bool {
 	return err != nil && !errors.Is(err, ErrNotFound)
 }
 
-// note logs when trouble with the store begins and ends.
+// note logs when trouble with the store begins and ends. An insert with an ID that
+// the caller gave may have failed because that exists.
 func (w *writer) note(b batch, more bool) {
-	all := slices.Concat(b.updates, b.inserts)
-	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) })
+	all := slices.Concat(b.updates, b.inserts, b.unknown)
+	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) && (w.t == nil || !w.t.hidden()) })
 	switch {
 	case failed >= 0 && !w.trouble:
 		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", all[failed].err)

@@ -753,7 +753,7 @@ func TestRetryUnderLoad(t *testing.T) {
 // TestLargeResults: however many large results wait to be stored, one write has
 // only some of them, and each of them gets its turn.
 func TestLargeResults(t *testing.T) {
-	const n, size, most = 40, 3 << 20, 16 << 20
+	const n, size, most = 16, 3 << 20, 16 << 20
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(task.NewMemoryStore())
 		m := newManager(t, db)

@@ -21,7 +21,7 @@ func asynqSystem(servers int) system {
 	s := system{
 		name: "asynq on Redis",
 		tuning: "a redis-server of its own in each round, with appendfsync=always for FULL and everysec for NORMAL; one server, " +
-			"Concurrency 64, TaskCheckInterval 1 ms; done jobs are kept (Retention); completion seen by asking the Inspector every 0.1 ms",
+			"Concurrency 64, TaskCheckInterval 1 ms; done jobs are retained (Retention); completion seen by asking the Inspector every 0.1 ms",
 		batch: 1,
 		open:  func(e env) (session, error) { return openAsynq(e, servers) },
 	}
@@ -111,7 +111,7 @@ func (s *asynqSession) wait(id string) error {
 
 func (s *asynqSession) drain(n int) error { return s.drainByCount(n, s.finals) }
 
-// finals counts the members of the sorted set in which asynq keeps done jobs.
+// finals counts the members of the sorted set in which asynq stores done jobs.
 func (s *asynqSession) finals() (int, error) {
 	n, err := s.redis.ZCard(context.Background(), "asynq:{default}:completed").Result()
 	return int(n), err

@@ -20,7 +20,7 @@ func backliteSystem(batch int) system {
 	}
 	return system{
 		name: name,
-		tuning: fmt.Sprintf("one connection; NumWorkers %d; done jobs are kept, without their payload; "+
+		tuning: fmt.Sprintf("one connection; NumWorkers %d; done jobs are retained, without their payload; "+
 			"completion seen by polling Status every 0.1 ms", workers),
 		batch: batch,
 		open:  func(e env) (session, error) { return openBacklite(e, workers) },

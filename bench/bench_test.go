@@ -53,17 +53,17 @@ func wantSetting(s system, sync string) string {
 	return "journal_mode wal, synchronous " + sync
 }
 
-// A liar reports final states as stored that are not.
-type liar struct{ session }
+// A falseSystem reports final states as stored that are not.
+type falseSystem struct{ session }
 
-func (liar) submit(int) (string, error) { return "", nil }
-func (liar) drain(int) error            { return nil }
+func (falseSystem) submit(int) (string, error) { return "", nil }
+func (falseSystem) drain(int) error            { return nil }
 
 func TestLiarIsFound(t *testing.T) {
 	s := byHand
 	s.open = func(e env) (session, error) {
 		ses, err := openByHand(e)
-		return liar{ses}, err
+		return falseSystem{ses}, err
 	}
 	_, _, err := throughput(s, t.TempDir(), load{"FULL", 2}, 20)
 	if err == nil || !strings.Contains(err.Error(), "of 20 jobs, 0 were run and 0 final states are stored") {

@@ -1,10 +1,10 @@
-// Command bench measures the throughput and the latency of this library and its
-// peers, with jobs that do nothing, from submission to a stored final state.
+// Command bench measures the throughput and the latency of this library and of
+// other systems, with jobs that do nothing, from submission to a stored final state.
 //
 //	go run . [-rounds N] [-time D] [-only REGEXP] [-dir DIR] [-plot FILE.svg] [-quick]
 //
 // All systems run in one process, one at a time, on the same file system. In each
-// round every system has its turn, in rotating order and on a new database. The
+// round every system is measured once, in rotating order and on a new database. The
 // printed table is Markdown.
 package main
 
@@ -24,7 +24,7 @@ func main() {
 		rounds = flag.Int("rounds", 5, "measure every system `N` times")
 		length = flag.Duration("time", 2*time.Second, "how long a system's round of throughput should take; less than a second is unfair to systems that work in intervals")
 		only   = flag.String("only", "", "measure only the systems whose name matches this `regexp`")
-		dir    = flag.String("dir", "", "keep the databases in this `directory` (default: a new temporary one)")
+		dir    = flag.String("dir", "", "create the databases in this `directory` (default: a new temporary one)")
 		plot   = flag.String("plot", "", "also plot jobs/s against 1, 2, 4 ... 256 submitters to this SVG `file`")
 		quick  = flag.Bool("quick", false, "one short round, as a test: its figures mean nothing")
 	)

@@ -32,7 +32,7 @@ type env struct {
 // path returns the path of the SQLite database.
 func (e env) path() string { return filepath.Join(e.dir, "jobs.db") }
 
-// A session is a system at work on a database of its own.
+// A session is a running system with a database of its own.
 type session interface {
 	// submit stores n jobs, 1 or the system's batch, in one call of the
 	// library, and returns the ID of the last. It may be called concurrently.

@@ -39,8 +39,8 @@ const (
 	maxPiece      = 64 << 10 // which the client has to receive before the deadline
 )
 
-// A recorder follows the changes of operations and keeps the recent ones, for any
-// number of streams. It waits for none of them.
+// A recorder follows the changes of operations and stores the recent ones in memory
+// for any number of streams. It never waits for a stream.
 type recorder struct {
 	epoch string // distinguishes its event IDs from those of other recorders
 	stop  context.CancelFunc
@@ -244,9 +244,9 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 }
 
 // eventsOf streams the changes of one operation, and ends when it has finished. The
-// first event is its present state, which is all that a client can have missed.
-// The IDs of the events are states, so that a client that reconnects with a final
-// one gets a response that makes it stop.
+// first event is its present state, so that a client misses nothing.
+// The event IDs are states: a client that reconnects with a final state gets a
+// response that makes it stop.
 func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	id := r.PathValue("id")
 	watching, stop := context.WithCancel(context.Background())
@@ -259,7 +259,7 @@ func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values)
 		return err
 	}
 	if task.State(r.Header.Get("Last-Event-ID")).Finished() {
-		w.WriteHeader(http.StatusNoContent) // EventSource does not reconnect after that
+		w.WriteHeader(http.StatusNoContent) // EventSource does not reconnect after 204
 		return nil
 	}
 	if r.Method == http.MethodHead {
@@ -288,7 +288,7 @@ type stream struct {
 	ctx context.Context // done when the stream must end
 	w   http.ResponseWriter
 	c   *http.ResponseController
-	buf []byte // what is yet to be sent, at most maxPiece
+	buf []byte // data that is not sent yet, at most maxPiece
 	err error  // the first error of sending
 }
 
@@ -378,9 +378,9 @@ func (s *stream) setDeadline() {
 func (s *stream) shortenDeadline() { s.c.SetWriteDeadline(time.Now().Add(shutdownGrace)) }
 
 // unblock shortens the deadline of a write that is blocked when s.ctx is done.
-// The handler calls stop before it returns: stop waits for shortenDeadline, since
-// a ResponseWriter that is used after its handler has returned crashes the
-// process over HTTP/2, and spoils the next response over HTTP/1.1.
+// The handler must call stop before it returns, and stop waits for shortenDeadline:
+// using a ResponseWriter after its handler has returned crashes the process over
+// HTTP/2, and corrupts the next response over HTTP/1.1.
 func (s *stream) unblock() (stop func()) {
 	shortened := make(chan struct{})
 	stopFunc := context.AfterFunc(s.ctx, func() {
@@ -397,7 +397,7 @@ func (s *stream) unblock() (stop func()) {
 // flush sends the data that was written.
 func (s *stream) flush() {
 	s.send(s.buf)
-	s.buf = nil // an idle stream needs none
+	s.buf = nil // an idle stream needs no buffer
 	s.setDeadline()
 	s.err = cmp.Or(s.err, s.c.Flush())
 }
@@ -449,7 +449,7 @@ func (s *stream) batch(r *eventlog.Reader[entry], eventID func(eventlog.Event[en
 	return sent, nil
 }
 
-// end sends the reason why there will be no more events.
+// end sends the reason for the end of the events.
 func (s *stream) end(err error) {
 	switch {
 	case errors.Is(err, errFinished):

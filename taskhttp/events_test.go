@@ -25,7 +25,7 @@ func TestEvents(t *testing.T) {
 		m := newManager(t, nil, task.WithLimit(2))
 		s := newPipeSite(t, mount(m))
 		run(t, m, "old", nil, nil)
-		a, b, c := newPuppet(t, m, "a"), newPuppet(t, m, "b"), newPuppet(t, m, "c")
+		a, b, c := newControlled(t, m, "a"), newControlled(t, m, "b"), newControlled(t, m, "c")
 		b.update(20)
 
 		r := s.listen(t.Context(), "/events")
@@ -91,7 +91,7 @@ func TestEventsResume(t *testing.T) {
 		m := newManager(t, nil)
 		h := mount(m)
 		s := newPipeSite(t, h)
-		a := newPuppet(t, m, "a")
+		a := newControlled(t, m, "a")
 		first := s.listen(t.Context(), "/events")
 		first.want("snapshot a RUNNING 0")
 		a.update(10)
@@ -109,7 +109,7 @@ func TestEventsResume(t *testing.T) {
 		again.body.Close()
 
 		// Nothing was missed.
-		c := newPuppet(t, m, "c")
+		c := newControlled(t, m, "c")
 		synctest.Wait()
 		again = s.listen(t.Context(), "/events", "Last-Event-ID", again.lastID)
 		again.want("operation c PENDING 0", "operation c RUNNING 0")
@@ -127,7 +127,7 @@ func TestEventsReload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		s := newPipeSite(t, mount(m))
-		c := newPuppet(t, m, "c")
+		c := newControlled(t, m, "c")
 		first := s.listen(t.Context(), "/events")
 		first.want("snapshot c RUNNING 0")
 		c.update(5)
@@ -162,8 +162,8 @@ func TestEventsReload(t *testing.T) {
 	})
 }
 
-// TestEventsStuckClient: a client that doesn't read loses its connection, and no
-// other client is delayed.
+// TestEventsStuckClient: a client that doesn't read is disconnected, and no other
+// client is delayed.
 func TestEventsStuckClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -175,7 +175,7 @@ func TestEventsStuckClient(t *testing.T) {
 				returned <- true
 			}
 		}))
-		op := newPuppet(t, m, "op")
+		op := newControlled(t, m, "op")
 		synctest.Wait()
 		stuck := []*reader{s.listen(t.Context(), "/events"), s.listen(t.Context(), "/"+op.ID+"/events")}
 		start := time.Now()
@@ -230,7 +230,7 @@ func TestEventsShutdown(t *testing.T) {
 		m := newManager(t, nil)
 		h := mount(m)
 		s, other := newPipeSite(t, h), newPipeSite(t, h)
-		op := newPuppet(t, m, "op")
+		op := newControlled(t, m, "op")
 		synctest.Wait()
 		streams := []*reader{s.listen(t.Context(), "/events"), s.listen(t.Context(), "/"+op.ID+"/events")}
 		stays := other.listen(t.Context(), "/events")
@@ -261,7 +261,7 @@ func TestEventsOfOne(t *testing.T) {
 		m, other := newManager(t, store), newManager(t, store)
 		s := newPipeSite(t, mount(m))
 		for _, by := range []*task.Manager{m, other} {
-			op := newPuppet(t, by, "op")
+			op := newControlled(t, by, "op")
 			op.update(10)
 			time.Sleep(time.Second) // stored by now
 			r := s.listen(t.Context(), "/"+op.ID+"/events", "Last-Event-ID", "PENDING")
@@ -280,7 +280,7 @@ func TestEventsOfOne(t *testing.T) {
 		}
 		s.fails("GET", "/nonsense/events", 404, "operation not found")
 
-		op := newPuppet(t, other, "another manager's")
+		op := newControlled(t, other, "another manager's")
 		synctest.Wait()
 		r := s.listen(t.Context(), "/"+op.ID+"/events")
 		_, err := r.next()
@@ -308,15 +308,15 @@ func TestEventsWithoutFlush(t *testing.T) {
 	}
 }
 
-// TestEventsMissNoEnd: the stream contains the final state of each operation that
-// is live after the snapshot, however soon after the first request it ends.
-func TestEventsMissNoEnd(t *testing.T) {
+// TestEventsFinalStates: the stream contains the final state of each operation that
+// is live after the snapshot, even if it ends soon after the first request.
+func TestEventsFinalStates(t *testing.T) {
 	m := newManager(t, nil)
 	for i := range 100 {
 		func() {
 			s := newSite(t, mount(m)) // a handler without a recorder
 			defer s.server.Close()
-			op := newPuppet(t, m, fmt.Sprint("op ", i))
+			op := newControlled(t, m, fmt.Sprint("op ", i))
 			ended := make(chan bool)
 			go func() {
 				defer close(ended)
@@ -474,7 +474,7 @@ func TestEventsStuckShutdown(t *testing.T) {
 		m := newManager(t, nil)
 		defer m.Close()
 		s := newPipeSite(t, mount(m))
-		newPuppet(t, m, "live", task.WithMetadata(strings.Repeat("x", 1<<20)))
+		newControlled(t, m, "live", task.WithMetadata(strings.Repeat("x", 1<<20)))
 		answer := s.request(t.Context(), "GET", "/events", nil)
 		defer answer.Body.Close()
 		synctest.Wait()

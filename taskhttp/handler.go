@@ -14,28 +14,32 @@
 // Errors are problem details (RFC 9457).
 //
 // Cancel does not wait until the operation has ended. Its response has the status
-// 202 and the operation as it is then: a PENDING operation will not start, but
-// becomes CANCELLED only when that is stored. Wait returns it after that. Its
-// error then says from which address it was cancelled, and the reason that the
-// query's parameter of that name gives.
+// 202 and the present state of the operation: a PENDING operation will not start,
+// but becomes CANCELLED only when that is stored. Wait returns after that. The
+// error of a cancelled operation contains the address from which it was cancelled,
+// and the reason from the query parameter "reason".
 //
 // A stream of events begins with the event "snapshot", which holds the live
-// operations, and continues with an event "operation" for each change. No change
-// of state is left out; of progress, only the latest is sent. A client that
+// operations, and continues with an event "operation" for each change. The stream
+// contains every change of state, and the latest progress. A client that
 // reconnects with Last-Event-ID, as browsers do, gets the events that it has
-// missed. The event "reload" means that events are missing, because the history
-// of events has expired or because the client was too slow: the client must load
-// the list again. The event "closed" means that the manager is closed. A client
-// therefore never misses a final state without a notice. An event may come twice,
-// and GET may return a newer state than the next event: compare updated_at. A
-// finished operation never changes. The event "deleted" means that an unfinished
-// operation was deleted from the database: it has no final state.
+// missed. The stream has these further events:
 //
-// Lists and events are light: metadata and results of more than 16 KiB as JSON are
-// left out, which metadata_omitted and result_omitted say, and names and errors are
-// cut to that length. GET /{id} has them whole. A page ends before its limit when
-// it has 8 MiB: a client goes on for as long as there is a next_cursor. A client
-// that receives nothing for 25 seconds loses its connection.
+//   - "reload": events are missing, because the history of events has expired or
+//     because the client was too slow. The client must load the list again.
+//   - "deleted": an unfinished operation was deleted from the database. It has no
+//     final state.
+//   - "closed": the manager is closed.
+//
+// A client therefore never misses a final state without a notice. An event may come
+// twice, and GET may return a newer state than the next event: compare updated_at.
+// A finished operation never changes.
+//
+// Lists and events omit metadata and results of more than 16 KiB as JSON, and set
+// metadata_omitted and result_omitted. They cut names and errors to that length.
+// GET /{id} returns the full values. A page ends before its limit at 8 MiB: a client
+// continues while there is a next_cursor. A client that receives nothing for 25
+// seconds is disconnected.
 //
 //	curl -N localhost:8080/api/tasks/events
 //
@@ -43,15 +47,15 @@
 // Wrap the handler in the application's own authentication, as the package's
 // example does.
 //
-// A handler without authentication is not safe because it listens on 127.0.0.1, or
-// only in a local network. A page from the internet that a user of that network
-// looks at can have its own name resolve to such an address (DNS rebinding). To the
-// browser and to [http.CrossOriginProtection] its requests then have the same
-// origin, so that it can read and cancel everything. Their Host header has the name
-// of the page, and nothing in this package looks at that: refuse requests for names
-// that are not the server's own, as an example does. A login by password or by a
-// cookie of the server's own name helps, too, as the browser does not send these to
-// another name.
+// Listening only on 127.0.0.1 or in a local network does not protect a handler
+// without authentication. A page from the internet can make its own name resolve to
+// such an address in a visitor's browser (DNS rebinding). For the browser and for
+// [http.CrossOriginProtection] its requests then have the same origin as the page,
+// so that the page can read and cancel every operation. The Host header of these
+// requests contains the name of the page, and this package does not check it:
+// refuse requests for names that are not the server's own, as an example does. A
+// login by password, or by a cookie for the server's own name, also helps, because
+// the browser does not send it to another name.
 package taskhttp
 
 import (
@@ -86,7 +90,7 @@ const (
 	defaultTimeout = 30 * time.Second // of a wait
 	maxTimeout     = 10 * time.Minute
 
-	// grace is how long a client may take to receive a piece of a response, in
+	// grace is the time that a client may take to receive a piece of a response, in
 	// addition to the time between heartbeats.
 	grace = 10 * time.Second
 
@@ -213,7 +217,7 @@ func clean(p string) bool {
 	return p == "/" || c != "/" && (c == p || c+"/" == p)
 }
 
-// A refusal is a [http.ResponseWriter] that keeps only the header.
+// A refusal is an [http.ResponseWriter] that records only the header.
 type refusal struct{ header http.Header }
 
 func (f *refusal) Header() http.Header {
@@ -282,21 +286,21 @@ func (h *handler) history(chunk int, before string, opts ...task.ListOption) ite
 	}
 }
 
-// A light is an operation as lists and events have it.
+// A light is an operation in the form that lists and events contain.
 type light struct {
 	*task.Operation
 	MetadataOmitted bool `json:"metadata_omitted,omitempty"`
 	ResultOmitted   bool `json:"result_omitted,omitempty"`
 }
 
-// lighten returns op without what is too long for a list.
+// lighten returns op without the values that are too long for a list.
 func lighten(op *task.Operation) light {
 	c := *op
 	c.Name, c.Error = cut(c.Name), cut(c.Error)
 	return light{&c, omit(&c.Metadata), omit(&c.Result)}
 }
 
-// omit reports whether a value was left out of a list, or has to be.
+// omit reports whether a value was omitted from a list, or must be.
 func omit(v *any) bool {
 	_, omitted := (*v).(task.Omitted)
 	raw, _ := (*v).(json.RawMessage)
@@ -313,7 +317,8 @@ func cut(text string) string {
 	return strings.ToValidUTF8(text[:maxValue], "") + "…"
 }
 
-// encode returns an operation as JSON, or one that says why it has none.
+// encode returns an operation as JSON. If it can't be encoded, the JSON has an
+// error that says why.
 func (l light) encode() []byte {
 	data, err := json.Marshal(l)
 	if err != nil {
@@ -328,7 +333,7 @@ type array struct {
 	size int
 }
 
-// add writes an operation, and reports whether there was room for it.
+// add writes an operation, and reports whether it fits.
 func (a *array) add(op light) bool {
 	data := op.encode()
 	if a.s.err != nil || a.size > 0 && a.size+len(data) > maxPage {
@@ -400,8 +405,8 @@ func (h *handler) result(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	return nil
 }
 
-// whole writes the response with an operation and all that it has, its values as
-// they are stored.
+// whole writes a response with the complete operation, with its values as they are
+// stored.
 func (h *handler) whole(w http.ResponseWriter, r *http.Request, status int, op *task.Operation) error {
 	rest := *op
 	rest.Metadata, rest.Result = nil, nil
@@ -424,8 +429,8 @@ func (h *handler) whole(w http.ResponseWriter, r *http.Request, status int, op *
 	return nil
 }
 
-// respond begins a response of JSON, which the stream writes. The caller must call
-// end.
+// respond begins a response of JSON, which the stream writes. The caller must then
+// call end.
 func (h *handler) respond(w http.ResponseWriter, r *http.Request, status int) (s *stream, end func()) {
 	ctx, cancel := h.context(r)
 	s = &stream{ctx: ctx, w: w, c: http.NewResponseController(w)}
@@ -479,11 +484,11 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, query url.Value
 	return h.whole(w, r, status, op)
 }
 
-// maxReason is the length in bytes that the reason for a cancel may have.
+// maxReason is the maximum length in bytes of the reason for a cancel.
 const maxReason = 1000
 
-// cancelText says who cancels an operation, and why. Behind a proxy, the address
-// is the proxy's; over a Unix socket there is none.
+// cancelText returns a text about who cancels an operation, and why. Behind a
+// proxy, the address is the proxy's; over a Unix socket there is none.
 func cancelText(r *http.Request, reason string) string {
 	text := "cancelled over HTTP"
 	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
@@ -500,7 +505,7 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 	if err != nil {
 		return err
 	}
-	http.NewResponseController(w).SetWriteDeadline(time.Time{}) // while it waits
+	http.NewResponseController(w).SetWriteDeadline(time.Time{}) // none during the wait
 	ctx, cancel := h.context(r)
 	defer cancel()
 	ctx, cancel = context.WithTimeout(ctx, timeout)
@@ -509,7 +514,7 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 	if err != nil && ctx.Err() == nil || op == nil {
 		return err
 	}
-	return h.whole(w, r, http.StatusOK, op) // in its present state, if the time is up
+	return h.whole(w, r, http.StatusOK, op) // in its present state after a timeout
 }
 
 func parseTimeout(value string) (time.Duration, error) {

@@ -72,7 +72,7 @@ func TestList(t *testing.T) {
 	}
 	run(t, m, "scrub", nil, errors.New("no"))
 	run(t, m, "scrub", nil, nil)
-	live := newPuppet(t, m, "live")
+	live := newControlled(t, m, "live")
 	live.update(40)
 
 	for _, test := range listTests {
@@ -133,7 +133,7 @@ func TestGet(t *testing.T) {
 	m := newManager(t, store)
 	s := newSite(t, mount(m))
 	done := run(t, m, "<b> & co", map[string]int{"disks": 4}, nil)
-	live := newPuppet(t, m, "live", task.WithMetadata(map[string]string{"pool": "tank"}))
+	live := newControlled(t, m, "live", task.WithMetadata(map[string]string{"pool": "tank"}))
 	live.update(30)
 
 	var got task.Operation
@@ -168,9 +168,9 @@ func TestCancel(t *testing.T) {
 	m := newManager(t, store, task.WithLimit(1))
 	other := newManager(t, store)
 	s := newSite(t, mount(m))
-	running := newPuppet(t, m, "running")
-	waiting := newPuppet(t, m, "waiting")
-	others := newPuppet(t, other, "another's")
+	running := newControlled(t, m, "running")
+	waiting := newControlled(t, m, "waiting")
+	others := newControlled(t, other, "another's")
 
 	tests := []struct {
 		name   string
@@ -196,7 +196,7 @@ func TestCancel(t *testing.T) {
 			}
 		})
 	}
-	why := newPuppet(t, m, "why")
+	why := newControlled(t, m, "why")
 	s.fails("POST", "/"+why.ID+"/cancel?reason="+strings.Repeat("x", 1001), 400, "reason")
 	s.do("POST", "/"+why.ID+"/cancel?reason=maintenance%0Atonight", 202, nil)
 	if got, err := m.Wait(t.Context(), why.ID); err != nil || got.State != task.StateCancelled || got.Error != "cancelled over HTTP from 127.0.0.1: maintenance\ntonight" {
@@ -221,8 +221,8 @@ func TestCancelPending(t *testing.T) {
 		store := newBrokenStore()
 		m := newManager(t, store, task.WithLimit(1))
 		s := newPipeSite(t, mount(m))
-		newPuppet(t, m, "running")
-		op := newPuppet(t, m, "pending")
+		newControlled(t, m, "running")
+		op := newControlled(t, m, "pending")
 		synctest.Wait()
 		store.fail(true)
 		for _, path := range []string{"POST /cancel", "POST /cancel", "GET /wait?timeout=1s"} {
@@ -248,7 +248,7 @@ func TestCancelPending(t *testing.T) {
 func TestCrossOrigin(t *testing.T) {
 	m := newManager(t, nil)
 	s := newSite(t, mount(m))
-	op := newPuppet(t, m, "mine")
+	op := newControlled(t, m, "mine")
 	for _, header := range [][]string{
 		{"Sec-Fetch-Site", "cross-site"},
 		{"Sec-Fetch-Site", "same-site"},
@@ -269,7 +269,7 @@ func TestWait(t *testing.T) {
 		m := newManager(t, nil)
 		s := newPipeSite(t, mount(m))
 		finished := run(t, m, "finished", "well", nil)
-		live := newPuppet(t, m, "live")
+		live := newControlled(t, m, "live")
 
 		tests := []struct {
 			id, query string
@@ -305,15 +305,15 @@ func TestWait(t *testing.T) {
 func TestWaitStops(t *testing.T) {
 	tests := []struct {
 		name string
-		stop func(s *site, gone context.CancelFunc, m *task.Manager, op *puppet)
+		stop func(s *site, disconnect context.CancelFunc, m *task.Manager, op *controlled)
 		want string // the state in the response; empty without a response
 	}{
-		{"client gone", func(_ *site, gone context.CancelFunc, _ *task.Manager, _ *puppet) { gone() }, ""},
-		{"server shut down", func(s *site, _ context.CancelFunc, _ *task.Manager, _ *puppet) {
+		{"client disconnects", func(_ *site, disconnect context.CancelFunc, _ *task.Manager, _ *controlled) { disconnect() }, ""},
+		{"server shut down", func(s *site, _ context.CancelFunc, _ *task.Manager, _ *controlled) {
 			must(s.t, s.server.Shutdown(context.Background()))
 		}, "RUNNING"},
-		{"manager closed", func(s *site, _ context.CancelFunc, m *task.Manager, _ *puppet) { m.Close() }, "FAILED"},
-		{"cancelled", func(s *site, _ context.CancelFunc, m *task.Manager, op *puppet) { m.Cancel(op.ID) }, "CANCELLED"},
+		{"manager closed", func(s *site, _ context.CancelFunc, m *task.Manager, _ *controlled) { m.Close() }, "FAILED"},
+		{"cancelled", func(s *site, _ context.CancelFunc, m *task.Manager, op *controlled) { m.Cancel(op.ID) }, "CANCELLED"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -325,11 +325,11 @@ func TestWaitStops(t *testing.T) {
 					h.ServeHTTP(w, r)
 					returned <- time.Now()
 				}))
-				op := newPuppet(t, m, "live")
-				ctx, gone := context.WithCancel(t.Context())
+				op := newControlled(t, m, "live")
+				ctx, disconnect := context.WithCancel(t.Context())
 				start := time.Now()
 				stopped := make(chan bool)
-				time.AfterFunc(3*time.Second, func() { test.stop(s, gone, m, op); close(stopped) })
+				time.AfterFunc(3*time.Second, func() { test.stop(s, disconnect, m, op); close(stopped) })
 				r, _ := http.NewRequestWithContext(ctx, "GET", s.url+"/"+op.ID+"/wait?timeout=10m", nil)
 				answer, err := s.client.Do(r)
 				body := ""
@@ -345,7 +345,7 @@ func TestWaitStops(t *testing.T) {
 					t.Errorf("error %v, body %q, want %q", err, body, test.want)
 				}
 				<-stopped
-				gone()
+				disconnect()
 				m.Close()
 			})
 		})
@@ -357,7 +357,7 @@ func TestWaitForStoring(t *testing.T) {
 		store := newBrokenStore()
 		m := newManager(t, store)
 		s := newPipeSite(t, mount(m))
-		op := newPuppet(t, m, "live")
+		op := newControlled(t, m, "live")
 		synctest.Wait()
 		store.fail(true)
 		op.end(nil, nil)
@@ -375,7 +375,7 @@ func TestServerTimeouts(t *testing.T) {
 		s := newPipeSite(t, mount(m), func(s *http.Server) {
 			s.ReadTimeout, s.WriteTimeout = 2*time.Second, 2*time.Second
 		})
-		op := newPuppet(t, m, "live")
+		op := newControlled(t, m, "live")
 		r := s.listen(t.Context(), "/events")
 		r.want("snapshot live RUNNING 0")
 		go func() {
@@ -458,6 +458,7 @@ func TestError(t *testing.T) {
 		status int
 	}{
 		{fmt.Errorf("pool: %w", task.ErrNotFound), 404},
+		{fmt.Errorf("a: %w", task.ErrExists), 409},
 		{fmt.Errorf("submit: %w", task.ErrClosed), 503},
 		{fmt.Errorf("watch: %w", task.ErrLagged), 503},
 		{fmt.Errorf("prune: %w", errors.ErrUnsupported), 501},
@@ -502,7 +503,7 @@ func TestWaitDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		defer m.Close()
-		op := newPuppet(t, m, "live")
+		op := newControlled(t, m, "live")
 		h := mount(m)
 		s := newPipeSite(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
@@ -547,7 +548,7 @@ func (s slowLister) ListFiltered(f task.Filter, _, _ int) ([]*task.Operation, er
 	return nil, f.Context.Err()
 }
 
-// TestListEndsWithClient: the search for a list ends when its client is gone.
+// TestListEndsWithClient: the search for a list ends when its client disconnects.
 func TestListEndsWithClient(t *testing.T) {
 	store := slowLister{task.NewMemoryStore(), make(chan struct{}), make(chan error, 1)}
 	s := newSite(t, mount(newManager(t, store)))
@@ -563,6 +564,6 @@ func TestListEndsWithClient(t *testing.T) {
 		t.Error("there was a response")
 	}
 	if err := <-store.ended; err == nil {
-		t.Error("the search went on for 10 s")
+		t.Error("the search continued for 10 s")
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// A listed is an operation as lists and events have it.
+// A listed is an operation in the form that lists and events contain.
 type listed struct {
 	task.Operation
 	MetadataOmitted bool `json:"metadata_omitted"`
@@ -59,8 +59,8 @@ func (test lightTest) check(t *testing.T, where string, got listed) {
 	}
 }
 
-// TestLight: lists and events leave out long values and cut long texts, and one
-// operation has all.
+// TestLight: lists and events omit long values and cut long texts. The response with
+// one operation has the full values.
 func TestLight(t *testing.T) {
 	m := newManager(t, nil)
 	s := newSite(t, mount(m))
@@ -68,7 +68,7 @@ func TestLight(t *testing.T) {
 		t.Run(test.name[:min(len(test.name), 20)], func(t *testing.T) {
 			events := s.listen(t.Context(), "/events")
 			events.next() // the snapshot
-			op := newPuppet(t, m, test.name, task.WithMetadata(test.metadata))
+			op := newControlled(t, m, test.name, task.WithMetadata(test.metadata))
 			events.next() // PENDING: later snapshots have it
 			snapshot, err := s.listen(t.Context(), "/events").next()
 			must(t, err)
@@ -139,7 +139,7 @@ func submitHeavy(t *testing.T, m *task.Manager, n int) {
 	t.Helper()
 	value := strings.Repeat("x", 15_000)
 	for range n {
-		newPuppet(t, m, value, task.WithMetadata(value))
+		newControlled(t, m, value, task.WithMetadata(value))
 	}
 }
 
@@ -233,7 +233,7 @@ func newPipeProtocolSite(t *testing.T, h http.Handler, major int, configure func
 	return s
 }
 
-// TestPagesStuckClient: a client that does not read a long response loses it.
+// TestPagesStuckClient: a client that does not read a long response is disconnected.
 func TestPagesStuckClient(t *testing.T) {
 	for _, major := range []int{1, 2} {
 		t.Run(fmt.Sprint("HTTP", major), func(t *testing.T) {
@@ -266,8 +266,8 @@ func TestPagesStuckClient(t *testing.T) {
 	}
 }
 
-// TestPagesSlowClient: a client that reads slowly gets all, however short the
-// server's WriteTimeout is.
+// TestPagesSlowClient: a client that reads slowly gets the whole response, even if
+// the server's WriteTimeout is short.
 func TestPagesSlowClient(t *testing.T) {
 	for _, major := range []int{1, 2} {
 		t.Run(fmt.Sprint("HTTP", major), func(t *testing.T) {
@@ -346,13 +346,13 @@ func TestEventsDeleted(t *testing.T) {
 		m := newManager(t, store)
 		defer m.Close()
 		s := newPipeSite(t, mount(m))
-		op := newPuppet(t, m, "gone")
-		other := newPuppet(t, m, "other")
+		op := newControlled(t, m, "deleted")
+		other := newControlled(t, m, "other")
 		time.Sleep(time.Second) // stored as RUNNING
 		r := s.listen(t.Context(), "/events")
-		r.want("snapshot gone RUNNING 0 other RUNNING 0")
+		r.want("snapshot deleted RUNNING 0 other RUNNING 0")
 		one := s.listen(t.Context(), "/"+op.ID+"/events")
-		one.want("operation gone RUNNING 0")
+		one.want("operation deleted RUNNING 0")
 		store.deleted.Store(true)
 		op.end(nil, nil)
 		e, err := r.next()

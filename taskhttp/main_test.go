@@ -283,15 +283,15 @@ func (e event) String() string {
 	return text
 }
 
-// A puppet is an operation whose function the test controls.
-type puppet struct {
+// A controlled is an operation whose function the test controls.
+type controlled struct {
 	*task.Operation
 	do chan func(update func(int)) (any, error, bool)
 }
 
-func newPuppet(t testing.TB, m *task.Manager, name string, opts ...task.SubmitOption) *puppet {
+func newControlled(t testing.TB, m *task.Manager, name string, opts ...task.SubmitOption) *controlled {
 	t.Helper()
-	p := &puppet{do: make(chan func(func(int)) (any, error, bool))}
+	p := &controlled{do: make(chan func(func(int)) (any, error, bool))}
 	op, err := m.Submit(name, func(ctx context.Context, update func(int)) (any, error) {
 		for {
 			select {
@@ -309,11 +309,11 @@ func newPuppet(t testing.TB, m *task.Manager, name string, opts ...task.SubmitOp
 	return p
 }
 
-func (p *puppet) update(progress int) {
+func (p *controlled) update(progress int) {
 	p.do <- func(update func(int)) (any, error, bool) { update(progress); return nil, nil, false }
 }
 
-func (p *puppet) end(result any, err error) {
+func (p *controlled) end(result any, err error) {
 	p.do <- func(func(int)) (any, error, bool) { return result, err, true }
 }
 

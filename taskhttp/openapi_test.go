@@ -178,8 +178,8 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	done := run(t, m, "done", map[string]any{"disks": 4}, nil).ID
 	run(t, m, "failed", []int{1}, errors.New("no"))
 	run(t, m, "big", strings.Repeat("x", 100_000), errors.New(strings.Repeat("x", 100_000)))
-	live := newPuppet(t, m, "live", task.WithMetadata("tank")).ID
-	others := newPuppet(t, other, "another's").ID
+	live := newControlled(t, m, "live", task.WithMetadata("tank")).ID
+	others := newControlled(t, other, "another's").ID
 	synctest.Wait()
 
 	a.askHealthy(done, live, others)
@@ -193,7 +193,7 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 
 	time.AfterFunc(time.Second, func() {
 		run(t, m, "later", nil, nil)
-		newPuppet(t, m, "stuck")
+		newControlled(t, m, "stuck")
 		synctest.Wait()
 		store.fail(true)
 		m.Close()

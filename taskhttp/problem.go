@@ -29,7 +29,8 @@ func badParameter(name, format string, args ...any) error {
 	return badRequest{fmt.Errorf("parameter "+name+": "+format, args...)}
 }
 
-// Error writes err as problem details ([RFC 9457]) with the matching status: 404 for [task.ErrNotFound], 503 for [task.ErrClosed], 501 for
+// Error writes err as problem details ([RFC 9457]) with the matching status: 404
+// for [task.ErrNotFound], 409 for [task.ErrExists], 503 for [task.ErrClosed] and [task.ErrLagged], 501 for
 // [errors.ErrUnsupported], 504 for [context.DeadlineExceeded], 413 for a body
 // beyond the limit of [http.MaxBytesReader], and 500 for any other error.
 //
@@ -52,6 +53,8 @@ func statusOf(err error) int {
 		return http.StatusRequestEntityTooLarge
 	case errors.Is(err, task.ErrNotFound):
 		return http.StatusNotFound
+	case errors.Is(err, task.ErrExists):
+		return http.StatusConflict
 	case errors.Is(err, task.ErrClosed), errors.Is(err, task.ErrLagged):
 		return http.StatusServiceUnavailable
 	case errors.Is(err, errors.ErrUnsupported):

@@ -195,8 +195,8 @@ func TestProtocols(t *testing.T) {
 		s := serve(mount(m))
 		ids := strings.NewReplacer(
 			"DONE", run(t, m, "done", "well", nil).ID,
-			"LIVE", newPuppet(t, m, "live").ID,
-			"STOP", newPuppet(t, m, "stop").ID)
+			"LIVE", newControlled(t, m, "live").ID,
+			"STOP", newControlled(t, m, "stop").ID)
 		for _, e := range exchanges {
 			method, _, _ := strings.Cut(e.route, " ")
 			s.exchange(ids, method, e)
@@ -238,8 +238,8 @@ func (s *site) exchange(ids *strings.Replacer, method string, e exchange) {
 	}
 }
 
-// TestStreamsOpenedAndClosed opens and closes hundreds of event streams and
-// waits while something else happens. The process must survive.
+// TestStreamsOpenedAndClosed opens and closes hundreds of event streams and waits,
+// with a disturbance in the middle. The process must not crash.
 func TestStreamsOpenedAndClosed(t *testing.T) {
 	const clients, visits = 8, 30
 	tests := []struct {
@@ -260,7 +260,7 @@ func TestStreamsOpenedAndClosed(t *testing.T) {
 			t.Run(test.name, func(t *testing.T) {
 				m := newManager(t, nil)
 				s := serve(mount(m))
-				paths := pathsOf(newPuppet(t, m, "live"))
+				paths := pathsOf(newControlled(t, m, "live"))
 				var all sync.WaitGroup
 				var begun, answered atomic.Int64
 				end := make(chan func(), 1)
@@ -288,7 +288,7 @@ func TestStreamsOpenedAndClosed(t *testing.T) {
 }
 
 // pathsOf returns the paths at which a response takes as long as op, or longer.
-func pathsOf(op *puppet) []string {
+func pathsOf(op *controlled) []string {
 	return []string{"/events", "/" + op.ID + "/events", "/" + op.ID + "/wait"}
 }
 
@@ -361,7 +361,7 @@ func TestStreamsEnded(t *testing.T) {
 			t.Run(test.name, func(t *testing.T) {
 				m := newManager(t, nil)
 				s := serve(mount(m))
-				paths := pathsOf(newPuppet(t, m, "live"))
+				paths := pathsOf(newControlled(t, m, "live"))
 				var opened, ended sync.WaitGroup
 				for i := range 100 {
 					opened.Add(1)
@@ -380,8 +380,8 @@ func TestStreamsEnded(t *testing.T) {
 	})
 }
 
-// receive reads a response to its end. It calls opened once the server has
-// begun to serve the request.
+// receive reads a response to its end. It calls opened once the server serves the
+// request.
 func (s *site) receive(path string, opened func()) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -411,7 +411,7 @@ func TestStreamsBlocked(t *testing.T) {
 		m := newManager(t, nil)
 		s := serve(mount(m))
 		for range 600 { // more than the buffers of client and server hold
-			newPuppet(t, m, "live", task.WithMetadata(strings.Repeat("x", 15_000)))
+			newControlled(t, m, "live", task.WithMetadata(strings.Repeat("x", 15_000)))
 		}
 		answer := s.request(t.Context(), "GET", "/events", nil)
 		defer answer.Body.Close()

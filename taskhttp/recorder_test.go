@@ -99,7 +99,7 @@ func TestRecorderBounds(t *testing.T) {
 	}
 }
 
-// expectReload checks that a stream with a reader that lags sends "reload".
+// expectReload checks that a stream with a lagging reader sends "reload".
 func expectReload(t *testing.T, rec *recorder, r *eventlog.Reader[entry]) {
 	t.Helper()
 	if body := follow(t, rec, r); !strings.HasSuffix(body, "event: reload\nid: \ndata: {\"detail\":\"event history expired\"}\n\n") {
@@ -199,7 +199,7 @@ func TestRecorderEnd(t *testing.T) {
 		r := rec.log.Read()
 		rec.run(sequence(&task.Operation{ID: "1", State: task.StateDone}, test.err))
 		if !rec.over() {
-			t.Errorf("%v: the recorder is not over", test.err)
+			t.Errorf("%v: the recorder has not ended", test.err)
 		}
 		body := follow(t, rec, r)
 		_, end, ok := strings.Cut(body, "retry: 2000\n\nevent: operation\nid: "+rec.eventID(1)+"\ndata: {\"id\":\"1\"")
@@ -266,7 +266,7 @@ func TestRecorderReplay(t *testing.T) {
 	}
 }
 
-// A load submits operations, some of which it cancels.
+// A load submits operations and cancels some of them.
 type load struct {
 	mu  sync.Mutex // guards ids
 	ids []string
@@ -294,7 +294,7 @@ func (l *load) submitted() []string {
 	return slices.Clone(l.ids)
 }
 
-// work returns a function that reports progress and ends in some way.
+// work returns a function that reports progress. i determines how it ends.
 func work(i int) task.Func {
 	return func(ctx context.Context, update func(int)) (any, error) {
 		for p := range i % 5 {
@@ -308,16 +308,16 @@ func work(i int) task.Func {
 	}
 }
 
-// A replay is what a client makes of a snapshot and the events after it.
+// A replay is the state of a client that applies a snapshot and later events.
 type replay struct {
 	t        *testing.T
 	ops      map[string]*task.Operation
-	finished map[string]bool // soon after the snapshot, which doesn't have them
+	finished map[string]bool // operations not in the snapshot that had finished
 }
 
-// begin takes over a snapshot. An operation that was submitted before and is not
-// in it has either finished, or its first event is yet to come: the recorder may
-// be behind the manager.
+// begin applies a snapshot. An operation that was submitted before and is not in it
+// has either finished, or its first event will follow: the recorder may be behind
+// the manager.
 func (p *replay) begin(m *task.Manager, live []light, before []string) {
 	for _, op := range live {
 		p.ops[op.ID] = op.Operation
@@ -330,7 +330,8 @@ func (p *replay) begin(m *task.Manager, live []light, before []string) {
 	}
 }
 
-// read applies the events. None is missing: states follow each other.
+// read applies the events and checks that the states are in order, with none
+// missing.
 func (p *replay) read(r *eventlog.Reader[entry]) {
 	for {
 		e, ok, err := r.Next()
@@ -370,7 +371,7 @@ func (p *replay) compare(m *task.Manager, ids []string) {
 	for _, id := range ids {
 		want, ok := m.Get(id)
 		if !ok {
-			p.t.Fatalf("there is no %s", id)
+			p.t.Fatalf("operation %s not found", id)
 		}
 		got := p.ops[id]
 		if got == nil && p.finished[id] {
@@ -446,7 +447,7 @@ func TestRecorderExpiry(t *testing.T) {
 		leaveToo()
 		time.Sleep(idle + time.Second)
 		if recorderNow() != nil || !first.over() {
-			t.Error("the recorder goes on without streams")
+			t.Error("the recorder continues without streams")
 		}
 		defer listen()()
 		if now := recorderNow(); now == nil || now == first {

@@ -293,6 +293,36 @@ var filterChecks = []check{
 		has:  has[task.FilteredLister],
 		test: filtersBeforeDeleted,
 	},
+	{
+		name: "filtered-containing",
+		rule: "ListFiltered finds the operations with the filter's Containing in their names, ASCII letters in either case.",
+		has:  has[task.FilteredLister],
+		test: containing,
+	},
+	{
+		name: "filtered-metadata",
+		rule: "ListFiltered finds the operations with all strings of the filter's Metadata as members of theirs, Include and Exclude included.",
+		has:  has[task.FilteredLister],
+		test: metadata,
+	},
+	{
+		name: "filtered-finished",
+		rule: "ListFiltered finds the operations that finished at FinishedAfter or later, and before FinishedBefore.",
+		has:  has[task.FilteredLister],
+		test: finishedWithin,
+	},
+	{
+		name: "filtered-by-finish",
+		rule: "ListFiltered with ByFinish lists the finished operations by UpdatedAt, the latest first, and those with the same by order of Save, the last one first; Before any but a finished operation is an error that wraps task.ErrNotFound.",
+		has:  has[task.FilteredLister],
+		test: listsByFinish,
+	},
+	{
+		name: "filtered-without-results",
+		rule: "ListFiltered with WithoutResults returns operations without their results.",
+		has:  has[task.FilteredLister],
+		test: withoutResults,
+	},
 }
 
 func filters(s *session) {
@@ -312,33 +342,21 @@ func filters(s *session) {
 	}
 	slices.Sort(include)
 	slices.Sort(exclude)
-	for _, f := range []task.Filter{
-		{},
-		{States: []task.State{task.StateFailed}},
-		{States: []task.State{task.StateRunning, task.StateDone}},
-		{States: []task.State{"PAUSED"}},
-		{Name: "scrub"},
-		{Name: "scru"},
-		{Before: middle},
-		{Before: s.want[0].ID},
-		{States: []task.State{task.StatePending, task.StateCancelled}, Name: "replicate", Before: middle},
-		{States: []task.State{task.StateRunning}, Include: include},
-		{States: []task.State{task.StateDone, task.StatePending, task.StateRunning}, Exclude: exclude},
-		{States: []task.State{task.StatePending}, Include: include, Exclude: exclude, Before: middle},
-		{Include: include, Exclude: exclude},
-	} {
-		for _, page := range [][2]int{{100, 0}, {2, 0}, {2, 1}, {0, 0}, {5, 100}} {
-			want := s.filtered(f, page[0], page[1])
-			got, err := s.db.(task.FilteredLister).ListFiltered(f, page[0], page[1])
-			if err != nil || !samePage(got, want) {
-				s.errorf("ListFiltered(%+v, %d, %d) = %s, %v, want %s", f, page[0], page[1], names(got), err, names(want))
-				continue
-			}
-			for i := range got {
-				s.same("ListFiltered", got[i], want[i])
-			}
-		}
-	}
+	s.lists([][2]int{{100, 0}, {2, 0}, {2, 1}, {0, 0}, {5, 100}},
+		task.Filter{},
+		task.Filter{States: []task.State{task.StateFailed}},
+		task.Filter{States: []task.State{task.StateRunning, task.StateDone}},
+		task.Filter{States: []task.State{"PAUSED"}},
+		task.Filter{Name: "scrub"},
+		task.Filter{Name: "scru"},
+		task.Filter{Before: middle},
+		task.Filter{Before: s.want[0].ID},
+		task.Filter{States: []task.State{task.StatePending, task.StateCancelled}, Name: "replicate", Before: middle},
+		task.Filter{States: []task.State{task.StateRunning}, Include: include},
+		task.Filter{States: []task.State{task.StateDone, task.StatePending, task.StateRunning}, Exclude: exclude},
+		task.Filter{States: []task.State{task.StatePending}, Include: include, Exclude: exclude, Before: middle},
+		task.Filter{Include: include, Exclude: exclude},
+	)
 	got, err := s.db.(task.FilteredLister).ListFiltered(task.Filter{Before: "unknown"}, 10, 0)
 	if len(got) > 0 {
 		s.errorf("ListFiltered before an unknown ID = %s", names(got))
@@ -369,24 +387,6 @@ func filtersBeforeDeleted(s *session) {
 	}
 }
 
-// filtered returns what ListFiltered should return.
-func (s *session) filtered(f task.Filter, limit, offset int) (page []*task.Operation) {
-	n := len(s.want)
-	if f.Before != "" {
-		n = slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == f.Before })
-	}
-	for _, op := range s.page(n, n, 0) {
-		switch {
-		case len(f.States) > 0 && !inStates(f, op), f.Name != "" && f.Name != op.Name:
-		case offset > 0:
-			offset--
-		case len(page) < limit:
-			page = append(page, op)
-		}
-	}
-	return page
-}
-
 // omits lists a value that fits and one that does not, each by way of either field.
 func omits(s *session) {
 	const most = 1000
@@ -412,20 +412,6 @@ func omits(s *session) {
 			s.same(fmt.Sprintf("ListFiltered with MaxValue %d", max), op, &want)
 		}
 	}
-}
-
-// inStates reports whether an operation is in one of a filter's states, or
-// counts as if it were.
-func inStates(f task.Filter, op *task.Operation) bool {
-	if op.State == task.StatePending || op.State == task.StateRunning {
-		if slices.Contains(f.Include, op.ID) {
-			return true
-		}
-		if slices.Contains(f.Exclude, op.ID) {
-			return false
-		}
-	}
-	return slices.Contains(f.States, op.State)
 }
 
 var pruneChecks = []check{

@@ -31,54 +31,64 @@ type Call struct {
 // program under test.
 func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
 	s := &injected{db: db, fault: fault}
-	b, batches := db.(task.BatchWriter)
-	r, recovers := db.(task.Recoverer)
-	f, filters := db.(task.FilteredLister)
-	p, prunes := db.(task.Pruner)
-	history := filters && prunes
+	filters, prunes := has[task.FilteredLister](db), has[task.Pruner](db)
+	return s.only(has[task.BatchWriter](db), has[task.Recoverer](db), filters && prunes)
+}
+
+// The optional abilities, without the methods of task.Persistence.
+type (
+	batcher interface {
+		WriteBatch(saves, updates []*task.Operation) []error
+	}
+	recoverer interface {
+		Recover(reason string) iter.Seq2[*task.Operation, error]
+	}
+	historian interface {
+		ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error)
+		Prune(before time.Time) iter.Seq2[int, error]
+	}
+)
+
+// only hides the abilities that the store behind s does not have.
+func (s *injected) only(batch, recovery, past bool) task.Persistence {
 	switch {
-	case batches && recovers && history:
-		return struct {
-			*injected
-			injectedBatch
-			injectedRecover
-			injectedHistory
-		}{s, injectedBatch{s, b}, injectedRecover{s, r}, injectedHistory{s, f, p}}
-	case batches && recovers:
-		return struct {
-			*injected
-			injectedBatch
-			injectedRecover
-		}{s, injectedBatch{s, b}, injectedRecover{s, r}}
-	case batches && history:
-		return struct {
-			*injected
-			injectedBatch
-			injectedHistory
-		}{s, injectedBatch{s, b}, injectedHistory{s, f, p}}
-	case recovers && history:
-		return struct {
-			*injected
-			injectedRecover
-			injectedHistory
-		}{s, injectedRecover{s, r}, injectedHistory{s, f, p}}
-	case batches:
-		return struct {
-			*injected
-			injectedBatch
-		}{s, injectedBatch{s, b}}
-	case recovers:
-		return struct {
-			*injected
-			injectedRecover
-		}{s, injectedRecover{s, r}}
-	case history:
-		return struct {
-			*injected
-			injectedHistory
-		}{s, injectedHistory{s, f, p}}
-	default:
+	case batch && recovery && past:
 		return s
+	case batch && recovery:
+		return struct {
+			task.Persistence
+			batcher
+			recoverer
+		}{s, s, s}
+	case batch && past:
+		return struct {
+			task.Persistence
+			batcher
+			historian
+		}{s, s, s}
+	case recovery && past:
+		return struct {
+			task.Persistence
+			recoverer
+			historian
+		}{s, s, s}
+	case batch:
+		return struct {
+			task.Persistence
+			batcher
+		}{s, s}
+	case recovery:
+		return struct {
+			task.Persistence
+			recoverer
+		}{s, s}
+	case past:
+		return struct {
+			task.Persistence
+			historian
+		}{s, s}
+	default:
+		return struct{ task.Persistence }{s}
 	}
 }
 
@@ -119,6 +129,7 @@ type lostError struct{ err error }
 func (e *lostError) Error() string { return "done, but reported as failed: " + e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
 
+// injected is the store that Inject returns, with all abilities.
 type injected struct {
 	db    task.Persistence
 	fault func(Call) error
@@ -142,6 +153,15 @@ func (s *injected) do(method string, call func() error) error {
 	}
 	own := call()
 	return cmp.Or(err, own)
+}
+
+// Owner returns what db's has, if that has the method, so that operations show
+// the same Owner as without Inject.
+func (s *injected) Owner() string {
+	if db, ok := s.db.(interface{ Owner() string }); ok {
+		return db.Owner()
+	}
+	return ""
 }
 
 func (s *injected) Save(op *task.Operation) error {
@@ -174,14 +194,9 @@ func (s *injected) Get(id string) (op *task.Operation, err error) {
 	return op, nil
 }
 
-type injectedBatch struct {
-	store *injected
-	db    task.BatchWriter
-}
-
-func (s injectedBatch) WriteBatch(saves, updates []*task.Operation) (errs []error) {
-	err := s.store.do("WriteBatch", func() error {
-		errs = s.db.WriteBatch(saves, updates)
+func (s *injected) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	err := s.do("WriteBatch", func() error {
+		errs = s.db.(task.BatchWriter).WriteBatch(saves, updates)
 		return nil
 	})
 	if err != nil {
@@ -190,35 +205,24 @@ func (s injectedBatch) WriteBatch(saves, updates []*task.Operation) (errs []erro
 	return errs
 }
 
-type injectedRecover struct {
-	store *injected
-	db    task.Recoverer
-}
-
-func (s injectedRecover) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s *injected) Recover(reason string) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
-		pass, err := s.store.ask("Recover")
+		pass, err := s.ask("Recover")
 		switch {
 		case err == nil:
-			s.db.Recover(reason)(yield)
+			s.db.(task.Recoverer).Recover(reason)(yield)
 			return
 		case pass:
-			for range s.db.Recover(reason) {
+			for range s.db.(task.Recoverer).Recover(reason) {
 			}
 		}
 		yield(nil, err)
 	}
 }
 
-type injectedHistory struct {
-	store  *injected
-	lister task.FilteredLister
-	pruner task.Pruner
-}
-
-func (s injectedHistory) ListFiltered(f task.Filter, limit, offset int) (ops []*task.Operation, err error) {
-	err = s.store.do("ListFiltered", func() (err error) {
-		ops, err = s.lister.ListFiltered(f, limit, offset)
+func (s *injected) ListFiltered(f task.Filter, limit, offset int) (ops []*task.Operation, err error) {
+	err = s.do("ListFiltered", func() (err error) {
+		ops, err = s.db.(task.FilteredLister).ListFiltered(f, limit, offset)
 		return err
 	})
 	if err != nil {
@@ -227,15 +231,15 @@ func (s injectedHistory) ListFiltered(f task.Filter, limit, offset int) (ops []*
 	return ops, nil
 }
 
-func (s injectedHistory) Prune(before time.Time) iter.Seq2[int, error] {
+func (s *injected) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
-		pass, err := s.store.ask("Prune")
+		pass, err := s.ask("Prune")
 		switch {
 		case err == nil:
-			s.pruner.Prune(before)(yield)
+			s.db.(task.Pruner).Prune(before)(yield)
 			return
 		case pass:
-			for range s.pruner.Prune(before) {
+			for range s.db.(task.Pruner).Prune(before) {
 			}
 		}
 		yield(0, err)

@@ -110,9 +110,9 @@ func TestInjectAnswers(t *testing.T) {
 
 func TestInjectAbilities(t *testing.T) {
 	var db spy
-	type history interface {
-		task.FilteredLister
-		task.Pruner
+	type past interface {
+		task.Persistence
+		historian
 	}
 	h := task.NewMemoryStore()
 	for _, test := range []struct {
@@ -123,17 +123,18 @@ func TestInjectAbilities(t *testing.T) {
 		{struct{ task.BatchWriter }{&db}, true, false, false},
 		{struct{ task.Recoverer }{&db}, false, true, false},
 		{&db, true, true, false},
-		{struct{ history }{h}, false, false, true},
+		{struct{ past }{h}, false, false, true},
 		{h, false, true, true},
 		{struct {
-			history
-			injectedBatch
-		}{h, injectedBatch{}}, true, false, true},
+			task.Persistence
+			historian
+			batcher
+		}{h, h, &db}, true, false, true},
 		{new(task.SQLiteStore), true, true, true},
 		{struct{ task.FilteredLister }{h}, false, false, false},
 	} {
 		s := Inject(test.db, Delay(0))
-		batch, recovers, history := has[task.BatchWriter](s), has[task.Recoverer](s), has[history](s)
+		batch, recovers, history := has[task.BatchWriter](s), has[task.Recoverer](s), has[past](s)
 		if batch != test.batch || recovers != test.recovers || history != test.history {
 			t.Errorf("%T: BatchWriter %v, Recoverer %v, FilteredLister and Pruner %v, want %v, %v and %v",
 				test.db, batch, recovers, history, test.batch, test.recovers, test.history)

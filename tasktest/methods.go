@@ -34,6 +34,11 @@ var methodChecks = []check{
 		test: savesDuplicate,
 	},
 	{
+		name: "ids",
+		rule: "Every ID that task.WithID allows is kept, and two IDs that differ in any byte are of two operations.",
+		test: ids,
+	},
+	{
 		name: "update",
 		rule: "Update stores everything but ID, Name and CreatedAt, including fields that have become empty.",
 		test: updates,
@@ -131,6 +136,11 @@ var methodChecks = []check{
 		rule: "A task.Manager on the store keeps its promises: what it has shown is stored, and operations that were left unfinished become FAILED.",
 		test: manages,
 	},
+	{
+		name: "manager-ids",
+		rule: "A task.Manager on the store runs an operation whose ID the caller gave at most once, also after a restart and when many submit it at once.",
+		test: managesIDs,
+	},
 }
 
 var states = []task.State{task.StatePending, task.StateRunning, task.StateDone, task.StateFailed, task.StateCancelled}
@@ -156,6 +166,22 @@ func savesDuplicate(s *session) {
 			s.save(op)
 		}
 		s.verify("after a Save with the ID of an operation that is " + string(state))
+	}
+}
+
+func ids(s *session) {
+	for _, id := range []string{
+		"a", "A", "b", "-", "_", "~", "0", "00", "1e3", "null", "import-1", "auto-tank-2026-11-25T03:00:00+01:00",
+		`!"$&'()*+,-.:;<=>@[]^_{|}~` + "`", "';DROP+TABLE+tasks;--", strings.Repeat("x", 199), strings.Repeat("x", 200), strings.Repeat("x", 199) + "X",
+	} {
+		op := s.new(id)
+		op.ID = id
+		s.save(op)
+		s.update(in(task.StateRunning, op))
+	}
+	s.verify("after Save")
+	if s.reopen() {
+		s.verify("opened again")
 	}
 }
 
@@ -594,6 +620,52 @@ func manages(s *session) {
 	s.verify("after the manager was closed")
 	if s.reopen() {
 		s.verify("opened again")
+	}
+}
+
+func managesIDs(s *session) {
+	for round := range 2 {
+		m, err := task.New(s.db, quiet)
+		if err != nil {
+			s.errorf("task.New = %v", err)
+			return
+		}
+		s.submitID(m, "kept", int32(1-round))
+		s.submitID(m, fmt.Sprint("new-", round), 1)
+		s.answer("Manager.Close", m.Close(), nil)
+		if !s.reopen() {
+			return
+		}
+	}
+}
+
+// submitID has many goroutines submit an ID at once, of whose functions so many
+// should run.
+func (s *session) submitID(m *task.Manager, id string, want int32) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var submitted, ran atomic.Int32
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			op, err := m.Submit(id, func(context.Context, func(int)) (any, error) {
+				ran.Add(1)
+				return nil, nil
+			}, task.WithID(id))
+			switch {
+			case err == nil:
+				submitted.Add(1)
+			case !errors.Is(err, task.ErrExists):
+				s.errorf("Manager.Submit = %s, %v, want an error that wraps task.ErrExists", show(op), err)
+			}
+		})
+	}
+	all.Wait()
+	if got, err := m.Wait(ctx, id); err != nil || got.State != task.StateDone {
+		s.errorf("Manager.Wait(%s) = %s, %v, want it DONE", short(id), show(got), err)
+	}
+	if submitted.Load() != want || ran.Load() != want {
+		s.errorf("%d of 8 Submits of one ID have succeeded, and %d functions have run, want %d", submitted.Load(), ran.Load(), want)
 	}
 }
 

@@ -322,6 +322,38 @@ var wrongStores = []wrongStore{
 	{"continues only after what it has stored", "filtered-deleted", "want 2 operations", once(func() *strictLister {
 		return &strictLister{task.NewMemoryStore()}
 	})},
+	{"distinguishes upper and lower case", "filtered-containing", `containing "scrub"`, wrongFilter(func(f *task.Filter) {
+		f.Name, f.Containing = f.Containing, ""
+	})},
+	{"knows the stored metadata only", "filtered-metadata", "Include:[", wrongFilter(func(f *task.Filter) {
+		if len(f.Metadata) > 0 {
+			f.Include, f.Exclude = nil, nil
+		}
+	})},
+	{"compares one member", "filtered-metadata", "user:root", wrongFilter(func(f *task.Filter) {
+		if pool, ok := f.Metadata["pool"]; ok {
+			f.Metadata = map[string]string{"pool": pool}
+		}
+	})},
+	{"includes the end of a range", "filtered-finished", "FinishedBefore:2024-02-29 12:00:03", wrongFilter(func(f *task.Filter) {
+		if !f.FinishedBefore.IsZero() {
+			f.FinishedBefore = f.FinishedBefore.Add(time.Microsecond)
+		}
+	})},
+	{"excludes the start of a range", "filtered-finished", "FinishedAfter:2024-02-29 12:00:01", wrongFilter(func(f *task.Filter) {
+		if !f.FinishedAfter.IsZero() {
+			f.FinishedAfter = f.FinishedAfter.Add(time.Microsecond)
+		}
+	})},
+	{"lists by submission", "filtered-by-finish", "ByFinish:true", wrongFilter(func(f *task.Filter) {
+		if f.ByFinish && len(f.States) == 0 {
+			f.ByFinish, f.States = false, []task.State{task.StateDone, task.StateFailed, task.StateCancelled}
+		}
+	})},
+	{"ignores unknown places by finish", "filtered-by-finish", "unfinished operation", once(func() *lenientLister {
+		return &lenientLister{task.NewMemoryStore()}
+	})},
+	{"reads results", "filtered-without-results", "without results", wrongFilter(func(f *task.Filter) { f.WithoutResults = false })},
 	{"prunes by age alone", "prune", "after Prune: List shows", once(func() *eagerPruner {
 		return &eagerPruner{mapStore: newMapStore()}
 	})},
@@ -374,6 +406,23 @@ var wrongStores = []wrongStore{
 		return err
 	})},
 	{"upserts in Save", "save-duplicate", "already stored", saving(func(s *mapStore, op *task.Operation) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.put(*op)
+		return nil
+	})},
+	{"takes upper and lower case for the same", "ids", "Save(", saving(func(s *mapStore, op *task.Operation) error {
+		s.mu.Lock()
+		for id := range s.rows {
+			if strings.EqualFold(id, op.ID) {
+				s.mu.Unlock()
+				return task.ErrExists
+			}
+		}
+		s.mu.Unlock()
+		return s.Save(op)
+	})},
+	{"runs what is finished again", "manager-ids", "1 functions have run, want 0", saving(func(s *mapStore, op *task.Operation) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.put(*op)
@@ -614,6 +663,33 @@ func (s *strictLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.O
 		}
 	}
 	return s.MemoryStore.ListFiltered(f, limit, offset)
+}
+
+// A filteringStore changes the filter.
+type filteringStore struct {
+	*task.MemoryStore
+	change func(*task.Filter)
+}
+
+func wrongFilter(change func(*task.Filter)) openFunc {
+	return once(func() *filteringStore { return &filteringStore{task.NewMemoryStore(), change} })
+}
+
+func (s *filteringStore) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	s.change(&f)
+	return s.MemoryStore.ListFiltered(f, limit, offset)
+}
+
+// A lenientLister begins again where it does not know the place.
+type lenientLister struct{ *task.MemoryStore }
+
+func (s *lenientLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	ops, err := s.MemoryStore.ListFiltered(f, limit, offset)
+	if f.ByFinish && errors.Is(err, task.ErrNotFound) {
+		f.Before = ""
+		return s.MemoryStore.ListFiltered(f, limit, offset)
+	}
+	return ops, err
 }
 
 // An eagerPruner also deletes unfinished operations.

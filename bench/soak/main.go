@@ -36,7 +36,7 @@ func main() {
 	length := flag.Duration("for", time.Minute, "run for this time")
 	every := flag.Duration("every", 5*time.Second, "print a line at this interval")
 	rows := flag.Int("rows", 1_000_000, "fill the history with this many operations")
-	dir := flag.String("dir", "", "keep the database in this `directory` (default: a new temporary one)")
+	dir := flag.String("dir", "", "create the database in this `directory` (default: a new temporary one)")
 	flag.Parse()
 	if err := soak(*length, *every, *rows, *dir); err != nil {
 		log.Fatal(err)
@@ -103,7 +103,7 @@ func soak(length, every time.Duration, rows int, dir string) error {
 	return nil
 }
 
-// quick submits operations that do next to nothing, at a steady rate.
+// quick submits short operations at a steady rate.
 func (l *load) quick(ctx context.Context, pause time.Duration) {
 	next := time.Now().Add(rand.N(pause + 1))
 	for sleep(ctx, time.Until(next)) {
@@ -188,7 +188,7 @@ func (l *load) read(ctx context.Context) {
 	}
 }
 
-// hold keeps read transactions open for a while.
+// hold opens read transactions for seconds, one after the other.
 func (l *load) hold(ctx context.Context) {
 	db, err := sql.Open("sqlite3", l.path)
 	if err != nil {

@@ -30,7 +30,7 @@ import (
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
 //	GET  /                              the web page
 //
-// The answer to a POST is 202 and the operation that was started.
+// The response to a POST is 202 and the operation that was started.
 type api struct {
 	storage *storage
 	last    *lastResults
@@ -59,7 +59,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	// under a name of its own that resolves to this machine.
 	protection := http.NewCrossOriginProtection()
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		taskhttp.Problem(w, r, http.StatusForbidden, errors.New("a page of another site may not do this"))
+		taskhttp.Problem(w, r, http.StatusForbidden, errors.New("requests from pages of other sites are not allowed"))
 	}))
 	h := protection.Handler(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -90,8 +90,8 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 	}
 	op, err := a.storage.create(in.Name)
 	if err == nil {
-		// The client will use the pool next: wait until it is there, unless that
-		// takes long.
+		// The client will use the pool next: wait until the pool exists, but not
+		// for long.
 		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 		defer cancel()
 		if now, _ := a.storage.tasks.Wait(ctx, op.ID); now != nil {
@@ -162,16 +162,16 @@ func (a *api) put(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer p.close()
-	if err := p.put(r.Context(), r.PathValue("path"), patient(w, r)); err != nil {
+	if err := p.put(r.Context(), r.PathValue("path"), slowBody(w, r)); err != nil {
 		fail(w, r, err)
 		return
 	}
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// patient returns the body of a request. It may take any time, as long as some of
-// it arrives every half minute.
-func patient(w http.ResponseWriter, r *http.Request) io.Reader {
+// slowBody returns the body of a request. Reading it may take any time, as long as
+// data arrives every half minute.
+func slowBody(w http.ResponseWriter, r *http.Request) io.Reader {
 	c := http.NewResponseController(w)
 	return readerFunc(func(p []byte) (int, error) {
 		if err := c.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
@@ -186,7 +186,7 @@ type readerFunc func([]byte) (int, error)
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 func readJSON(w http.ResponseWriter, r *http.Request, v any) error {
-	d := json.NewDecoder(http.MaxBytesReader(w, io.NopCloser(patient(w, r)), 1<<20))
+	d := json.NewDecoder(http.MaxBytesReader(w, io.NopCloser(slowBody(w, r)), 1<<20))
 	d.DisallowUnknownFields()
 	switch err := d.Decode(v); {
 	case errors.As(err, new(*http.MaxBytesError)):
@@ -208,8 +208,8 @@ func writeJSON(w http.ResponseWriter, v any) {
 	}
 }
 
-// fail answers with an error. It leaves errors that are not of the storage service
-// to taskhttp.
+// fail responds with an error. taskhttp handles errors that are not of the storage
+// service.
 func fail(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case errors.As(err, new(inputError)), errors.Is(err, syscall.ENAMETOOLONG),

@@ -125,7 +125,7 @@ func wantProblem(t *testing.T, resp *http.Response) {
 	}
 }
 
-// TestCreateWaits checks that the answer waits for the pool, but not for long.
+// TestCreateWaits checks that the response waits for the pool, but not for long.
 func TestCreateWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStorage(t)

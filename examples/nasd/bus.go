@@ -18,10 +18,10 @@ type bus struct {
 	closed bool
 }
 
-// An event says that an operation has changed.
+// An event is a change of an operation.
 type event struct {
 	op     *task.Operation // shared by all subscribers, who must not modify it
-	missed int             // how many events just before this one the subscriber has lost
+	missed int             // how many events before this one were dropped for the subscriber
 }
 
 type subscriber struct {
@@ -30,7 +30,7 @@ type subscriber struct {
 }
 
 // subscribe returns a channel that receives all events from now on. It is closed
-// with the bus. Events that don't fit into its buffer are lost to this subscriber.
+// with the bus. Events that don't fit into its buffer are dropped.
 func (b *bus) subscribe(buffer int) <-chan event {
 	s := &subscriber{events: make(chan event, buffer)}
 	b.mu.Lock()
@@ -57,8 +57,8 @@ func (b *bus) publish(op *task.Operation) {
 	}
 }
 
-// lose makes the next event say that at least one was lost.
-func (b *bus) lose() {
+// markLoss makes the next event report that at least one was dropped.
+func (b *bus) markLoss() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, s := range b.subs {
@@ -81,7 +81,7 @@ func (b *bus) close() {
 func feed(b *bus, changes iter.Seq2[*task.Operation, error]) {
 	defer b.close()
 	for errors.Is(forward(b, changes), task.ErrLagged) { // the whole process was stopped
-		b.lose() // then watch again
+		b.markLoss() // then watch again
 	}
 }
 
@@ -121,7 +121,7 @@ func took(op *task.Operation) time.Duration {
 	return op.UpdatedAt.Sub(op.StartedAt)
 }
 
-// A lastResults is a subscriber that keeps the last finished operation of each
+// A lastResults is a subscriber that records the last finished operation of each
 // kind for each pool.
 type lastResults struct {
 	tasks *task.Manager
@@ -155,7 +155,7 @@ func (l *lastResults) load() {
 	}
 }
 
-// follow keeps the results up to date.
+// follow updates the results until the bus is closed.
 func (l *lastResults) follow(events <-chan event) {
 	for e := range events {
 		if e.missed > 0 {

@@ -11,7 +11,7 @@ import (
 
 func TestBus(t *testing.T) {
 	b := new(bus)
-	b.publish(&task.Operation{ID: "nobody hears it"})
+	b.publish(&task.Operation{ID: "no subscriber"})
 	slow, quick := b.subscribe(2), b.subscribe(10)
 	for _, id := range []string{"1", "2", "3", "4"} {
 		b.publish(&task.Operation{ID: id}) // never waits
@@ -24,7 +24,7 @@ func TestBus(t *testing.T) {
 	}
 	want("slow", slow, "1", 0)
 	want("slow", slow, "2", 0)
-	b.lose()
+	b.markLoss()
 	b.publish(&task.Operation{ID: "5"})
 	b.publish(&task.Operation{ID: "6"})
 	b.close()

@@ -39,7 +39,7 @@ const (
 type list struct {
 	Count int      `json:"count"`
 	Paths []string `json:"paths,omitempty"`
-	Error string   `json:"error,omitempty"` // of the first one, where it needs saying
+	Error string   `json:"error,omitempty"` // of the first one, if it is not obvious
 }
 
 func (l *list) add(path string) {
@@ -274,8 +274,8 @@ func (w *worker) copy(ctx context.Context, dst io.Writer, src io.Reader) (sum st
 	}
 }
 
-// contents returns a reader of an open file, up to its size when it was opened: a
-// log that grows as fast as it is read must have an end.
+// contents returns a reader of an open file, up to its size when it was opened.
+// Otherwise the reader of a log that grows as fast as it is read would never end.
 func contents(f *os.File, info fs.FileInfo) io.Reader {
 	return io.LimitReader(f, info.Size())
 }
@@ -333,7 +333,7 @@ func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err 
 	return f.Sync()
 }
 
-// replace creates a file or atomically replaces one: no part of it is ever
+// replace creates a file or atomically replaces one: an incomplete file is never
 // visible. It creates missing directories. Only syncParents makes the name
 // durable.
 func replace(root *os.Root, path string, m meta, fill func(*os.File) error) error {
@@ -354,7 +354,7 @@ func replace(root *os.Root, path string, m meta, fill func(*os.File) error) erro
 	return err
 }
 
-// A placeError says why there can't be a file at a path: the path names a
+// A placeError says why a path can't be that of a file: the path names a
 // directory, it leads through a file or outside the pool, or a name is too long.
 type placeError struct{ error }
 

@@ -1,14 +1,14 @@
-// Nasd is a small NAS daemon. It shows how the four parts of an appliance that
-// package task is made for work together.
+// Nasd is a small NAS daemon. It shows how package task connects four parts of an
+// appliance.
 //
 //	nasd -data DIR [-listen ADDR]
 //
-// The storage service (storage.go, scrub.go, replicate.go) keeps pools, which
-// are directories, scrubs them and replicates one to another. The snapshot
+// The storage service (storage.go, scrub.go, replicate.go) has pools, which
+// are directories, scrubs them and replicates them to each other. The snapshot
 // scheduler (snapshot.go) takes snapshots of each pool and thins them out.
-// Whatever takes time is an operation of one task.Manager. Its events go to an
+// All long work is done by operations of one task.Manager. Its events go to an
 // event bus (bus.go), and the REST API (api.go) serves the operations under
-// /api/tasks. The page at / (page.html) lets a user try all that.
+// /api/tasks. A user can try all of this on the page at / (page.html).
 //
 // On each pool one operation runs at a time. A replication occupies two pools.
 //
@@ -21,7 +21,7 @@
 //	pools/NAME/manifest        the checksums of the files
 //	pools/NAME/snapshots/ID/   snapshots of the files, for reading only
 //
-// It has no users: whoever can connect may do everything. By default it listens
+// It has no users: every client that can connect may do everything. By default it listens
 // on 127.0.0.1, so that only programs on this machine can connect; to admit
 // others, put an authenticating proxy in front of it. The proxy must send the Host
 // header 127.0.0.1: names other than localhost are refused, because a page of
@@ -58,7 +58,7 @@ type config struct {
 
 func main() {
 	var c config
-	flag.StringVar(&c.data, "data", "", "keep everything in this `DIR`")
+	flag.StringVar(&c.data, "data", "", "store all data in this `DIR`")
 	flag.StringVar(&c.listen, "listen", "127.0.0.1:8080", "listen on this `ADDR`; port 0 chooses a free port")
 	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once; 0 for no limit")
 	flag.DurationVar(&c.history, "keep-history", 30*24*time.Hour, "delete operations that finished longer ago; 0 for never")
@@ -84,8 +84,8 @@ func run(ctx context.Context, c config, out io.Writer) (err error) {
 	if err := os.MkdirAll(c.data, 0o700); err != nil {
 		return err
 	}
-	// The locks of package task hold within one Manager: they would not keep
-	// two daemons apart.
+	// The locks of package task hold within one Manager, and not between two
+	// daemons.
 	lock, err := lockFile(filepath.Join(c.data, "lock"))
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.data, err)
@@ -113,8 +113,8 @@ func run(ctx context.Context, c config, out io.Writer) (err error) {
 	return serve(ctx, c, s, ln, out)
 }
 
-// serve runs the parts of the daemon until ctx is done. It then ends them in an
-// order in which each still sees the end of the parts that it depends on.
+// serve runs the parts of the daemon until ctx is done. It then ends them in such
+// an order that each still receives the last events of those that it depends on.
 func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

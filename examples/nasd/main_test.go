@@ -24,7 +24,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestMain makes the test binary run the daemon if it is asked to.
+// TestMain makes the test binary run the daemon if its environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("NASD_TEST_MAIN") != "" {
 		go func() { // ends it with the test, however that ends
@@ -70,14 +70,14 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 
 // A daemon is a running daemon.
 type daemon struct {
-	t      *testing.T
-	dir    string
-	url    string
-	greets string // its first output
-	cmd    *exec.Cmd
-	log    bytes.Buffer // read it only after the daemon has ended
-	client *http.Client
-	ended  chan struct{}
+	t        *testing.T
+	dir      string
+	url      string
+	greeting string // its first output
+	cmd      *exec.Cmd
+	log      bytes.Buffer // read it only after the daemon has ended
+	client   *http.Client
+	ended    chan struct{}
 }
 
 // start starts the daemon, and returns once it listens.
@@ -100,12 +100,12 @@ func start(t *testing.T, dir string, args ...string) *daemon {
 	if err != nil {
 		t.Fatalf("the daemon does not start: %v, %v", err, d.end(syscall.SIGKILL))
 	}
-	d.greets = line
+	d.greeting = line
 	d.url, _, _ = strings.Cut(strings.TrimPrefix(line, "nasd is at "), ";")
 	go func() {
 		defer close(d.ended)
 		rest, _ := io.ReadAll(r)
-		d.greets += string(rest)
+		d.greeting += string(rest)
 	}()
 	return d
 }
@@ -283,7 +283,7 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// TestDaemon does over HTTP what a user would do.
+// TestDaemon uses the daemon over HTTP as a user does.
 func TestDaemon(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -398,11 +398,11 @@ func TestGreeting(t *testing.T) {
 			t.Errorf("a second daemon returned %v, %s", err, out)
 		}
 		must(t, d.end(syscall.SIGINT))
-		if got := strings.Contains(d.greets, d.url+"/api/pools/tank/scrub"); got != want {
-			t.Errorf("it greets with %q, with advice: %v, want %v", d.greets, got, want)
+		if got := strings.Contains(d.greeting, d.url+"/api/pools/tank/scrub"); got != want {
+			t.Errorf("it greeting with %q, with advice: %v, want %v", d.greeting, got, want)
 		}
-		if want := fmt.Sprintf("kill %d\n", d.cmd.Process.Pid); !strings.Contains(d.greets, want) {
-			t.Errorf("it greets with %q, want %q in it", d.greets, want)
+		if want := fmt.Sprintf("kill %d\n", d.cmd.Process.Pid); !strings.Contains(d.greeting, want) {
+			t.Errorf("it greeting with %q, want %q in it", d.greeting, want)
 		}
 	}
 }

@@ -12,15 +12,15 @@ type replicateResult struct {
 	Copied     int   `json:"copied"`           // files
 	Skipped    int   `json:"skipped"`          // files that the target has already
 	Bytes      int64 `json:"bytes"`            // of all of these
-	Others     int   `json:"others,omitempty"` // links and such, which are not copied
+	Others     int   `json:"others,omitempty"` // links, devices and the like, which are not copied
 	Corrupted  list  `json:"corrupted,omitzero"`
 	Unreadable list  `json:"unreadable,omitzero"`
-	Blocked    list  `json:"blocked,omitzero"` // the target has something else in their way
+	Blocked    list  `json:"blocked,omitzero"` // whose paths are occupied by something else in the target
 }
 
 // replicate copies the files of p to another pool, except those that have the
 // same size and time there. It thus continues where an earlier replication was
-// interrupted, and does not replace a corrupted copy until somebody deletes that.
+// interrupted, and does not replace a corrupted copy until a user deletes that.
 // It does not touch files that only the target has, and copies no symbolic links.
 // A file that is corrupted in p does not replace its copy, which may be good.
 func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateResult, error) {
@@ -36,7 +36,7 @@ func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateRe
 	err = w.each(ctx, p.files, func(path string, err error) error { return c.visit(ctx, path, err) })
 	r := &c.result
 	r.Bytes, r.Others = w.done, w.others
-	// After an error, too: the checksums of what was copied are worth keeping.
+	// After an error, too: the files copied so far have valid checksums.
 	err = errors.Join(err, syncParents(to.files, c.copied...), to.saveManifest(there))
 	if err == nil && r.Corrupted.Count+r.Unreadable.Count+r.Blocked.Count > 0 {
 		err = fmt.Errorf("not copied: %d corrupted, %d unreadable and %d blocked files%s",

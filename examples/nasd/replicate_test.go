@@ -196,9 +196,9 @@ func TestReplicateBlocked(t *testing.T) {
 	}
 }
 
-// TestReplicateTrouble checks that unreadable files are reported, and that a
+// TestReplicateErrors checks that unreadable files are reported, and that a
 // failed write ends the replication.
-func TestReplicateTrouble(t *testing.T) {
+func TestReplicateErrors(t *testing.T) {
 	p, to := twoPools(t)
 	c := &copier{from: p, to: to, worker: new(worker)}
 	must(t, c.visit(t.Context(), "dir", readError{syscall.EIO}))

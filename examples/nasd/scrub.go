@@ -15,12 +15,12 @@ import (
 // A file is corrupted if its content has changed but its size and time have not:
 // disks do that, programs do not. It is reported until the file is restored or
 // the user accepts its content. Any other change counts as intended, and its
-// checksum is recorded. A deleted file looks like a lost one: it is reported as
-// missing once.
+// checksum is recorded. A deleted file can't be distinguished from a lost one: it
+// is reported once as missing.
 type scrubResult struct {
 	Files      int   `json:"files"` // read
 	Bytes      int64 `json:"bytes"`
-	Others     int   `json:"others,omitempty"` // links and such, which are not read
+	Others     int   `json:"others,omitempty"` // links, devices and the like, which are not read
 	Corrupted  list  `json:"corrupted"`
 	Unreadable list  `json:"unreadable"` // files and directories
 	Missing    list  `json:"missing,omitzero"`
@@ -70,7 +70,7 @@ func (s *scrub) visit(ctx context.Context, path string, err error) error {
 		err = s.check(ctx, path)
 	}
 	if errors.As(err, new(readError)) {
-		s.keep(path)
+		s.retain(path)
 	}
 	return s.result.Unreadable.addUnreadable(ctx, path, err)
 }
@@ -107,9 +107,9 @@ func (s *scrub) check(ctx context.Context, path string) error {
 	return nil
 }
 
-// keep keeps the entry of an unreadable file, or those of all files below an
-// unreadable directory: they are not missing.
-func (s *scrub) keep(path string) {
+// retain copies the entry of an unreadable file to the next manifest, or those of
+// all files below an unreadable directory: they are not missing.
+func (s *scrub) retain(path string) {
 	for known, e := range s.known {
 		if known == path || strings.HasPrefix(known, path+"/") {
 			s.next[known] = e

@@ -31,7 +31,7 @@ type snapshotResult struct {
 	Linked     int    `json:"linked"` // files unchanged since the previous snapshot
 	Cloned     int    `json:"cloned"`
 	Copied     int    `json:"copied"`
-	Others     int    `json:"others,omitempty"` // links and such, which it leaves out
+	Others     int    `json:"others,omitempty"` // links, devices and the like, which it omits
 	Unreadable list   `json:"unreadable,omitzero"`
 }
 
@@ -39,7 +39,7 @@ type snapshotResult struct {
 //
 // No file of the pool is ever linked to a snapshot: a program that changes it
 // in place would change the snapshot, too. A file that is unchanged since the
-// previous snapshot, by its size and time, is linked to that one, where nobody
+// previous snapshot, by its size and time, is linked to that one, where nothing
 // changes it; a disk that corrupts it corrupts both. Any other file is cloned, if
 // the file system supports that, or copied.
 func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error) {
@@ -47,7 +47,7 @@ func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error)
 	if err != nil {
 		return nil, err
 	}
-	if err := p.root.RemoveAll(partialSnapshot); err != nil { // left by a killed one
+	if err := p.root.RemoveAll(partialSnapshot); err != nil { // left by a killed daemon
 		return nil, err
 	}
 	defer p.root.RemoveAll(partialSnapshot)
@@ -99,7 +99,7 @@ func (p *pool) snapshots() ([]string, error) {
 	return ids, err
 }
 
-// A snapshot is a snapshot being taken.
+// A snapshot is a snapshot that is being taken.
 type snapshot struct {
 	pool   *pool
 	worker *worker
@@ -163,7 +163,7 @@ type thinResult struct {
 	Removed []string `json:"removed"`
 }
 
-// thin removes the snapshots that need not be kept.
+// thin removes the expired snapshots.
 func (p *pool) thin(ctx context.Context, w *worker, keep int) (*thinResult, error) {
 	r := &thinResult{Removed: []string{}}
 	// Rename it first, so that a partly removed snapshot is never visible.
@@ -174,10 +174,10 @@ func (p *pool) thin(ctx context.Context, w *worker, keep int) (*thinResult, erro
 	if err != nil {
 		return r, err
 	}
-	doomed := expired(ids, keep)
-	w.total = int64(len(doomed))
+	old := expired(ids, keep)
+	w.total = int64(len(old))
 	r.Kept = len(ids)
-	for _, id := range doomed {
+	for _, id := range old {
 		if ctx.Err() != nil {
 			return r, context.Cause(ctx)
 		}
@@ -201,21 +201,21 @@ const (
 	keepDays  = 30
 )
 
-// expired returns the snapshots that need not be kept, oldest first. It keeps the
-// newest keep snapshots, and the last one of each of the latest 24 hours and of
-// each of the latest 30 days that have snapshots.
-func expired(ids []string, keep int) (doomed []string) {
+// expired returns the expired snapshots, oldest first. The newest keep snapshots do
+// not expire, nor does the last one of each of the latest 24 hours and of each of
+// the latest 30 days that have snapshots.
+func expired(ids []string, keep int) (old []string) {
 	hours := period{length: time.Hour, left: keepHours}
 	days := period{length: 24 * time.Hour, left: keepDays}
 	for i, id := range slices.Backward(ids) {
 		t, _ := time.Parse(snapshotID, id)
 		lastOfHour, lastOfDay := hours.begins(t), days.begins(t) // no short-circuit: both count
 		if len(ids)-i > keep && !lastOfHour && !lastOfDay {
-			doomed = append(doomed, id)
+			old = append(old, id)
 		}
 	}
-	slices.Reverse(doomed)
-	return doomed
+	slices.Reverse(old)
+	return old
 }
 
 // A period steps back in time, from one hour or day with snapshots to the one
@@ -252,8 +252,9 @@ type attempt struct {
 	id string // of the last operation
 }
 
-// run looks for pools that are due, until ctx is done. The schedule is derived
-// from the existing snapshots, and so survives a restart of the daemon.
+// run submits the operations that are due, until ctx is done. It derives the
+// schedule from the existing snapshots, so that a restart of the daemon does not
+// change it.
 func (s *scheduler) run(ctx context.Context) {
 	s.last = make(map[string]attempt)
 	ticker := time.NewTicker(max(s.every/10, time.Millisecond))
@@ -261,7 +262,7 @@ func (s *scheduler) run(ctx context.Context) {
 	for {
 		names, err := s.storage.names()
 		for _, name := range names {
-			err = errors.Join(err, s.tend(name, time.Now()))
+			err = errors.Join(err, s.submitDue(name, time.Now()))
 		}
 		if err != nil && !errors.Is(err, task.ErrClosed) {
 			slog.Error("snapshots not scheduled", "err", err)
@@ -274,10 +275,10 @@ func (s *scheduler) run(ctx context.Context) {
 	}
 }
 
-// tend submits the operations that are due for a pool, at most once in each
+// submitDue submits the operations that are due for a pool, at most once in each
 // period, even if they fail. It submits nothing while the last ones are
-// unfinished, so that they don't pile up behind a scrub that takes days.
-func (s *scheduler) tend(name string, now time.Time) error {
+// unfinished, so that they do not accumulate behind a scrub that takes days.
+func (s *scheduler) submitDue(name string, now time.Time) error {
 	last := s.last[name]
 	if op, ok := s.storage.tasks.Get(last.id); ok && !op.State.Finished() || now.Sub(last.at) < s.every {
 		return nil

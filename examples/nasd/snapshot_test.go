@@ -111,14 +111,14 @@ func TestExpired(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			doomed := expired(tt.ids, tt.keep)
-			if got := len(tt.ids) - len(doomed); got != tt.left {
+			expiring := expired(tt.ids, tt.keep)
+			if got := len(tt.ids) - len(expiring); got != tt.left {
 				t.Errorf("%d left, want %d", got, tt.left)
 			}
-			if !slices.IsSorted(doomed) {
-				t.Errorf("expired snapshots are not oldest first: %v", doomed)
+			if !slices.IsSorted(expiring) {
+				t.Errorf("expired snapshots are not oldest first: %v", expiring)
 			}
-			left := slices.DeleteFunc(slices.Clone(tt.ids), func(id string) bool { return slices.Contains(doomed, id) })
+			left := slices.DeleteFunc(slices.Clone(tt.ids), func(id string) bool { return slices.Contains(expiring, id) })
 			newest := tt.ids[len(tt.ids)-min(tt.keep, len(tt.ids)):]
 			if !slices.Equal(left[len(left)-len(newest):], newest) {
 				t.Errorf("left are %v, without some of the newest", left)
@@ -198,22 +198,22 @@ func TestScheduler(t *testing.T) {
 		cancel()
 		<-ended
 		sched := &scheduler{storage: s, every: time.Hour, keep: 1, last: make(map[string]attempt)}
-		must(t, sched.tend("tank", time.Now()))
+		must(t, sched.submitDue("tank", time.Now()))
 		wants("after a restart", "tank DONE", "hold tank DONE", "tank DONE")
-		if err := sched.tend("gone", time.Now()); !errors.Is(err, os.ErrNotExist) {
+		if err := sched.submitDue("gone", time.Now()); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %v", err, os.ErrNotExist)
 		}
 		must(t, m.Close())
-		if err := sched.tend("tank", time.Now().Add(2*time.Hour)); !errors.Is(err, task.ErrClosed) {
+		if err := sched.submitDue("tank", time.Now().Add(2*time.Hour)); !errors.Is(err, task.ErrClosed) {
 			t.Errorf("got %v, want %v", err, task.ErrClosed)
 		}
 		must(t, s.pools.Close())
 	})
 }
 
-// TestSchedulerTrouble checks that neither a clock that was once ahead nor a broken
+// TestSchedulerErrors checks that neither a clock that was once ahead nor a broken
 // pool stops the schedule, or causes more than one attempt in each period.
-func TestSchedulerTrouble(t *testing.T) {
+func TestSchedulerErrors(t *testing.T) {
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
 	write(t, p.root, snapshotsDir+"/29990102T030405.001Z/a", "")
@@ -223,7 +223,7 @@ func TestSchedulerTrouble(t *testing.T) {
 		after time.Duration
 		want  int // operations: a snapshot that lets another one expire is followed by thinning out
 	}{{0, 2}, {59 * time.Minute, 2}, {time.Hour, 4}, {61 * time.Minute, 4}} {
-		must(t, sched.tend("tank", now.Add(tt.after)))
+		must(t, sched.submitDue("tank", now.Add(tt.after)))
 		ops, err := s.tasks.List(10, 0)
 		if err != nil || len(ops) != tt.want {
 			t.Errorf("after %v: %d operations (%v), want %d", tt.after, len(ops), err, tt.want)
@@ -238,8 +238,8 @@ func TestSchedulerTrouble(t *testing.T) {
 		t.Errorf("snapshots are %v, %v", ids, err)
 	}
 	must(t, p.root.RemoveAll(snapshotsDir))
-	if err := sched.tend("tank", now.Add(2*time.Hour)); !errors.Is(err, os.ErrNotExist) {
+	if err := sched.submitDue("tank", now.Add(2*time.Hour)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v, want %v", err, os.ErrNotExist)
 	}
-	must(t, sched.tend("tank", now.Add(2*time.Hour+time.Minute))) // no second error in the same period
+	must(t, sched.submitDue("tank", now.Add(2*time.Hour+time.Minute))) // no second error in the same period
 }

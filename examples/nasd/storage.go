@@ -15,8 +15,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A storage is the storage service. Its pools are directories. It submits
-// whatever takes time to the task manager and returns the operation.
+// A storage is the storage service. Its pools are directories. It submits long
+// work to the task manager and returns the operation.
 //
 // On one pool, one operation runs at a time, in the order of submission: each is
 // submitted with the lock of its pool, a replication with the locks of both.
@@ -33,8 +33,8 @@ type about struct {
 	File string `json:"file,omitempty"` // the file that it is working on
 }
 
-// openStorage opens the storage service in the directory data, and removes what
-// killed writers have left.
+// openStorage opens the storage service in the directory data, and removes the
+// incomplete files of killed writers.
 func openStorage(data string, m *task.Manager) (*storage, error) {
 	dir := filepath.Join(data, "pools")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -87,7 +87,7 @@ func (s *storage) scrub(name string) (*task.Operation, error) {
 	})
 }
 
-// accept records new checksums of all files of a pool, whatever they hold.
+// accept records new checksums of all files of a pool, whatever they contain.
 func (s *storage) accept(name string) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "accept", Pool: name}, func(ctx context.Context, p *pool, w *worker) (any, error) {
 		return p.scrub(ctx, w, nil)
@@ -242,7 +242,7 @@ func (s *storage) names() ([]string, error) {
 // is never visible.
 func (s *storage) makePool(ctx context.Context, name string, update func(int)) error {
 	temp := ".creating-" + name
-	if err := s.pools.RemoveAll(temp); err != nil { // left by a killed one
+	if err := s.pools.RemoveAll(temp); err != nil { // left by a killed daemon
 		return err
 	}
 	defer s.pools.RemoveAll(temp)

@@ -86,7 +86,7 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	_, err = disk.snapshot(t.Context(), new(worker))
 	readOnly("snapshot", err)
 	readOnly("create", small.makePool(t.Context(), "more", func(int) {}))
-	if _, err := scrubbed(t, disk); err != nil { // there is nothing new to write
+	if _, err := scrubbed(t, disk); err != nil { // nothing new must be written
 		t.Error(err)
 	}
 }

@@ -4,12 +4,12 @@
 //	scrub [-db FILE] DIR
 //	scrub [-db FILE] -history
 //
-// It shows its progress: a bar on a terminal, or a line every ten percent
-// elsewhere. Ctrl-C cancels it, and a second Ctrl-C quits at once. Unreadable
+// It shows its progress: a bar on a terminal, or otherwise a line every ten
+// percent. Ctrl-C cancels it, and a second Ctrl-C quits at once. Unreadable
 // files are reported and do not make it fail.
 //
-// Every scrub is kept in an SQLite file. One that was interrupted by a crash or a
-// kill is marked as failed by the next run, or by -history.
+// Every scrub is stored in an SQLite file. The next run, or -history, marks a scrub
+// that was interrupted by a crash or a kill as failed.
 //
 // The exit code is 0 for a scrub that is done, 1 for one that failed, 2 for a
 // usage error, and 130 for one that was cancelled.
@@ -35,7 +35,7 @@ import (
 )
 
 func main() {
-	db := flag.String("db", "scrub.db", "keep the history in this SQLite `FILE`")
+	db := flag.String("db", "scrub.db", "store the history in this SQLite `FILE`")
 	history := flag.Bool("history", false, fmt.Sprintf("print the newest %d scrubs and exit", maxHistory))
 	flag.Usage = func() {
 		fmt.Fprint(flag.CommandLine.Output(), "usage: scrub [-db FILE] DIR\n       scrub [-db FILE] -history\n")
@@ -64,7 +64,7 @@ func main() {
 	}
 }
 
-// withManager calls use with a manager that keeps its operations in the file db.
+// withManager calls use with a manager whose operations are in the file db.
 // Interrupted scrubs are marked as failed before that.
 func withManager(db string, use func(*task.Manager) error) error {
 	store, err := task.OpenSQLite(db)
@@ -208,7 +208,7 @@ func printTable(w io.Writer, ops []*task.Operation) error {
 				end = time.Now()
 			}
 			started = op.StartedAt.Local().Format(time.DateTime)
-			if op.Error != interrupted { // otherwise nobody knows when it ended
+			if op.Error != interrupted { // otherwise the finish time is unknown
 				took = end.Sub(op.StartedAt).Round(100 * time.Millisecond).String()
 			}
 		}

@@ -171,8 +171,8 @@ func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []b
 		return nil, errors.New("replaced while it was scrubbed")
 	}
 	hash := sha256.New()
-	// A log that grows as fast as it is read must have an end: read up to its
-	// present size.
+	// Read up to the present size: a log that grows as fast as it is read would
+	// never end.
 	for left := info.Size(); left > 0; {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)

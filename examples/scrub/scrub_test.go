@@ -22,7 +22,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestMain makes the test binary run the program if it is asked to.
+// TestMain makes the test binary run the program if its environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("SCRUB_TEST_MAIN") != "" {
 		main()
@@ -512,9 +512,9 @@ func TestSignal(t *testing.T) {
 // TestSecondSignal checks that a second signal ends a scrub that ignores the
 // first.
 func TestSecondSignal(t *testing.T) {
-	if os.Getenv("SCRUB_TEST_STUBBORN") != "" {
+	if os.Getenv("SCRUB_TEST_ENDLESS") != "" {
 		m := task.NewManager(nil)
-		op, err := m.Submit("stubborn", func(context.Context, func(int)) (any, error) { select {} })
+		op, err := m.Submit("endless", func(context.Context, func(int)) (any, error) { select {} })
 		must(t, err)
 		signals := make(chan os.Signal, 2)
 		signals <- os.Interrupt
@@ -524,7 +524,7 @@ func TestSecondSignal(t *testing.T) {
 	exe, err := os.Executable()
 	must(t, err)
 	cmd := exec.CommandContext(t.Context(), exe, "-test.run=^TestSecondSignal$")
-	cmd.Env = append(os.Environ(), "SCRUB_TEST_STUBBORN=1")
+	cmd.Env = append(os.Environ(), "SCRUB_TEST_ENDLESS=1")
 	if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 130 {
 		t.Errorf("exit code %d\n%s", cmd.ProcessState.ExitCode(), out)
 	}

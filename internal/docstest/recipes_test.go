@@ -299,6 +299,40 @@ func TestSendOnce(t *testing.T) {
 	}
 }
 
+func dailyOnce(ctx context.Context, m *task.Manager, day string, fn task.Func) (*task.Operation, error) {
+	for try := 1; ; try++ {
+		op, err := m.Submit("daily", fn, task.WithID(fmt.Sprintf("daily-%s.%d", day, try)))
+		if err != nil && !errors.Is(err, task.ErrExists) {
+			return nil, err
+		}
+		if op, err = m.Wait(ctx, op.ID); err != nil || !op.Interrupted() {
+			return op, err
+		}
+	}
+}
+
+func TestDailyOnce(t *testing.T) {
+	db := task.NewMemoryStore()
+	m := newManager(t, db)
+	begun, ran := make(chan struct{}), 0
+	go dailyOnce(t.Context(), m, "monday", func(ctx context.Context, _ func(int)) (any, error) {
+		close(begun)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	<-begun
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+	m = newManager(t, db)
+	for range 3 {
+		op, err := dailyOnce(t.Context(), m, "monday", func(context.Context, func(int)) (any, error) { ran++; return nil, nil })
+		if err != nil || op.ID != "daily-monday.2" || op.State != task.StateDone || ran != 1 {
+			t.Errorf("%+v, %v after %d runs", op, err, ran)
+		}
+	}
+}
+
 func stop(m *task.Manager, finish, cancel time.Duration) error {
 	ctx, done := context.WithTimeout(context.Background(), finish)
 	defer done()

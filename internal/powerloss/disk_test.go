@@ -119,7 +119,7 @@ func newDisk() *disk {
 func (d *disk) apply(e entry) error {
 	f := d.fds[e.fd]
 	switch e.kind {
-	case 'P': // a new process: the old descriptors are gone
+	case 'P': // a new process: the old descriptors are closed
 		clear(d.fds)
 		clear(d.syncs)
 	case 'D':
@@ -269,23 +269,23 @@ func (f *file) after(c crash, rng *rand.Rand) []byte {
 	if c == none || len(f.pending) == 0 {
 		return f.data
 	}
-	var keep func(change) []change // what is left of a change
+	var survives func(change) []change // the parts of a change that survive
 	whole := func(c change) []change { return []change{c} }
 	switch way := rng.IntN(5); {
 	case c == all:
-		keep = whole
+		survives = whole
 	case way == 0:
 		return f.data
 	case way == 1: // the first changes
 		n := rng.IntN(len(f.pending) + 1)
-		keep = func(c change) []change {
+		survives = func(c change) []change {
 			if n--; n < 0 {
 				return nil
 			}
 			return whole(c)
 		}
 	case way == 2: // any changes, so that a later one may survive without an earlier one
-		keep = func(c change) []change {
+		survives = func(c change) []change {
 			if rng.IntN(2) == 0 {
 				return nil
 			}
@@ -294,11 +294,11 @@ func (f *file) after(c crash, rng *rand.Rand) []byte {
 	default: // any sectors of them, most or few
 		likely := []int{1, 5, 9}[rng.IntN(3)]
 		stale := way == 4
-		keep = func(c change) []change { return tear(c, likely, stale, len(f.data), rng) }
+		survives = func(c change) []change { return tear(c, likely, stale, len(f.data), rng) }
 	}
 	data := slices.Clone(f.data)
 	for _, c := range f.pending {
-		for _, part := range keep(c) {
+		for _, part := range survives(c) {
 			data = part.apply(data)
 		}
 	}
@@ -328,7 +328,7 @@ func tear(c change, likely int, stale bool, size int, rng *rand.Rand) (parts []c
 	return parts
 }
 
-// noise is not a valid text, so that tests recognize it.
+// noise is not valid text, so that tests recognize it.
 var noise = sync.OnceValue(func() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	data := make([]byte, 256<<10)

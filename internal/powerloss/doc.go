@@ -2,6 +2,7 @@
 //
 // It runs a program that uses package task with a preloaded library, which
 // records what the program writes to its files and what it syncs. From the
-// record, the test reconstructs directories as a loss of power at some moment may
-// have left them, and looks for what had been acknowledged by then.
+// record, the test reconstructs the directories that a loss of power may leave at
+// some moment. It checks that they contain everything that was acknowledged before
+// that moment.
 package powerloss

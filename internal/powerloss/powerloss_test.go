@@ -104,7 +104,7 @@ func record(t *testing.T, shim, settings string, killed, ops int) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(keptDir(t), "record")
+	path := filepath.Join(recordDir(t), "record")
 	for gen, c := range append(processes()[:killed:killed], config{Ops: ops}) {
 		c.Role, c.Dir, c.Record, c.Settings, c.Gen = "record", dir, path, settings, gen
 		_, err := start(t, shim, c, "SHIM_DIR="+dir, "SHIM_LOG="+path, "SHIM_KILL="+strconv.Itoa(c.Kill))
@@ -115,15 +115,15 @@ func record(t *testing.T, shim, settings string, killed, ops int) string {
 	return path
 }
 
-// keptDir is t.TempDir, but the directory is kept if the test fails.
-func keptDir(t *testing.T) string {
+// recordDir is t.TempDir, but the directory stays if the test fails.
+func recordDir(t *testing.T) string {
 	dir, err := os.MkdirTemp("", "powerloss-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the record is kept in %s", dir)
+			t.Logf("the record is in %s", dir)
 		} else if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
 		}
@@ -142,7 +142,7 @@ func TestPowerLoss(t *testing.T) {
 		lossless bool   // by docs/durability.md and SQLite's documentation
 		killed   int    // how many processes; fewer where syncs are rare
 		ops      int    // how many operations then; 100 cause some checkpoints
-		blind    []string
+		ignore   []string
 	}{
 		// Ignoring syncs shows that the replay detects losses.
 		{"OpenSQLite", "", true, 23, 100, []string{"files", "directory"}},
@@ -164,7 +164,7 @@ func TestPowerLoss(t *testing.T) {
 				c.Points /= 3
 			}
 			c.replayed(t, shim, test.lossless)
-			for _, c.Blind = range test.blind {
+			for _, c.Ignore = range test.ignore {
 				c.Points = 20
 				c.replayed(t, shim, false)
 			}
@@ -182,10 +182,10 @@ func (c config) replayed(t *testing.T, shim string, lossless bool) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	t.Logf("blind %q: %d entries, %d syncs, %d of the database file, %d acknowledgements; %d points, %d images, %d with a loss",
-		c.Blind, r.Entries, r.Syncs, r.DBSyncs, r.Acks, r.Points, r.Images, r.Lossy)
+	t.Logf("ignored syncs %q: %d entries, %d syncs, %d of the database file, %d acknowledgements; %d points, %d images, %d with a loss",
+		c.Ignore, r.Entries, r.Syncs, r.DBSyncs, r.Acks, r.Points, r.Images, r.Lossy)
 	for _, text := range r.Problems {
-		if c.Blind == "" { // a disk that ignores syncs breaks any database
+		if c.Ignore == "" { // a disk that ignores syncs breaks any database
 			t.Error(text)
 		}
 	}

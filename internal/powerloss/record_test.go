@@ -19,7 +19,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A config tells a process what to do.
+// A config says what a process does.
 type config struct {
 	Role   string // "record" or "replay"
 	Dir    string // for the files
@@ -33,7 +33,7 @@ type config struct {
 
 	Points int // at how many moments power is lost
 	Seed   uint64
-	Blind  string // the syncs that the replay ignores: of "files" or of the "directory"
+	Ignore string // the syncs that the replay ignores: of "files" or of the "directory"
 }
 
 const base = "tasks.db"
@@ -59,7 +59,7 @@ func (c config) open(dir string) (store *task.SQLiteStore, closeStore func() err
 	return store, func() error { return errors.Join(store.Close(), db.Close()) }, nil
 }
 
-// An acknowledgement is what the manager has confirmed, as an entry of the
+// An acknowledgement is a state that the manager has confirmed, as an entry of the
 // record.
 type acknowledgement struct {
 	ID, Name string
@@ -84,15 +84,15 @@ func (c config) record() error {
 	}
 	defer f.Close()
 	r := &recorder{c, f}
-	for life := range 2 { // closed and opened again
-		if err := r.live(life); err != nil {
+	for session := range 2 { // closed and opened again
+		if err := r.run(session); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (r *recorder) live(life int) error {
+func (r *recorder) run(session int) error {
 	store, closeStore, err := r.open(r.Dir)
 	if err != nil {
 		return err
@@ -101,7 +101,7 @@ func (r *recorder) live(life int) error {
 	if err != nil {
 		return err
 	}
-	if err := r.look(m); err != nil {
+	if err := r.recordPresent(m); err != nil {
 		return err
 	}
 	errs := make([]error, submitters)
@@ -112,7 +112,7 @@ func (r *recorder) live(life int) error {
 	for i := range errs {
 		all.Go(func() {
 			for n := 0; errs[i] == nil && (r.Ops == 0 || n < r.Ops); n++ {
-				errs[i] = r.submit(m, fmt.Sprintf("%d.%d.%d.%d", r.Gen, life, i, n), n)
+				errs[i] = r.submit(m, fmt.Sprintf("%d.%d.%d.%d", r.Gen, session, i, n), n)
 			}
 		})
 	}
@@ -120,9 +120,9 @@ func (r *recorder) live(life int) error {
 	return errors.Join(errors.Join(errs...), m.Close(), closeStore())
 }
 
-// look records what the manager shows at the start. That is acknowledged, too,
-// although another process has stored it.
-func (r *recorder) look(m *task.Manager) error {
+// recordPresent records what the manager shows at the start. That is acknowledged,
+// too, although another process has stored it.
+func (r *recorder) recordPresent(m *task.Manager) error {
 	owners, err := filepath.Glob(filepath.Join(r.Dir, base+"-owner-*"))
 	if err != nil {
 		return err

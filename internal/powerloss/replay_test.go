@@ -89,22 +89,22 @@ func (r *replay) make(entries []entry) error {
 	rng := rand.New(rand.NewPCG(r.Seed, 0))
 	points := r.points(entries, rng)
 	d := newDisk()
-	var told acknowledged
+	var acked acknowledged
 	for n := range len(entries) + 1 {
 		if len(points) > 0 && points[0] == n {
 			points = points[1:]
 			r.report.Points++
 			for c := range crashes {
 				what := fmt.Sprintf("seed %d, crash %d before entry %d", r.Seed, c, n)
-				i := image{filepath.Join(r.Dir, fmt.Sprintf("%d-%d", n, c)), what, told.all}
-				if err := i.write(d.after(c, rng), told.owners, rng); err != nil {
+				i := image{filepath.Join(r.Dir, fmt.Sprintf("%d-%d", n, c)), what, acked.all}
+				if err := i.write(d.after(c, rng), acked.owners, rng); err != nil {
 					return err
 				}
 				r.images <- i
 			}
 		}
 		if n < len(entries) {
-			if err := r.take(entries[n], d, &told); err != nil {
+			if err := r.take(entries[n], d, &acked); err != nil {
 				return err
 			}
 		}
@@ -113,18 +113,18 @@ func (r *replay) make(entries []entry) error {
 }
 
 // take applies the next entry.
-func (r *replay) take(e entry, d *disk, told *acknowledged) error {
+func (r *replay) take(e entry, d *disk, acked *acknowledged) error {
 	switch e.kind {
 	case ack:
 		r.report.Acks++
-		return told.add(e.data)
+		return acked.add(e.data)
 	case 'E':
 		r.report.Syncs++
 		f := d.fds[e.fd]
 		if n := d.names[base]; n != nil && f == n.latest {
 			r.report.DBSyncs++
 		}
-		if directory := f == &d.dir; directory && r.Blind == "directory" || !directory && r.Blind == "files" {
+		if directory := f == &d.dir; directory && r.Ignore == "directory" || !directory && r.Ignore == "files" {
 			return nil
 		}
 	}

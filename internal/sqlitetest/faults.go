@@ -39,6 +39,7 @@ func testLocked(t *testing.T, open Opener) {
 	} {
 		for _, timeout := range []string{"busy_timeout(0)", "busy_timeout(20)"} {
 			t.Run(test.name+", "+timeout, func(t *testing.T) {
+				t.Parallel()
 				path := filepath.Join(t.TempDir(), "app.db")
 				Execute(t, open(t, path), App+"PRAGMA journal_mode = "+test.journal)
 				db := open(t, path, timeout)
@@ -197,46 +198,54 @@ func testFull(t *testing.T, open Opener) {
 	}
 }
 
+type ops = []*task.Operation
+
+func pending(id string) *task.Operation { return newOp(id, task.StatePending) }
+func running(id string) *task.Operation { return newOp(id, task.StateRunning) }
+
+func bad(id string) *task.Operation { op := pending(id); op.Name = "bad"; return op }
+
+func with(id string, v any) *task.Operation { op := pending(id); op.Metadata = v; return op }
+
+func done(id string, v any) *task.Operation {
+	op := newOp(id, task.StateDone)
+	op.Result = v
+	return op
+}
+
+// batches are written to a store that has the operations old and older.
+var batches = []struct {
+	name, raise    string // of a trigger against bad ones
+	saves, updates ops
+	want           string // the outcome of each: + stored, - error, ? ErrNotFound
+}{
+	{"nothing", "", nil, nil, ""},
+	{"all good", "", ops{pending("a"), pending("b")}, ops{done("old", 1)}, "+++"},
+	{"twice the same", "", ops{pending("a"), pending("b"), bad("a"), pending("c")}, ops{done("old", 1)}, "++-++"},
+	{"there already", "", ops{pending("a"), pending("old"), pending("b")}, nil, "+-+"},
+	{"metadata that is no JSON", "", ops{with("a", 1), with("b", make(chan int)), with("c", "x")}, nil, "+-+"},
+	{"result that is no JSON", "", ops{pending("a")}, ops{done("old", math.NaN()), done("older", 1)}, "+-+"},
+	{"unknown", "", ops{pending("a")}, ops{done("nobody", 1), done("old", 1)}, "+?+"},
+	{"unknown and bad", "", ops{pending("a"), pending("old")}, ops{done("nobody", 1), done("old", 1)}, "+-?+"},
+	{"saved and finished", "", ops{pending("a")}, ops{running("a"), done("a", 1)}, "+++"},
+	{"updated twice", "", nil, ops{running("old"), done("older", 1), done("old", 1)}, "+++"},
+	{"unknown updated twice", "", nil, ops{running("nobody"), done("old", 1), done("nobody", 1)}, "?+?"},
+	{"only bad ones", "", ops{pending("old"), pending("older")}, nil, "--"},
+	{"trigger that aborts", "ABORT, 'no'", ops{pending("a"), bad("b"), pending("c")}, ops{done("old", "bad"), done("older", 1)}, "+-+-+"},
+	{"trigger that rolls back", "ROLLBACK, 'no'", ops{pending("a"), bad("b"), bad("x"), pending("c")}, ops{done("old", "bad"), done("older", 1)}, "+--+-+"},
+	{"trigger that fails", "FAIL, 'no'", ops{pending("a"), bad("b"), pending("c")}, ops{done("old", "bad"), done("older", 1)}, "+-+-+"},
+	{"trigger that ignores", "IGNORE", ops{pending("a"), bad("b"), pending("c")}, ops{done("older", 1)}, "+-++"},
+	{"a single one rolled back", "ROLLBACK, 'no'", ops{bad("b")}, nil, "-"},
+}
+
 // One bad row fails alone, wherever it is and however it fails.
 func testBatch(t *testing.T, open Opener) {
-	save := func(id string) *task.Operation { return newOp(id, task.StatePending) }
-	bad := func(id string) *task.Operation { op := save(id); op.Name = "bad"; return op }
-	with := func(id string, v any) *task.Operation { op := save(id); op.Metadata = v; return op }
-	running := func(id string) *task.Operation { return newOp(id, task.StateRunning) }
-	done := func(id string, result any) *task.Operation {
-		op := newOp(id, task.StateDone)
-		op.Result = result
-		return op
-	}
-	type ops = []*task.Operation
-	for _, test := range []struct {
-		name, raise    string // of a trigger against bad ones
-		saves, updates ops
-		want           string // the outcome of each: + stored, - error, ? ErrNotFound
-	}{
-		{"nothing", "", nil, nil, ""},
-		{"all good", "", ops{save("a"), save("b")}, ops{done("old", 1)}, "+++"},
-		{"twice the same", "", ops{save("a"), save("b"), bad("a"), save("c")}, ops{done("old", 1)}, "++-++"},
-		{"there already", "", ops{save("a"), save("old"), save("b")}, nil, "+-+"},
-		{"metadata that is no JSON", "", ops{with("a", 1), with("b", make(chan int)), with("c", "x")}, nil, "+-+"},
-		{"result that is no JSON", "", ops{save("a")}, ops{done("old", math.NaN()), done("older", 1)}, "+-+"},
-		{"unknown", "", ops{save("a")}, ops{done("nobody", 1), done("old", 1)}, "+?+"},
-		{"unknown and bad", "", ops{save("a"), save("old")}, ops{done("nobody", 1), done("old", 1)}, "+-?+"},
-		{"saved and finished", "", ops{save("a")}, ops{running("a"), done("a", 1)}, "+++"},
-		{"updated twice", "", nil, ops{running("old"), done("older", 1), done("old", 1)}, "+++"},
-		{"unknown updated twice", "", nil, ops{running("nobody"), done("old", 1), done("nobody", 1)}, "?+?"},
-		{"only bad ones", "", ops{save("old"), save("older")}, nil, "--"},
-		{"trigger that aborts", "ABORT, 'no'", ops{save("a"), bad("b"), save("c")}, ops{done("old", "bad"), done("older", 1)}, "+-+-+"},
-		{"trigger that rolls back", "ROLLBACK, 'no'", ops{save("a"), bad("b"), bad("x"), save("c")}, ops{done("old", "bad"), done("older", 1)}, "+--+-+"},
-		{"trigger that fails", "FAIL, 'no'", ops{save("a"), bad("b"), save("c")}, ops{done("old", "bad"), done("older", 1)}, "+-+-+"},
-		{"trigger that ignores", "IGNORE", ops{save("a"), bad("b"), save("c")}, ops{done("older", 1)}, "+-++"},
-		{"a single one rolled back", "ROLLBACK, 'no'", ops{bad("b")}, nil, "-"},
-	} {
+	for _, test := range batches {
 		t.Run(test.name, func(t *testing.T) {
 			db := open(t, filepath.Join(t.TempDir(), "app.db"))
 			db.SetMaxOpenConns(1)
 			_, s := Use(t, db)
-			if err := errors.Join(s.Save(save("old")), s.Save(save("older"))); err != nil {
+			if err := errors.Join(s.Save(pending("old")), s.Save(pending("older"))); err != nil {
 				t.Fatal(err)
 			}
 			if test.raise != "" {
@@ -244,7 +253,7 @@ func testBatch(t *testing.T, open Opener) {
 					CREATE TRIGGER t2 BEFORE UPDATE ON tasks WHEN NEW.result LIKE '%%bad%%' BEGIN SELECT RAISE(%[1]s); END`, test.raise))
 			}
 			outcome(t, s, test.saves, test.updates, test.want)
-			if err := s.Save(save("one more")); err != nil {
+			if err := s.Save(pending("one more")); err != nil {
 				t.Errorf("Save after that: %v", err)
 			}
 		})

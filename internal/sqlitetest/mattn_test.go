@@ -6,6 +6,8 @@ import (
 	"database/sql"
 	"strings"
 	"testing"
+
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // open opens a database with go-sqlite3, whose parameters are called like the
@@ -21,6 +23,12 @@ func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 	return db
 }
 
-func Test_mattn(t *testing.T) { Test(t, open) }
+func Test_mattn(t *testing.T) {
+	testkit.FastTemp(t)
+	Test(t, open)
+}
 
-func TestSharedCache_mattn(t *testing.T) { TestSharedCache(t, open) }
+func TestSharedCache_mattn(t *testing.T) {
+	testkit.FastTemp(t)
+	TestSharedCache(t, open)
+}

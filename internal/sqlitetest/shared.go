@@ -53,7 +53,10 @@ func TestSharedCache(t *testing.T, open Opener) {
 		{"NewSQLiteStore beside a writer", writing, nil},
 		{"NewSQLiteStore while a table is created", creating, nil},
 	} {
-		t.Run(test.name, func(t *testing.T) { besideShared(t, open, test.hold, test.do) })
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			besideShared(t, open, test.hold, test.do)
+		})
 	}
 }
 

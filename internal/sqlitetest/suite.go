@@ -52,6 +52,7 @@ func Test(t *testing.T, open Opener) {
 		{"Batch", testBatch},
 		{"Prune", testPrune},
 		{"Filter", testFilter},
+		{"ByFinish", testByFinish},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, open) })
 	}

@@ -18,10 +18,10 @@ import (
 // A process identifies a worker's process, as the names of its operations do.
 type process struct{ slot, gen int }
 
-// A fate is what the driver knows about a process.
-type fate struct {
-	killed bool // it may be dead
-	buried bool // it was dead before a New began that has since returned
+// A status is what the driver knows about a process.
+type status struct {
+	killed    bool // it may be dead
+	recovered bool // a New that began after its death has returned
 }
 
 // A row is a row of the database, as text.
@@ -34,17 +34,17 @@ type row struct {
 func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNNING" }
 
 // A checker compares one database with the workers' journals, through
-// connections of its own. It keeps no connection between two checks: if it did,
-// SQLite would never have to recover what dead processes have left.
+// connections of its own. It closes them after each check: otherwise SQLite would
+// never have to recover the write-ahead log that dead processes have left.
 type checker struct {
-	dir     string
-	readers map[process]*reader
-	fates   map[process]*fate
+	dir      string
+	readers  map[process]*reader
+	statuses map[process]*status
 
 	rows       map[string]row    // as of the last check
 	unfinished map[string]bool   // the IDs of those that were unfinished
-	owners     map[string]string // the life of each owner, as a prefix of names
-	closed     map[string]bool   // the prefixes of the closed lives
+	owners     map[string]string // the session of each owner, as a prefix of names
+	closed     map[string]bool   // the prefixes of the closed sessions
 
 	acks tally // acknowledgements
 	bad  []string
@@ -75,7 +75,7 @@ func newChecker(dir string) *checker {
 	return &checker{
 		dir:        dir,
 		readers:    make(map[process]*reader),
-		fates:      make(map[process]*fate),
+		statuses:   make(map[process]*status),
 		rows:       make(map[string]row),
 		unfinished: make(map[string]bool),
 		owners:     make(map[string]string),
@@ -83,9 +83,10 @@ func newChecker(dir string) *checker {
 	}
 }
 
-func (c *checker) born(p process) {
+// started begins to check the journal of a new process.
+func (c *checker) started(p process) {
 	c.readers[p] = &reader{path: journalPath(c.dir, p.slot, p.gen)}
-	c.fates[p] = new(fate)
+	c.statuses[p] = new(status)
 }
 
 func (c *checker) violation(format string, args ...any) {
@@ -102,36 +103,36 @@ func (c *checker) violation(format string, args ...any) {
 // everything that they record.
 func (c *checker) check() error {
 	c.acks.checks++
-	var news []record
+	var added []record
 	for p, r := range c.readers {
 		records, err := r.read()
 		if err != nil {
 			return err
 		}
-		news = append(news, records...)
-		if c.fates[p].buried { // its journal is complete
+		added = append(added, records...)
+		if c.statuses[p].recovered { // its journal is complete
 			delete(c.readers, p)
 		}
 	}
-	for _, r := range news {
+	for _, r := range added {
 		if r.Kind == closed {
 			c.closed[r.Name] = true
 		}
 	}
-	if err := c.look(); err != nil {
+	if err := c.readRows(); err != nil {
 		return err
 	}
-	for _, r := range news {
+	for _, r := range added {
 		c.compare(r)
 	}
 	for id := range c.unfinished {
-		c.checkLiving(c.rows[id])
+		c.checkUnfinished(c.rows[id])
 	}
 	return nil
 }
 
-// look updates c.rows, in one transaction.
-func (c *checker) look() error {
+// readRows updates c.rows, in one transaction.
+func (c *checker) readRows() error {
 	path := (&url.URL{Path: filepath.ToSlash(databasePath(c.dir))}).EscapedPath()
 	db, err := sql.Open("sqlite3", "file:"+path+"?mode=ro&_busy_timeout=8000")
 	if err != nil {
@@ -160,7 +161,7 @@ func (c *checker) look() error {
 	return nil
 }
 
-// query passes all rows to c.saw, and counts them.
+// query passes all rows to c.checkRow, and counts them.
 func (c *checker) query(tx *sql.Tx) (n int, err error) {
 	rows, err := tx.Query(`SELECT id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
 		coalesce(error, ''), CAST(created_at AS TEXT), CAST(updated_at AS TEXT), coalesce(CAST(started_at AS TEXT), ''),
@@ -175,14 +176,14 @@ func (c *checker) query(tx *sql.Tx) (n int, err error) {
 			&r.err, &r.created, &r.updated, &r.started, &r.owner); err != nil {
 			return n, err
 		}
-		c.saw(r)
+		c.checkRow(r)
 		n++
 	}
 	return n, rows.Err()
 }
 
-// saw compares a row with its state at the last check.
-func (c *checker) saw(r row) {
+// checkRow compares a row with its state at the last check.
+func (c *checker) checkRow(r row) {
 	before, known := c.rows[r.id]
 	c.rows[r.id] = r
 	if known {
@@ -212,13 +213,13 @@ func (c *checker) saw(r row) {
 
 // checkRecovered checks a row that has been marked as interrupted.
 func (c *checker) checkRecovered(r row) {
-	p, life := whose(r.name)
-	switch fate := c.fates[p]; {
-	case fate == nil:
-		c.violation("nobody has submitted %+v", r)
-	case !fate.killed:
-		c.violation("an operation of a living process was marked as interrupted: %+v", r)
-	case c.closed[life]:
+	p, session := submitter(r.name)
+	switch status := c.statuses[p]; {
+	case status == nil:
+		c.violation("no worker has submitted %+v", r)
+	case !status.killed:
+		c.violation("an operation of a live process was marked as interrupted: %+v", r)
+	case c.closed[session]:
 		c.violation("an operation of a closed manager was marked as interrupted: %+v", r)
 	}
 	if r.state != "FAILED" {
@@ -226,28 +227,28 @@ func (c *checker) checkRecovered(r row) {
 	}
 }
 
-// checkLiving checks an unfinished row.
-func (c *checker) checkLiving(r row) {
-	p, life := whose(r.name)
-	switch fate := c.fates[p]; {
-	case fate == nil:
-		c.violation("nobody has submitted %+v", r)
-	case fate.buried:
+// checkUnfinished checks an unfinished row.
+func (c *checker) checkUnfinished(r row) {
+	p, session := submitter(r.name)
+	switch status := c.statuses[p]; {
+	case status == nil:
+		c.violation("no worker has submitted %+v", r)
+	case status.recovered:
 		c.violation("an unfinished operation belongs to a dead process: %+v", r)
-	case c.closed[life]:
+	case c.closed[session]:
 		c.violation("an unfinished operation belongs to a closed manager: %+v", r)
 	}
 	if c.owners[r.owner] == "" {
-		c.owners[r.owner] = life
+		c.owners[r.owner] = session
 	}
-	if r.owner == "" || c.owners[r.owner] != life {
+	if r.owner == "" || c.owners[r.owner] != session {
 		c.violation("an operation has the owner of another manager: %+v", r)
 	}
 }
 
-// whose returns the process that has submitted the operation with that name, and
-// its life.
-func whose(name string) (p process, life string) {
+// submitter returns the process and the session that have submitted the operation
+// with that name.
+func submitter(name string) (p process, session string) {
 	var n int
 	if _, err := fmt.Sscanf(name, "%d.%d.%d.", &p.slot, &p.gen, &n); err != nil {
 		return process{-1, -1}, ""
@@ -258,7 +259,7 @@ func whose(name string) (p process, life string) {
 // compare checks that an acknowledgement is stored.
 func (c *checker) compare(r record) {
 	switch r.Kind {
-	case wrong:
+	case violation:
 		c.violation("%s", r.Text)
 	case submitted:
 		c.acks.submitted++

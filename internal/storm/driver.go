@@ -25,14 +25,14 @@ const (
 )
 
 // A storm is a run of the driver: it starts the workers, kills them, restarts
-// them, and lets a checker examine what they have left.
+// them, and checks the database after each kill.
 type storm struct {
 	dir   string
 	seed  uint64
 	kills int       // ends the storm, once reached
 	until time.Time // ends the storm
 
-	wrong  string               // for the workers' config
+	faulty string               // for the workers' config
 	tamper func(*checker) error // called between a kill and the check; may be nil
 
 	rng      *rand.Rand
@@ -51,11 +51,11 @@ type child struct {
 	cmd    *exec.Cmd
 	in     io.WriteCloser
 	stderr string
-	born   time.Time
-	after  int           // how many processes had died when it was started
+	began  time.Time
+	after  int           // how many processes had ended when it was started
 	ready  chan struct{} // closed when its first New has returned
-	gone   chan struct{} // closed when it has ended
-	err    error         // why it has ended; set before gone is closed
+	exited chan struct{} // closed when it has ended
+	err    error         // why it has ended; set before exited is closed
 }
 
 // run runs the storm. It ends early when it finds a violation. An error means
@@ -131,25 +131,25 @@ func (s *storm) pause(atMost time.Duration) {
 
 // round kills some workers, restarts them, and checks.
 func (s *storm) round() error {
-	victims := s.rng.Perm(slots)
+	targets := s.rng.Perm(slots)
 	switch s.rng.IntN(6) {
 	case 0: // all
 	case 1:
-		victims = victims[:2]
+		targets = targets[:2]
 	default:
-		victims = victims[:1]
+		targets = targets[:1]
 	}
-	if err := s.strike(victims); err != nil {
+	if err := s.restart(targets); err != nil {
 		return err
 	}
 	for s.rng.IntN(4) == 0 { // kill again, while they start and recover
 		s.pause(s.starting + s.starting/4)
-		if err := s.strike(victims[:1+s.rng.IntN(len(victims))]); err != nil {
+		if err := s.restart(targets[:1+s.rng.IntN(len(targets))]); err != nil {
 			return err
 		}
 	}
 	var fresh []*child
-	for _, i := range victims {
+	for _, i := range targets {
 		fresh = append(fresh, s.workers[i])
 	}
 	if err := s.awaitReady(fresh); err != nil {
@@ -165,13 +165,13 @@ func (s *storm) round() error {
 	return err
 }
 
-// strike kills the workers in those slots, then replaces them.
-func (s *storm) strike(victims []int) error {
-	for _, i := range victims {
+// restart kills the workers in those slots, then replaces them.
+func (s *storm) restart(targets []int) error {
+	for _, i := range targets {
 		s.kill(s.workers[i])
 		s.total.kills++
 	}
-	for _, i := range victims {
+	for _, i := range targets {
 		if err := s.start(i); err != nil {
 			return err
 		}
@@ -184,7 +184,7 @@ func (s *storm) strike(victims []int) error {
 func (s *storm) start(slot int) error {
 	s.gen++
 	p := process{slot, s.gen}
-	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Wrong: s.wrong})
+	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Faulty: s.faulty})
 	if err != nil {
 		return err
 	}
@@ -198,7 +198,7 @@ func (s *storm) start(slot int) error {
 		stderr:  filepath.Join(s.checker.dir, fmt.Sprintf("stderr-%d.%d", slot, s.gen)),
 		after:   len(s.dead),
 		ready:   make(chan struct{}),
-		gone:    make(chan struct{}),
+		exited:  make(chan struct{}),
 	}
 	stderr, err := os.Create(c.stderr)
 	if err != nil {
@@ -214,11 +214,11 @@ func (s *storm) start(slot int) error {
 	if err != nil {
 		return err
 	}
-	c.born = time.Now()
+	c.began = time.Now()
 	if err := c.cmd.Start(); err != nil {
 		return err
 	}
-	s.checker.born(p)
+	s.checker.started(p)
 	s.workers[slot] = c
 	go c.follow(out)
 	return nil
@@ -232,22 +232,22 @@ func (c *child) follow(out io.Reader) {
 	}
 	io.Copy(io.Discard, out)
 	c.err = c.cmd.Wait()
-	close(c.gone)
+	close(c.exited)
 }
 
 // kill kills the process and waits until it is dead.
 func (s *storm) kill(c *child) {
-	if c == nil || s.checker.fates[c.process] == nil || s.checker.fates[c.process].killed {
+	if c == nil || s.checker.statuses[c.process] == nil || s.checker.statuses[c.process].killed {
 		return
 	}
 	select {
-	case <-c.gone:
+	case <-c.exited:
 		s.reportEnd(c)
 	default:
 	}
-	s.checker.fates[c.process].killed = true
+	s.checker.statuses[c.process].killed = true
 	c.cmd.Process.Kill()
-	<-c.gone
+	<-c.exited
 	c.in.Close()
 	s.dead = append(s.dead, c.process)
 	s.checkStderr(c)
@@ -273,23 +273,24 @@ func (s *storm) awaitReady(children []*child) error {
 	for _, c := range children {
 		select {
 		case <-c.ready:
-			s.starting = time.Since(c.born)
-		case <-c.gone:
+			s.starting = time.Since(c.began)
+		case <-c.exited:
 			s.reportEnd(c)
 			s.checkStderr(c)
 			return nil
 		case <-time.After(patience):
 			return fmt.Errorf("worker %d.%d is not ready after %v", c.slot, c.gen, patience)
 		}
-		s.bury(c.after)
+		s.markRecovered(c.after)
 	}
 	return nil
 }
 
-// bury records that the first n dead processes must not own anything unfinished.
-func (s *storm) bury(n int) {
+// markRecovered records that the first n dead processes must not own anything
+// unfinished.
+func (s *storm) markRecovered(n int) {
 	for _, p := range s.dead[:n] {
-		s.checker.fates[p].buried = true
+		s.checker.statuses[p].recovered = true
 	}
 }
 
@@ -297,8 +298,8 @@ func (s *storm) bury(n int) {
 func (s *storm) check() error {
 	for _, c := range s.workers {
 		select {
-		case <-c.gone:
-			if !s.checker.fates[c.process].killed {
+		case <-c.exited:
+			if !s.checker.statuses[c.process].killed {
 				s.reportEnd(c)
 				s.checkStderr(c)
 			}
@@ -308,13 +309,13 @@ func (s *storm) check() error {
 	return s.checker.check()
 }
 
-// checkOwnerFiles checks that owner files don't pile up: at most one for each
+// checkOwnerFiles checks that owner files do not accumulate: at most one for each
 // live process, and for each that died after the last New began.
 func (s *storm) checkOwnerFiles() {
 	files := s.checker.ownerFiles()
 	may := slots
 	for _, p := range s.dead {
-		if !s.checker.fates[p].buried {
+		if !s.checker.statuses[p].recovered {
 			may++
 		}
 	}
@@ -332,14 +333,14 @@ func (s *storm) end() error {
 		}
 		for _, c := range s.workers {
 			select {
-			case <-c.gone:
+			case <-c.exited:
 			case <-time.After(patience):
 				return fmt.Errorf("worker %d.%d has not ended after %v", c.slot, c.gen, patience)
 			}
 			if c.err != nil {
 				s.reportEnd(c)
 			}
-			s.checker.fates[c.process].killed = true // so that nobody else kills it
+			s.checker.statuses[c.process].killed = true // so that it is not killed again
 			s.dead = append(s.dead, c.process)
 			s.checkStderr(c)
 		}
@@ -349,18 +350,18 @@ func (s *storm) end() error {
 			s.total.kills++
 		}
 	}
-	if err := s.visit(); err != nil {
+	if err := s.openAndClose(); err != nil {
 		s.checker.violation("the last manager: %v", err)
 	}
-	s.bury(len(s.dead))
+	s.markRecovered(len(s.dead))
 	if files := s.checker.ownerFiles(); len(files) > 0 {
 		s.checker.violation("owner files are left: %q", files)
 	}
 	return s.checker.check()
 }
 
-// visit opens and closes a manager.
-func (s *storm) visit() error {
+// openAndClose opens and closes a manager.
+func (s *storm) openAndClose() error {
 	store, err := task.OpenSQLite(databasePath(s.checker.dir))
 	if err != nil {
 		return err

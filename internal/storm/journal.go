@@ -14,21 +14,22 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A record is one acknowledgement that a worker has got, a line of its journal.
+// A record is one acknowledgement that a worker has received, a line of its
+// journal.
 type record struct {
 	Kind string          // one of the kinds below
-	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a closed life
+	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a closed session
 	ID   string          `json:",omitempty"` // of the submitted operation
 	Op   *task.Operation `json:",omitempty"` // as it was shown
-	Text string          `json:",omitempty"` // what is wrong
+	Text string          `json:",omitempty"` // what the violation is
 }
 
 // The kinds of records.
 const (
 	submitted = "submitted" // Submit has returned an operation
 	finished  = "finished"  // an operation was shown in a final state
-	closed    = "closed"    // Close has returned: nothing of this life is unfinished
-	wrong     = "wrong"     // the worker itself has found a violation
+	closed    = "closed"    // Close has returned: nothing of this session is unfinished
+	violation = "violation" // the worker itself has found a violation
 )
 
 // A journal is the file of a worker's records. Each record is synced before the

@@ -1,8 +1,7 @@
 // Command storm tests that crashes lose nothing that was acknowledged.
 //
-// Three processes use one database as hard as they can. Each records in a
-// journal of its own what was acknowledged: that an operation was submitted, and
-// how it ended. The processes are killed with SIGKILL at random moments, together,
+// Three processes use one database as fast as they can. Each records in its own
+// journal what was acknowledged: that an operation was submitted, and how it ended. The processes are killed with SIGKILL at random moments, together,
 // twice in quick succession or while they start, and are restarted. After each
 // kill, storm checks that everything in the journals is in the database and never
 // changes again, that nothing unfinished belongs to a dead process, and that
@@ -11,9 +10,9 @@
 //	go run ./internal/storm -for 30s
 //	go run ./internal/storm -for 15m -kills 1000
 //
-// It ends with a line of figures. If it has found violations, it prints them,
-// exits with status 1 and keeps the database and the journals. It needs cgo, and
-// a system with file locks.
+// At the end it prints a line of figures. If it has found violations, it prints
+// them, exits with status 1 and does not delete the database and the journals. It
+// needs cgo, and a system with file locks.
 package main
 
 import (
@@ -32,7 +31,7 @@ func main() {
 	var s storm
 	length := flag.Duration("for", 30*time.Second, "run for this time at most")
 	flag.IntVar(&s.kills, "kills", math.MaxInt, "kill this many processes at most")
-	flag.Uint64Var(&s.seed, "seed", rand.Uint64(), "seed of the random choice of victims and moments")
+	flag.Uint64Var(&s.seed, "seed", rand.Uint64(), "seed of the random choice of targets and moments")
 	flag.StringVar(&s.dir, "dir", "", "put the databases into this `directory` (default a temporary one)")
 	flag.Parse()
 	s.until = time.Now().Add(*length)
@@ -63,7 +62,7 @@ func report(s *storm) error {
 		return err
 	}
 	if s.total.violations > 0 {
-		return fmt.Errorf("%d violations; the database and the journals are kept in %s", s.total.violations, s.dir)
+		return fmt.Errorf("%d violations; the database and the journals are in %s", s.total.violations, s.dir)
 	}
 	return os.Remove(s.dir) // it is empty
 }

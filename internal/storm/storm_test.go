@@ -20,16 +20,16 @@ import (
 
 func TestMain(m *testing.M) {
 	if text := os.Getenv(workerVar); text != "" {
-		wrongStores["early"] = newEarlyStore
-		wrongStores["forgetful"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &forgetfulStore{SQLiteStore: s} }
-		wrongStores["idle"] = func(_ string, s *task.SQLiteStore) task.Persistence { return idleStore{s} }
-		wrongStores["ruthless"] = func(path string, s *task.SQLiteStore) task.Persistence { return ruthlessStore{s, path} }
+		faultyStores["early"] = newEarlyStore
+		faultyStores["lossy"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &lossyStore{SQLiteStore: s} }
+		faultyStores["no recovery"] = func(_ string, s *task.SQLiteStore) task.Persistence { return nonRecoveringStore{s} }
+		faultyStores["recovers all"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
 		os.Exit(work(text))
 	}
 	os.Exit(m.Run())
 }
 
-// testDir is t.TempDir, but the directory is kept if the test fails.
+// testDir is t.TempDir, but the directory stays if the test fails.
 func testDir(t *testing.T) string {
 	dir, err := os.MkdirTemp("", "storm-")
 	if err != nil {
@@ -37,7 +37,7 @@ func testDir(t *testing.T) string {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("kept in %s", dir)
+			t.Logf("the directory is %s", dir)
 		} else if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
 		}
@@ -70,20 +70,20 @@ func TestStorm(t *testing.T) {
 	}
 }
 
-// TestWrong checks that the checker finds whatever a worker, its store or other
-// code does wrong.
-func TestWrong(t *testing.T) {
+// TestViolations checks that the checker finds each violation by a worker, its
+// store or other code.
+func TestViolations(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		store  string                     // the store that the workers use
 		change string                     // a statement, repeated until it changes something
 		tamper func(*testing.T, *checker) // other tampering
-		want   string                     // regexp of the violations: several checks may notice it first
+		want   string                     // regexp of the violations: any of several checks may find it first
 	}{
 		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row"},
-		{name: "final state forgotten", store: "forgetful", want: "shown as finished"},
-		{name: "no recovery", store: "idle", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
-		{name: "recovery of live operations", store: "ruthless", want: "Task failed due to system restart"},
+		{name: "final state not stored", store: "lossy", want: "shown as finished"},
+		{name: "no recovery", store: "no recovery", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
+		{name: "recovery of live operations", store: "recovers all", want: "Task failed due to system restart"},
 		{
 			name:   "row deleted",
 			change: `DELETE FROM tasks WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE')`,
@@ -106,9 +106,9 @@ func TestWrong(t *testing.T) {
 			want: "Task failed due to system restart",
 		},
 		{
-			name:   "row that nobody submitted",
+			name:   "row that no worker submitted",
 			change: `INSERT OR IGNORE INTO tasks (id, name, state, owner) VALUES ('x', 'x', 'PENDING', NULL)`,
-			want:   "nobody has submitted",
+			want:   "no worker has submitted",
 		},
 		{
 			name: "index corrupt",
@@ -116,10 +116,10 @@ func TestWrong(t *testing.T) {
 				UPDATE sqlite_schema SET sql = replace(sql, '''DONE''', '''NONE''') WHERE name = 'tasks_state_not_done'`,
 			want: "integrity check",
 		},
-		{name: "owner files pile up", tamper: leaveOwners, want: "owner files"},
+		{name: "owner files accumulate", tamper: leaveOwners, want: "owner files"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), wrong: test.store}
+			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), faulty: test.store}
 			done := false
 			s.tamper = func(c *checker) error {
 				if test.change != "" && !done {
@@ -173,7 +173,7 @@ func leaveOwners(t *testing.T, c *checker) {
 	}
 }
 
-// An earlyStore confirms a second before it stores.
+// An earlyStore confirms operations a second before it stores them.
 type earlyStore struct {
 	*task.SQLiteStore
 	mu    sync.Mutex // guards what follows
@@ -203,13 +203,13 @@ func (s *earlyStore) WriteBatch(saves, updates []*task.Operation) []error {
 	return nil
 }
 
-// A forgetfulStore confirms some final states that it does not store.
-type forgetfulStore struct {
+// A lossyStore confirms some final states that it does not store.
+type lossyStore struct {
 	*task.SQLiteStore
 	n int // final states so far; only one goroutine of the manager writes
 }
 
-func (s *forgetfulStore) WriteBatch(saves, updates []*task.Operation) []error {
+func (s *lossyStore) WriteBatch(saves, updates []*task.Operation) []error {
 	for i, op := range updates {
 		if op.State.Finished() {
 			s.n++
@@ -223,20 +223,20 @@ func (s *forgetfulStore) WriteBatch(saves, updates []*task.Operation) []error {
 	return s.SQLiteStore.WriteBatch(saves, updates)
 }
 
-// An idleStore recovers nothing.
-type idleStore struct{ *task.SQLiteStore }
+// A nonRecoveringStore recovers nothing.
+type nonRecoveringStore struct{ *task.SQLiteStore }
 
-func (idleStore) Recover(string) iter.Seq2[*task.Operation, error] {
+func (nonRecoveringStore) Recover(string) iter.Seq2[*task.Operation, error] {
 	return func(func(*task.Operation, error) bool) {}
 }
 
-// A ruthlessStore recovers operations of live processes.
-type ruthlessStore struct {
+// An overeagerStore recovers operations of live processes.
+type overeagerStore struct {
 	*task.SQLiteStore
 	path string
 }
 
-func (s ruthlessStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s overeagerStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		db, err := sql.Open("sqlite3", s.path+"?_busy_timeout=8000")
 		if err == nil {

@@ -23,19 +23,19 @@ import (
 // holds its config.
 const workerVar = "TASK_STORM_WORKER"
 
-// A config tells a worker who it is.
+// A config identifies a worker and its files.
 type config struct {
-	Dir   string // of the database and the journals
-	Slot  int    // its number among the workers
-	Gen   int    // counts the processes in that slot
-	Seed  uint64
-	Wrong string // the store of wrongStores to use; "" for none
+	Dir    string // of the database and the journals
+	Slot   int    // its number among the workers
+	Gen    int    // counts the processes in that slot
+	Seed   uint64
+	Faulty string // the store of faultyStores to use; "" for none
 }
 
 func databasePath(dir string) string { return filepath.Join(dir, "tasks.db") }
 
-// wrongStores make stores with a fault, for tests that the fault is noticed.
-var wrongStores = map[string]func(path string, store *task.SQLiteStore) task.Persistence{}
+// faultyStores make stores with a fault, for tests that the checker finds the fault.
+var faultyStores = map[string]func(path string, store *task.SQLiteStore) task.Persistence{}
 
 const (
 	submitters   = 6 // goroutines of a worker that submit
@@ -66,9 +66,9 @@ func work(text string) int {
 		return 1
 	}
 	w.rng = rand.New(rand.NewPCG(w.Seed, uint64(w.Gen)))
-	go w.listen()
+	go w.awaitStop()
 	for n := 1; ; n++ {
-		if err := w.live(n); err != nil {
+		if err := w.run(n); err != nil {
 			fmt.Fprintln(os.Stderr, "storm:", err)
 			return 1
 		}
@@ -80,8 +80,9 @@ func work(text string) int {
 	}
 }
 
-// listen waits until the driver asks the worker to end, or has ended itself.
-func (w *worker) listen() {
+// awaitStop waits until the driver asks the worker to end. It ends the process when
+// the driver has ended.
+func (w *worker) awaitStop() {
 	in := bufio.NewScanner(os.Stdin)
 	if in.Scan() {
 		close(w.stop)
@@ -90,24 +91,24 @@ func (w *worker) listen() {
 	os.Exit(0)
 }
 
-// A life is the time from New to Close of one of a worker's managers.
-type life struct {
+// A session is the time from New to Close of one of a worker's managers.
+type session struct {
 	*worker
 	prefix  string // of the names of its operations
 	manager *task.Manager
 	closing atomic.Bool // Close may have been called
-	quit    atomic.Bool // no more operations shall be submitted
+	quit    atomic.Bool // submit no more operations
 }
 
-func (w *worker) live(n int) error {
-	l := &life{worker: w, prefix: fmt.Sprintf("%d.%d.%d.", w.Slot, w.Gen, n)}
+func (w *worker) run(n int) error {
+	l := &session{worker: w, prefix: fmt.Sprintf("%d.%d.%d.", w.Slot, w.Gen, n)}
 	store, err := task.OpenSQLite(databasePath(w.Dir))
 	if err != nil {
 		return err
 	}
 	var db task.Persistence = store
-	if w.Wrong != "" {
-		db = wrongStores[w.Wrong](databasePath(w.Dir), store)
+	if w.Faulty != "" {
+		db = faultyStores[w.Faulty](databasePath(w.Dir), store)
 	}
 	l.manager, err = task.New(db, task.WithLogger(slog.New(slog.DiscardHandler)))
 	if err != nil {
@@ -129,7 +130,7 @@ func (w *worker) live(n int) error {
 	}
 	l.closing.Store(true)
 	if err := l.manager.Close(); err != nil {
-		l.wrong("Close: %v", err)
+		l.violation("Close: %v", err)
 	}
 	w.journal.add(record{Kind: closed, Name: l.prefix})
 	l.quit.Store(true)
@@ -137,12 +138,12 @@ func (w *worker) live(n int) error {
 	return store.Close()
 }
 
-func (l *life) wrong(format string, args ...any) {
-	l.journal.add(record{Kind: wrong, Text: "worker " + l.prefix + " " + fmt.Sprintf(format, args...)})
+func (l *session) violation(format string, args ...any) {
+	l.journal.add(record{Kind: violation, Text: "worker " + l.prefix + " " + fmt.Sprintf(format, args...)})
 }
 
 // submitAll is one of the goroutines that submit operations.
-func (l *life) submitAll(i int, rng *rand.Rand) {
+func (l *session) submitAll(i int, rng *rand.Rand) {
 	var waiting, endless []*job
 	for n := 0; !l.quit.Load(); n++ {
 		j := l.newJob(fmt.Sprintf("%s%d.%d", l.prefix, i, n), rng)
@@ -162,7 +163,7 @@ func (l *life) submitAll(i int, rng *rand.Rand) {
 			waiting = nil
 		}
 		if rng.IntN(20) == 0 {
-			l.lookAround(rng)
+			l.readOthers(rng)
 		}
 	}
 	for !l.closing.Load() { // only Close ends the endless operations
@@ -172,15 +173,15 @@ func (l *life) submitAll(i int, rng *rand.Rand) {
 }
 
 // submit reports whether Submit has accepted the job.
-func (l *life) submit(j *job, rng *rand.Rand) bool {
+func (l *session) submit(j *job, rng *rand.Rand) bool {
 	op, err := l.manager.Submit(j.name, j.run, task.WithMetadata(map[string]string{"of": j.name}))
 	if err != nil {
 		if !errors.Is(err, task.ErrClosed) || !l.closing.Load() {
-			l.wrong("Submit of %s: %v", j.name, err)
+			l.violation("Submit of %s: %v", j.name, err)
 		}
 		j.refused.Store(true)
 		if j.began.Load() {
-			l.wrong("%s has run, but Submit returned %v", j.name, err)
+			l.violation("%s has run, but Submit returned %v", j.name, err)
 		}
 		return false
 	}
@@ -192,32 +193,32 @@ func (l *life) submit(j *job, rng *rand.Rand) bool {
 		}
 		j.cancelled.Store(true)
 		if err := l.manager.Cancel(j.id); err != nil && !errors.Is(err, task.ErrNotFound) {
-			l.wrong("Cancel of %s: %v", j.name, err)
+			l.violation("Cancel of %s: %v", j.name, err)
 		}
 	}
 	return true
 }
 
-func (l *life) waitAll(jobs []*job) {
+func (l *session) waitAll(jobs []*job) {
 	for _, j := range jobs {
 		op, err := l.manager.Wait(context.Background(), j.id)
 		if err != nil {
-			l.wrong("Wait for %s: %v", j.name, err)
+			l.violation("Wait for %s: %v", j.name, err)
 			continue
 		}
 		l.journal.add(record{Kind: finished, Op: op})
 		if err := j.check(op); err != nil {
-			l.wrong("%s ended as %s, result %v, error %q: %v", j.name, op.State, op.Result, op.Error, err)
+			l.violation("%s ended as %s, result %v, error %q: %v", j.name, op.State, op.Result, op.Error, err)
 		}
 	}
 }
 
-// lookAround uses the operations of other workers. What it is shown of them is an
+// readOthers reads operations of other workers. A final state that it reads is an
 // acknowledgement, too.
-func (l *life) lookAround(rng *rand.Rand) {
+func (l *session) readOthers(rng *rand.Rand) {
 	ops, err := l.manager.List(30, rng.IntN(30))
 	if err != nil {
-		l.wrong("List: %v", err)
+		l.violation("List: %v", err)
 		return
 	}
 	if len(ops) == 0 {
@@ -226,18 +227,18 @@ func (l *life) lookAround(rng *rand.Rand) {
 	op := ops[rng.IntN(len(ops))]
 	if strings.HasPrefix(op.Name, l.prefix) {
 		if op, ok := l.manager.Get(op.ID); !ok || op.Error == restartError {
-			l.wrong("Get of its own operation: %v %v", op, ok)
+			l.violation("Get of its own operation: %v %v", op, ok)
 		}
 		return
 	}
 	if err := l.manager.Cancel(op.ID); !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, task.ErrNotFound) {
-		l.wrong("Cancel of another's operation %s: %v", op.Name, err)
+		l.violation("Cancel of another's operation %s: %v", op.Name, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rng.Int64N(int64(300*time.Millisecond))))
 	defer cancel()
 	op, err = l.manager.Wait(ctx, op.ID)
 	if err != nil && ctx.Err() == nil {
-		l.wrong("Wait for another's operation: %v", err)
+		l.violation("Wait for another's operation: %v", err)
 	}
 	if err == nil {
 		l.journal.add(record{Kind: finished, Op: op})
@@ -246,20 +247,20 @@ func (l *life) lookAround(rng *rand.Rand) {
 
 // A job is an operation with a known outcome.
 type job struct {
-	life  *life
-	name  string
-	kind  string
-	sleep time.Duration
-	id    string // once submitted
+	session *session
+	name    string
+	kind    string
+	sleep   time.Duration
+	id      string // once submitted
 
 	began, cancelled, refused atomic.Bool
 }
 
 // The kinds of jobs. Frequent ones are listed more than once.
-var kinds = []string{"value", "value", "value", "value", "number", "error", "both", "panic", "goexit", "cancelled", "stubborn", "endless"}
+var kinds = []string{"value", "value", "value", "value", "number", "error", "both", "panic", "goexit", "cancelled", "ignores cancel", "endless"}
 
-func (l *life) newJob(name string, rng *rand.Rand) *job {
-	j := &job{life: l, name: name, kind: kinds[rng.IntN(len(kinds))]}
+func (l *session) newJob(name string, rng *rand.Rand) *job {
+	j := &job{session: l, name: name, kind: kinds[rng.IntN(len(kinds))]}
 	if rng.IntN(3) > 0 {
 		j.sleep = time.Duration(rng.Int64N(int64(20 * time.Millisecond)))
 	}
@@ -270,13 +271,13 @@ func (l *life) newJob(name string, rng *rand.Rand) *job {
 func (j *job) run(ctx context.Context, update func(int)) (any, error) {
 	j.began.Store(true)
 	if j.refused.Load() {
-		j.life.wrong("%s runs although Submit has returned an error", j.name)
+		j.session.violation("%s runs although Submit has returned an error", j.name)
 	}
 	if j.kind == "endless" {
 		for n := 0; ctx.Err() == nil; n++ {
 			update(n % 101)
 			if err := task.SetMetadata(ctx, map[string]any{"of": j.name, "n": n}); err != nil {
-				j.life.wrong("SetMetadata of %s: %v", j.name, err)
+				j.session.violation("SetMetadata of %s: %v", j.name, err)
 			}
 			select {
 			case <-ctx.Done():
@@ -299,7 +300,7 @@ func (j *job) run(ctx context.Context, update func(int)) (any, error) {
 		if ctx.Err() == nil {
 			return j.result(), nil
 		}
-	case "stubborn": // it ignores a cancel
+	case "ignores cancel": // ignores a cancel
 		return j.result(), nil
 	case "goexit":
 		runtime.Goexit()
@@ -342,7 +343,7 @@ type end struct {
 
 // ends returns the possible outcomes of the job.
 func (j *job) ends() (ends []end) {
-	cancelled, closing := j.cancelled.Load(), j.life.closing.Load()
+	cancelled, closing := j.cancelled.Load(), j.session.closing.Load()
 	if !j.began.Load() {
 		if cancelled {
 			ends = append(ends, end{state: task.StateCancelled})
@@ -374,7 +375,7 @@ func (j *job) ends() (ends []end) {
 	case "both":
 		failed(j.name, j.result())
 		return ends
-	case "stubborn":
+	case "ignores cancel":
 		return []end{{task.StateDone, "", j.result()}}
 	}
 	if j.kind != "endless" {

@@ -1,12 +1,12 @@
 // Package testkit has what the tests of this module share: stores and managers
 // that are closed and checked for leaks at the end of a test, functions to
-// submit, a fake store, a log that can be read, and child processes.
+// submit and compare operations, a fake store, a log that can be read, and child
+// processes.
 package testkit
 
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"os"
@@ -70,6 +70,15 @@ func FastPath(t testing.TB) string {
 		}
 	})
 	return filepath.Join(dir, "tasks.db")
+}
+
+// FastTemp has the TempDir of a test and its subtests be in memory, as
+// [FastPath] is.
+func FastTemp(t testing.TB) {
+	t.Helper()
+	if _, err := os.Stat("/dev/shm"); err == nil {
+		t.Setenv("TMPDIR", "/dev/shm")
+	}
 }
 
 // OpenSQLite opens a store, and closes it at the end of the test.
@@ -175,23 +184,4 @@ func Blocker(err error) (fn task.Func, started chan struct{}, release func()) {
 		return nil, err
 	}
 	return fn, started, sync.OnceFunc(func() { close(released) })
-}
-
-// JSON returns an operation as JSON, or the error's text. Two operations with
-// the same JSON show the same. It leaves out the Owner: in front of a store of
-// four methods, a manager does not know what that stores.
-func JSON(op *task.Operation) string {
-	c := *op
-	c.Owner = ""
-	raw, err := json.Marshal(&c)
-	if err != nil {
-		return err.Error()
-	}
-	return string(raw)
-}
-
-// Same reports whether two operations show the same, their times apart.
-func Same(a, b task.Operation) bool {
-	a.CreatedAt, a.StartedAt, a.UpdatedAt = b.CreatedAt, b.StartedAt, b.UpdatedAt
-	return JSON(&a) == JSON(&b)
 }

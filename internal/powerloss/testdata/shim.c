@@ -34,8 +34,8 @@ struct header {
 
 enum { MAXFD = 1 << 16 };
 
-// The lock keeps the record in the order of the calls. Syncs happen outside of
-// it: a write during a sync may not be part of it.
+// The lock makes the order of the record that of the calls. Syncs happen without
+// it, because writes go on during a sync and may not be part of it.
 static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 static char ours[MAXFD]; // descriptors of files in the directory
 static const char *dir;
@@ -43,7 +43,7 @@ static int logfd = -1;
 static long syncs, killat;
 static int nosync;
 
-static void die(const char *why) {
+static void fail(const char *why) {
 	dprintf(2, "shim: %s: %s\n", why, strerror(errno));
 	_exit(3);
 }
@@ -51,7 +51,7 @@ static void die(const char *why) {
 static void *next(const char *name) {
 	void *f = dlsym(RTLD_NEXT, name);
 	if (!f)
-		die(name);
+		fail(name);
 	return f;
 }
 
@@ -67,7 +67,7 @@ static void record(char kind, int fd, int64_t n, const void *data, size_t len) {
 	struct header h = {kind, fd, n, (int64_t)len};
 	struct iovec v[2] = {{&h, sizeof h}, {(void *)data, len}};
 	if (writev(logfd, v, 2) != (ssize_t)(sizeof h + len))
-		die("can't write the record");
+		fail("can't write the record");
 }
 
 __attribute__((constructor)) static void start(void) {
@@ -81,7 +81,7 @@ __attribute__((constructor)) static void start(void) {
 	REAL(int, "open", const char *, int, ...)
 	logfd = real(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
 	if (logfd < 0)
-		die("can't open the record");
+		fail("can't open the record");
 	record('P', -1, 0, NULL, 0);
 }
 
@@ -114,7 +114,7 @@ static void unknown(int fd, const char *what) {
 		pthread_mutex_lock(&mu); \
 		int fd = real(path, flags, mode), e = errno; \
 		if (fd >= MAXFD) \
-			die("too many files"); \
+			fail("too many files"); \
 		if (fd >= 0) { \
 			ours[fd] = 1; \
 			record(strcmp(path, dir) ? 'O' : 'D', fd, flags, path, strlen(path)); \

@@ -1,4 +1,4 @@
-package task_test
+package faulttest
 
 import (
 	"context"
@@ -15,15 +15,14 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// What follows is real trouble, with real files. The rules are always the same:
-// the program lives, what was acknowledged is kept, and what can't be stored is
-// an error or is shown as waiting.
+func TestMain(m *testing.M) { testkit.Main(m, nil) }
 
 // TestDatabaseFull limits the pages of an application's database, which SQLite
 // reports just as it does a full disk.
@@ -45,12 +44,12 @@ func TestDatabaseFull(t *testing.T) {
 // fullDisk fills the disk under a store while an operation runs, and makes room
 // again.
 func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
-	m, err := task.New(store, quiet)
+	m, err := task.New(store, testkit.Quiet)
 	testkit.Must(t, err)
 	defer m.Close()
 	large := strings.Repeat("large ", 100_000)
 	release := make(chan struct{})
-	held := submit(t, m, func(context.Context, func(int)) (any, error) { <-release; return large, nil })
+	held := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) { <-release; return large, nil })
 	acknowledged := []string{held.ID}
 
 	fill()
@@ -88,10 +87,10 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	}
 
 	clear()
-	if op := wait(t, m, held.ID); op.State != task.StateDone || op.Result != large || op.Error != "" {
+	if op := testkit.Wait(t, m, held.ID); op.State != task.StateDone || op.Result != large || op.Error != "" {
 		t.Errorf("in the end it is %s, a result of %d bytes, %q", op.State, len(fmt.Sprint(op.Result)), op.Error)
 	}
-	acknowledged = append(acknowledged, submit(t, m, nothing).ID)
+	acknowledged = append(acknowledged, testkit.Submit(t, m, testkit.Nothing).ID)
 	testkit.Must(t, m.Shutdown(t.Context()))
 	for _, id := range acknowledged {
 		if op, err := store.Get(id); err != nil || op.State != task.StateDone {
@@ -103,54 +102,6 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	}
 }
 
-// TestLockedForLong: another process keeps the database locked for longer than
-// a write waits, while an operation finishes and one is submitted.
-func TestLockedForLong(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "tasks.db")
-	store := openSQLite(t, path)
-	task.SetTimeout(store, 50*time.Millisecond)
-	m := newManager(t, store)
-	fn, started, release := blocker(nil)
-	held := submit(t, m, fn)
-	<-started
-	waiting := submit(t, m, untilCancelled)
-
-	other, err := sql.Open("sqlite3", path)
-	testkit.Must(t, err)
-	defer other.Close()
-	c, err := other.Conn(t.Context())
-	testkit.Must(t, err)
-	defer c.Close()
-	_, err = c.ExecContext(t.Context(), "BEGIN IMMEDIATE")
-	testkit.Must(t, err)
-
-	release()
-	if _, err := m.Submit("refused", func(context.Context, func(int)) (any, error) {
-		t.Error("called, though Submit has failed")
-		return nil, nil
-	}); err == nil || !strings.Contains(err.Error(), "locked") {
-		t.Errorf("Submit: %v", err)
-	}
-	testkit.Must(t, testkit.Until(func() bool {
-		op, _ := m.Get(held.ID)
-		return strings.Contains(op.Error, "DONE, which can't be stored yet")
-	}))
-	if err := waiting.Cancel(); err != nil { // which needs no database
-		t.Error(err)
-	}
-	_, err = c.ExecContext(t.Context(), "ROLLBACK")
-	testkit.Must(t, err)
-	if op := wait(t, m, held.ID); op.State != task.StateDone || op.Error != "" {
-		t.Errorf("in the end it is %+v", op)
-	}
-	if op := wait(t, m, waiting.ID); op.State != task.StateCancelled {
-		t.Errorf("the cancelled one is %+v", op)
-	}
-	if ops, err := m.List(10, 0); err != nil || len(ops) != 2 {
-		t.Errorf("List: %v, %v", ops, err)
-	}
-}
-
 // TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be
 // called again.
 func TestOpenLocked(t *testing.T) {
@@ -158,7 +109,7 @@ func TestOpenLocked(t *testing.T) {
 		t.Run(begin, func(t *testing.T) {
 			t.Parallel()
 			path := testkit.Path(t)
-			testkit.Must(t, openSQLite(t, path).Close())
+			testkit.Must(t, testkit.OpenSQLite(t, path).Close())
 			other, err := sql.Open("sqlite3", path+"?_journal_mode=DELETE")
 			testkit.Must(t, err)
 			defer other.Close()
@@ -176,7 +127,7 @@ func TestOpenLocked(t *testing.T) {
 				t.Errorf("it took %v", took)
 			}
 			time.AfterFunc(300*time.Millisecond, func() { c.ExecContext(context.Background(), "ROLLBACK") })
-			openSQLite(t, path)
+			testkit.OpenSQLite(t, path)
 		})
 	}
 }
@@ -195,32 +146,37 @@ func TestDatabaseTakenAway(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel() // both wait for Close to give up
-			path := filepath.Join(t.TempDir(), "tasks.db")
-			m := newManager(t, openSQLite(t, path))
-			fn, started, release := blocker(nil)
-			held := submit(t, m, fn)
-			<-started
-			testkit.Must(t, take(path))
-			release()
-			if _, err := m.Submit("refused", nothing); err == nil || !strings.Contains(err.Error(), "while it was open") {
-				t.Errorf("Submit: %v", err)
-			}
-			if _, err := m.List(10, 0); err == nil {
-				t.Error("List succeeded")
-			}
-			if err := m.Close(); err == nil || !strings.Contains(err.Error(), held.ID) {
-				t.Errorf("Close: %v, want an error that names %s", err, held.ID)
-			}
-			if op, ok := m.Get(held.ID); !ok || op.State != task.StateRunning || op.Error == "" {
-				t.Errorf("the operation is shown as %+v", op)
-			}
-			if name == "replaced" {
-				if ops, err := openSQLite(t, path).List(10, 0); err != nil || len(ops) > 0 {
-					t.Errorf("in the other file: %v, %v", ops, err)
-				}
-			}
+			path := testkit.Path(t)
+			synctest.Test(t, func(t *testing.T) { takeAway(t, path, take) })
 		})
+	}
+}
+
+// takeAway checks what happens when take deletes or replaces the file of a
+// database.
+func takeAway(t *testing.T, path string, take func(path string) error) {
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
+	fn, started, release := testkit.Blocker(nil)
+	held := testkit.Submit(t, m, fn)
+	<-started
+	testkit.Must(t, take(path))
+	release()
+	if _, err := m.Submit("refused", testkit.Nothing); err == nil || !strings.Contains(err.Error(), "while it was open") {
+		t.Errorf("Submit: %v", err)
+	}
+	if _, err := m.List(10, 0); err == nil {
+		t.Error("List succeeded")
+	}
+	if err := m.Close(); err == nil || !strings.Contains(err.Error(), held.ID) {
+		t.Errorf("Close: %v, want an error that names %s", err, held.ID)
+	}
+	if op, ok := m.Get(held.ID); !ok || op.State != task.StateRunning || op.Error == "" {
+		t.Errorf("the operation is shown as %+v", op)
+	}
+	if _, err := os.Stat(path); err == nil {
+		if ops, err := testkit.OpenSQLite(t, path).List(10, 0); err != nil || len(ops) > 0 {
+			t.Errorf("in the other file: %v, %v", ops, err)
+		}
 	}
 }
 
@@ -232,16 +188,16 @@ func TestHardLink(t *testing.T) {
 	}
 	path := filepath.Join(t.TempDir(), "tasks.db")
 	link := filepath.Join(t.TempDir(), "link.db")
-	m := newManager(t, openSQLite(t, path))
-	first := submit(t, m, nothing)
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
+	first := testkit.Submit(t, m, testkit.Nothing)
 	testkit.Must(t, os.Link(path, link))
 	refusesName(t, link, "2 hard links", "remove the other links, or use a copy")
 	refusesName(t, path, "2 hard links", "remove the other links, or use a copy")
-	second := submit(t, m, nothing)
+	second := testkit.Submit(t, m, testkit.Nothing)
 	testkit.Must(t, os.Remove(link))
-	other := openSQLite(t, path)
+	other := testkit.OpenSQLite(t, path)
 	for _, op := range []*task.Operation{first, second} {
-		wait(t, m, op.ID)
+		testkit.Wait(t, m, op.ID)
 		if got, err := other.Get(op.ID); err != nil || got.State != task.StateDone {
 			t.Errorf("%s: %+v, %v", op.ID, got, err)
 		}
@@ -269,22 +225,6 @@ func refusesName(t *testing.T, path string, want ...string) {
 				t.Errorf("%s(%s) = %v, want %q", name, path, err, want)
 			}
 		}
-	}
-}
-
-// TestClockSetBack: a history from the future changes neither the order nor
-// what is live.
-func TestClockSetBack(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "tasks.db")
-	store := openSQLite(t, path)
-	sqliteExec(t, path, `INSERT INTO tasks (id, name, state, created_at, updated_at) VALUES
-		('ffffffff-ffff-7fff-bfff-ffffffffffff', 'from the future', 'DONE', '2126-01-01 00:00:00.000000', '2126-01-01 00:00:00.000000')`)
-	m := newManager(t, store)
-	op := submit(t, m, nothing)
-	done := wait(t, m, op.ID)
-	ops, err := m.List(10, 0)
-	if err != nil || len(ops) != 2 || ops[0].ID != op.ID || done.UpdatedAt.Before(done.CreatedAt) {
-		t.Errorf("List: %+v, %v", ops, err)
 	}
 }
 
@@ -331,7 +271,7 @@ func TestSIGTERM(t *testing.T) {
 	if n := testkit.OwnerFiles(t, filepath.Join(dir, "tasks.db")); n > 0 {
 		t.Errorf("%d owner files are left", n)
 	}
-	ops, err := openSQLite(t, filepath.Join(dir, "tasks.db")).List(10, 0)
+	ops, err := testkit.OpenSQLite(t, filepath.Join(dir, "tasks.db")).List(10, 0)
 	if err != nil || len(ops) != 3 {
 		t.Fatal(ops, err)
 	}
@@ -356,18 +296,34 @@ func daemon(t *testing.T, path string) {
 	defer stop()
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
-	m, err := task.New(store, quiet, task.WithLimit(1))
+	m, err := task.New(store, testkit.Quiet, task.WithLimit(1))
 	testkit.Must(t, err)
-	wait(t, m, submit(t, m, nothing).ID)
+	testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing).ID)
 	reported := make(chan struct{})
-	submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
+	testkit.Submit(t, m, func(ctx context.Context, update func(int)) (any, error) {
 		update(70)
 		close(reported)
-		return untilCancelled(ctx, update)
+		return testkit.UntilCancelled(ctx, update)
 	})
 	<-reported
-	submit(t, m, untilCancelled) // which waits for its turn
+	testkit.Submit(t, m, testkit.UntilCancelled) // which waits for its turn
 	fmt.Println("ready")
 	<-ctx.Done()
 	testkit.Must(t, errors.Join(m.Close(), store.Close()))
+}
+
+// TestClockSetBack: a history from the future changes neither the order nor
+// what is live.
+func TestClockSetBack(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tasks.db")
+	store := testkit.OpenSQLite(t, path)
+	testkit.Exec(t, path, `INSERT INTO tasks (id, name, state, created_at, updated_at) VALUES
+		('ffffffff-ffff-7fff-bfff-ffffffffffff', 'from the future', 'DONE', '2126-01-01 00:00:00.000000', '2126-01-01 00:00:00.000000')`)
+	m := testkit.NewManager(t, store)
+	op := testkit.Submit(t, m, testkit.Nothing)
+	done := testkit.Wait(t, m, op.ID)
+	ops, err := m.List(10, 0)
+	if err != nil || len(ops) != 2 || ops[0].ID != op.ID || done.UpdatedAt.Before(done.CreatedAt) {
+		t.Errorf("List: %+v, %v", ops, err)
+	}
 }

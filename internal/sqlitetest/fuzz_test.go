@@ -1,7 +1,8 @@
-package task_test
+//go:build cgo && !task_nosqlite3
+
+package sqlitetest
 
 import (
-	"bytes"
 	"context"
 	"database/sql"
 	"encoding/binary"
@@ -24,9 +25,9 @@ import (
 )
 
 // The fuzz targets. As ordinary tests they run what f.Add and testdata/fuzz
-// give them. To look for more, with a TMPDIR in memory that is not waited for:
+// give them. To look for more:
 //
-//	go test -run - -fuzz FuzzRow -fuzztime 10m .
+//	go test -run - -fuzz FuzzRow -fuzztime 10m ./internal/sqlitetest
 
 // fuzzColumns are those that FuzzRow fills, in the order of its arguments.
 var fuzzColumns = []string{"id", "name", "state", "progress", "metadata", "result", "error",
@@ -121,10 +122,10 @@ type fuzzRowDB struct {
 }
 
 func newFuzzRowDB(f *testing.F) *fuzzRowDB {
-	d := &fuzzRowDB{dir: f.TempDir()}
-	path := filepath.Join(d.dir, "tasks.db")
-	d.living = openSQLite(f, path)
-	d.reader = openSQLite(f, path)
+	path := testkit.FastPath(f)
+	d := &fuzzRowDB{dir: filepath.Dir(path)}
+	d.living = testkit.OpenSQLite(f, path)
+	d.reader = testkit.OpenSQLite(f, path)
 	raw, err := sql.Open("sqlite3", path)
 	testkit.Must(f, err)
 	f.Cleanup(func() { raw.Close() })
@@ -166,7 +167,7 @@ func (d *fuzzRowDB) check(t *testing.T, classes uint64, cells [][]byte) {
 	d.plausible(t, bad)
 	d.told(t, bad, classes, cells)
 
-	m, err := task.New(d.reader, quiet)
+	m, err := task.New(d.reader, testkit.Quiet)
 	testkit.Must(t, err)
 	defer m.Close()
 	got := d.list(t, fuzzManager{m}, neighbours, true)
@@ -324,8 +325,8 @@ func (d *fuzzRowDB) list(t *testing.T, from fuzzReader, neighbours map[string]*t
 		if recovered && id == "orphan" {
 			want.State, want.Error, want.UpdatedAt = task.StateFailed, testkit.RestartText, op.UpdatedAt
 		}
-		fuzzSame(t, "Get", op, want)
-		fuzzSame(t, "List", ops[i+1], want)
+		testkit.WantSame(t, "Get", op, want)
+		testkit.WantSame(t, "List", ops[i+1], want)
 	}
 	return ops[0]
 }
@@ -348,26 +349,6 @@ func (f fuzzManager) Get(id string) (*task.Operation, error) {
 		return op, nil
 	}
 	return nil, task.ErrNotFound
-}
-
-// fuzzSame compares all that an operation shows.
-func fuzzSame(t *testing.T, how string, op *task.Operation, want task.Operation) {
-	t.Helper()
-	if got := fuzzShown(op); !reflect.DeepEqual(got, fuzzShown(&want)) {
-		t.Errorf("%s: got %#v\nwant %#v", how, got, fuzzShown(&want))
-	}
-}
-
-// fuzzShown returns all that an operation shows, its JSON parsed.
-func fuzzShown(op *task.Operation) task.Operation {
-	parsed := func(v any) any {
-		if raw, ok := v.(json.RawMessage); ok {
-			return fuzzParsed(raw)
-		}
-		return v
-	}
-	return task.Operation{ID: op.ID, Name: op.Name, State: op.State, Progress: op.Progress, Metadata: parsed(op.Metadata),
-		Result: parsed(op.Result), Error: op.Error, CreatedAt: op.CreatedAt, StartedAt: op.StartedAt, UpdatedAt: op.UpdatedAt}
 }
 
 // plausible checks what holds for whatever is read from a store.
@@ -396,21 +377,10 @@ func (d *fuzzRowDB) encodes(t *testing.T, op *task.Operation) {
 	if err != nil || !utf8.Valid(raw) {
 		t.Errorf("%v: %q", err, raw)
 	}
-	back := fuzzBack(t, raw)
+	back := testkit.Received(t, raw)
 	if back.Name != op.Name || back.Error != op.Error || !back.UpdatedAt.Equal(op.UpdatedAt) {
 		t.Errorf("%+v was encoded and is %+v", op, back)
 	}
-}
-
-// fuzzBack returns an operation as a client reads it.
-func fuzzBack(t *testing.T, raw []byte) (op task.Operation) {
-	t.Helper()
-	d := json.NewDecoder(bytes.NewReader(raw))
-	d.UseNumber()
-	if err := d.Decode(&op); err != nil {
-		t.Errorf("a client can't read it: %v: %.100q", err, raw)
-	}
-	return op
 }
 
 // told checks that a cell which makes sense is read as what it says.
@@ -432,26 +402,14 @@ func (d *fuzzRowDB) told(t *testing.T, op *task.Operation, classes uint64, cells
 		case "error":
 			got, want = op.Error, strings.ToValidUTF8(text, "\uFFFD")
 		case "metadata":
-			got, want = fuzzParsed(op.Metadata), fuzzParsed(json.RawMessage(text))
+			got, want = testkit.Parsed(op.Metadata), testkit.Parsed(json.RawMessage(text))
 		case "result":
-			got, want = fuzzParsed(op.Result), fuzzParsed(json.RawMessage(text))
+			got, want = testkit.Parsed(op.Result), testkit.Parsed(json.RawMessage(text))
 		}
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: got %#v, want %#v", column, got, want)
 		}
 	}
-}
-
-// fuzzParsed returns what a json.RawMessage says; nil if that is no JSON.
-func fuzzParsed(v any) any {
-	raw, _ := v.(json.RawMessage)
-	d := json.NewDecoder(bytes.NewReader(raw))
-	d.UseNumber()
-	var parsed any
-	if !json.Valid(raw) || d.Decode(&parsed) != nil {
-		return nil
-	}
-	return parsed
 }
 
 // asked asks a manager for what it did not run.
@@ -481,328 +439,6 @@ func fuzzTree(t testing.TB, dir string) (names []string) {
 	})
 	testkit.Must(t, err)
 	return names
-}
-
-// FuzzRoundTrip has arbitrary values go the whole way: what is read is what a
-// round trip through JSON gives, before a restart and after it.
-func FuzzRoundTrip(f *testing.F) {
-	for _, name := range []string{"", "plain", "\x00", "a\xffb", "日本語 🎉\n", "'; DROP TABLE tasks; --", strings.Repeat("long", 1000)} {
-		f.Add(name, "", []byte(nil), []byte(nil), []byte(nil), name)
-	}
-	for kind := range byte(valueKinds) {
-		v := []byte{kind, 3, 'a', 0xff, 'b', 1, 2, 3, 4, 5, 6, 7, 8}
-		f.Add("kind", "key", v, []byte(nil), v, "")
-		f.Add("nested", "", []byte(nil), append([]byte{valueList, 2}, v...), append([]byte{valueMap, 2}, v...), "error")
-	}
-	for _, raw := range []string{"null", " null ", "{", `{"a":1,"a":2}`, "1e999", "\"\\ud800\"", "\"\xff\"", `"<>&\u2028"`, "[1,2.50]", "{}{}", " 7 ", "-0", `{"":{"":[]}}`, "\"\x00\""} {
-		v := append([]byte{valueRaw, byte(len(raw))}, raw...)
-		f.Add("raw", "", v, v, v, "")
-	}
-	for _, hundreds := range []byte{2, 101} { // the latter deeper than JSON can be read
-		v := []byte{valueDeep, hundreds, 0}
-		f.Add("deep", "", []byte(nil), v, v, "")
-	}
-
-	// Opened and closed for each round; one file for all, because making one
-	// takes long.
-	path := testkit.FastPath(f)
-	f.Fuzz(func(t *testing.T, name, key string, metadata, change, result []byte, failure string) {
-		r := &fuzzRound{name: name, key: key, metadata: decodeValue(metadata), result: decodeValue(result), failure: failure}
-		if len(change) > 0 {
-			r.change = []any{decodeValue(change)}
-		}
-		memory := task.NewMemoryStore()
-		r.check(t, func() (task.Persistence, func() error) { return memory, func() error { return nil } })
-		r.check(t, func() (task.Persistence, func() error) {
-			s, err := task.OpenSQLite(path)
-			testkit.Must(t, err)
-			return s, s.Close
-		})
-	})
-}
-
-type fuzzRound struct {
-	name, key        string
-	metadata, result any
-	change           []any // one for SetMetadata, if any
-	failure          string
-}
-
-func (r *fuzzRound) check(t *testing.T, open func() (task.Persistence, func() error)) {
-	db, closeDB := open()
-	m, err := task.New(db, quiet)
-	testkit.Must(t, err)
-	id, want := r.run(t, m)
-	if id == "" {
-		if page, err := m.List(1, 0); err != nil || len(page) > 0 && page[0].Name == r.name && r.name == "" {
-			t.Errorf("List: %v, %v", page, err)
-		}
-		testkit.Must(t, errors.Join(m.Close(), closeDB()))
-		return
-	}
-	waited, err := m.Wait(context.Background(), id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want.ID, want.CreatedAt, want.StartedAt, want.UpdatedAt = id, waited.CreatedAt, waited.StartedAt, waited.UpdatedAt
-	r.same(t, "Wait", waited, want)
-	r.read(t, "before the restart", m, want)
-	testkit.Must(t, m.Close())
-	r.read(t, "after Close", m, want)
-	testkit.Must(t, closeDB())
-
-	db, closeDB = open()
-	m, err = task.New(db, quiet)
-	testkit.Must(t, err)
-	r.read(t, "after the restart", m, want)
-	testkit.Must(t, errors.Join(m.Close(), closeDB()))
-}
-
-// run submits an operation and returns its ID and what is to be read of it; ""
-// if it rightly was not accepted.
-func (r *fuzzRound) run(t *testing.T, m *task.Manager) (id string, want task.Operation) {
-	t.Helper()
-	metadata, badMetadata := valueAsRead(r.metadata)
-	result, badResult := valueAsRead(r.result)
-	want = task.Operation{Name: strings.ToValidUTF8(r.name, "\uFFFD"), State: task.StateDone, Progress: 100, Metadata: metadata, Result: result}
-	if r.failure != "" {
-		want.State, want.Progress, want.Error = task.StateFailed, 0, strings.ToValidUTF8(r.failure, "\uFFFD")
-	}
-	if badResult {
-		want.Error += "…result not kept: "
-	}
-
-	opts := []task.SubmitOption{task.WithMetadata(r.metadata)}
-	if r.key != "" {
-		opts = append(opts, task.WithLock(r.key))
-	}
-	op, err := m.Submit(r.name, func(ctx context.Context, _ func(int)) (any, error) {
-		for _, v := range r.change {
-			changed, bad := valueAsRead(v)
-			if err := task.SetMetadata(ctx, v); (err != nil) != bad || bad && !strings.Contains(err.Error(), "metadata") {
-				t.Errorf("SetMetadata: %v", err)
-			}
-			if !bad {
-				want.Metadata = changed
-			}
-		}
-		if r.failure != "" {
-			return r.result, errors.New(r.failure)
-		}
-		return r.result, nil
-	}, opts...)
-	if err != nil {
-		if refused := err.Error(); op != nil || r.name == "" && !strings.Contains(refused, "name is empty") ||
-			r.name != "" && !(badMetadata && strings.Contains(refused, "metadata: ")) {
-			t.Errorf("Submit: %v, %v", op, err)
-		}
-		return "", want
-	}
-	if r.name == "" || badMetadata {
-		t.Errorf("Submit took the name %q and the metadata %#v", r.name, r.metadata)
-	}
-	if _, err := m.Wait(context.Background(), op.ID); err != nil {
-		t.Fatal(err)
-	}
-	return op.ID, want
-}
-
-func (r *fuzzRound) read(t *testing.T, when string, m *task.Manager, want task.Operation) {
-	t.Helper()
-	op, ok := m.Get(want.ID)
-	if !ok {
-		t.Fatalf("%s: Get doesn't find it", when)
-	}
-	r.same(t, when+": Get", op, want)
-	page, err := m.List(1, 0)
-	if err != nil || len(page) != 1 {
-		t.Fatalf("%s: List: %v, %v", when, page, err)
-	}
-	r.same(t, when+": List", page[0], want)
-}
-
-func (r *fuzzRound) same(t *testing.T, how string, op *task.Operation, want task.Operation) {
-	t.Helper()
-	got := *op
-	if before, after, ok := strings.Cut(want.Error, "…"); ok {
-		if !strings.HasPrefix(got.Error, before) || !strings.Contains(got.Error, after) {
-			t.Errorf("%s: error %q, want %q", how, got.Error, want.Error)
-		}
-		want.Error = got.Error
-	}
-	fuzzSame(t, how, &got, want)
-	if !utf8.ValidString(got.Name) || !utf8.ValidString(got.Error) {
-		t.Errorf("%s: not UTF-8: %+v", how, got)
-	}
-	raw, err := json.Marshal(op)
-	if err != nil || !utf8.Valid(raw) {
-		t.Fatalf("%s: %v", how, err)
-	}
-	fuzzBack(t, raw)
-	for what, decode := range map[*any]func(any) error{&want.Result: op.DecodeResult, &want.Metadata: op.DecodeMetadata} {
-		var raw json.RawMessage
-		if err := decode(&raw); err != nil || !reflect.DeepEqual(fuzzParsed(raw), *what) {
-			t.Errorf("%s: decoded as %s, %v, want %#v", how, raw, err, *what)
-		}
-	}
-}
-
-// valueAsRead returns what is to be read of a value, and whether JSON can't
-// hold it.
-func valueAsRead(v any) (read any, bad bool) {
-	defer func() {
-		if recover() != nil {
-			read, bad = nil, true
-		}
-	}()
-	raw, err := json.Marshal(v)
-	if err != nil || !json.Valid(raw) {
-		return nil, true
-	}
-	return fuzzParsed(json.RawMessage(raw)), false
-}
-
-// The kinds of Go values that decodeValue makes.
-const (
-	valueNil = iota
-	valueBool
-	valueInt
-	valueUint
-	valueFloat
-	valueString
-	valueBytes
-	valueList
-	valueMap
-	valueIntMap
-	valueStruct
-	valuePointer
-	valueNilPointer
-	valueRaw
-	valueNumber
-	valueTime
-	valueMarshaler
-	valuePanic
-	valueError
-	valueChan
-	valueFunc
-	valueComplex
-	valueCycle
-	valueDeep
-	valueKinds
-)
-
-// decodeValue makes a Go value of bytes, one that JSON can hold or can't.
-func decodeValue(data []byte) any {
-	r := &byteReader{data}
-	return r.value(8)
-}
-
-type byteReader struct{ data []byte }
-
-func (r *byteReader) byte() byte {
-	if len(r.data) == 0 {
-		return 0
-	}
-	b := r.data[0]
-	r.data = r.data[1:]
-	return b
-}
-
-// bytes returns as many bytes as the next one says.
-func (r *byteReader) bytes() []byte {
-	n := min(int(r.byte()), len(r.data))
-	b := r.data[:n]
-	r.data = r.data[n:]
-	return b
-}
-
-func (r *byteReader) uint64() (n uint64) {
-	for range 8 {
-		n = n<<8 | uint64(r.byte())
-	}
-	return n
-}
-
-type (
-	valueStructs struct {
-		A any            `json:"a"`
-		B string         `json:"b,omitempty"`
-		C *valueStructs  `json:",omitempty"`
-		D float32        `json:"d,string"`
-		E map[string]any `json:"-"`
-		f int
-	}
-	valueMarshal struct{ raw []byte }
-)
-
-func (m valueMarshal) MarshalJSON() ([]byte, error) { return m.raw, nil }
-
-func (r *byteReader) value(depth int) any {
-	kind := r.byte() % valueKinds
-	if depth == 0 && (kind == valueList || kind == valueMap || kind == valueStruct || kind == valuePointer) {
-		kind = valueInt
-	}
-	switch kind {
-	case valueBool:
-		return r.byte()%2 == 1
-	case valueInt:
-		return int64(r.uint64())
-	case valueUint:
-		return r.uint64()
-	case valueFloat:
-		return math.Float64frombits(r.uint64())
-	case valueString:
-		return string(r.bytes())
-	case valueBytes:
-		return r.bytes()
-	case valueList:
-		list := make([]any, 0, 4)
-		for range r.byte() % 8 {
-			list = append(list, r.value(depth-1))
-		}
-		return list
-	case valueMap:
-		m := map[string]any{}
-		for range r.byte() % 8 {
-			m[string(r.bytes())] = r.value(depth - 1)
-		}
-		return m
-	case valueIntMap:
-		return map[int8]string{int8(r.byte()): string(r.bytes()), int8(r.byte()): "x"}
-	case valueStruct:
-		return valueStructs{A: r.value(depth - 1), B: string(r.bytes()), C: &valueStructs{D: float32(r.byte()) / 3}, f: 1}
-	case valuePointer:
-		v := r.value(depth - 1)
-		return &v
-	case valueNilPointer:
-		return (*int)(nil)
-	case valueRaw:
-		return json.RawMessage(r.bytes())
-	case valueNumber:
-		return json.Number(r.bytes())
-	case valueTime:
-		return time.Unix(int64(r.uint64()), 0).UTC()
-	case valueMarshaler:
-		return valueMarshal{r.bytes()}
-	case valuePanic:
-		return []any{1, panicJSON{}}
-	case valueError:
-		return errors.New(string(r.bytes()))
-	case valueChan:
-		return make(chan int)
-	case valueFunc:
-		return func() {}
-	case valueComplex:
-		return complex(1, float64(r.byte()))
-	case valueCycle:
-		m := map[string]any{"k": string(r.bytes())}
-		m["self"] = m
-		return m
-	case valueDeep:
-		return deep(100*int(r.byte()) + int(r.byte()) - 10)
-	default:
-		return nil
-	}
 }
 
 // FuzzPath opens databases at arbitrary paths: there, and nowhere else, or not
@@ -873,10 +509,10 @@ func fuzzPath(t *testing.T, path string, mode byte) {
 		fuzzPathMustOpen(t, path, want, err)
 		return
 	}
-	m, err := task.New(s, quiet)
+	m, err := task.New(s, testkit.Quiet)
 	testkit.Must(t, err)
-	op := submit(t, m, func(context.Context, func(int)) (any, error) { return path, nil })
-	wait(t, m, op.ID)
+	op := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) { return path, nil })
+	testkit.Wait(t, m, op.ID)
 	if path != ":memory:" {
 		fuzzModes(t, want)
 	}

@@ -1,4 +1,4 @@
-package task_test
+package faulttest
 
 import (
 	"bufio"
@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/mynt-nas/task"
@@ -20,22 +21,27 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestDiskFull fills a file system of 2 MB, made for it in a process that may
-// mount one.
+// TestDiskFull fills a file system of 2 MB while an operation runs.
 func TestDiskFull(t *testing.T) {
-	if dir := os.Getenv(again); dir != "" {
-		diskFull(t, dir)
-		return
-	}
-	cmd := anew(t, t.TempDir())
-	testos.RunMounting(t, cmd)
+	inSmallFileSystem(t, "2m", diskFull)
 }
 
-func diskFull(t *testing.T, dir string) {
-	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=2m"); err != nil {
+// inSmallFileSystem runs test in a directory that has a file system of its own
+// of a given size, in a child process that may mount one, and with a fake clock.
+func inSmallFileSystem(t *testing.T, size string, test func(t *testing.T, dir string)) {
+	dir := os.Getenv(again)
+	if dir == "" {
+		testos.RunMounting(t, anew(t, t.TempDir()))
+		return
+	}
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size="+size); err != nil {
 		t.Skip(err)
 	}
 	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	synctest.Test(t, func(t *testing.T) { test(t, dir) })
+}
+
+func diskFull(t *testing.T, dir string) {
 	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
@@ -68,12 +74,7 @@ func fillDisk(t *testing.T, path string, free int64) {
 // if SQLite's cache can't hold it, so that the statement finds the disk full and
 // ends the transaction. What is smaller is stored meanwhile.
 func TestDiskFullOfResults(t *testing.T) {
-	if dir := os.Getenv(again); dir != "" {
-		diskFullOfResults(t, dir)
-		return
-	}
-	t.Parallel()
-	testos.RunMounting(t, anew(t, t.TempDir()))
+	inSmallFileSystem(t, "100m", diskFullOfResults)
 }
 
 // largeResults submits operations that are to have large results, and that
@@ -83,21 +84,17 @@ func largeResults(t *testing.T, m *task.Manager) (results map[string]string, rel
 	free := make(chan struct{})
 	for i, kb := range []int{100, 300, 900, 1800, 2100, 2500, 3000, 4000, 6000} {
 		result := strings.Repeat(fmt.Sprint(i), kb<<10)
-		op := submit(t, m, func(context.Context, func(int)) (any, error) { <-free; return result, nil })
+		op := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) { <-free; return result, nil })
 		results[op.ID] = result
 	}
 	return results, func() { close(free) }
 }
 
 func diskFullOfResults(t *testing.T, dir string) {
-	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=100m"); err != nil {
-		t.Skip(err)
-	}
-	defer syscall.Unmount(dir, syscall.MNT_DETACH)
 	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
-	m, err := task.New(store, quiet)
+	m, err := task.New(store, testkit.Quiet)
 	testkit.Must(t, err)
 	results, release := largeResults(t, m)
 	fillDisk(t, filler, 0)
@@ -109,12 +106,12 @@ func diskFullOfResults(t *testing.T, dir string) {
 			return !strings.Contains(op.Error, "DONE, which can't be stored yet")
 		})
 	}))
-	if _, err := m.Submit("refused", nothing); err == nil || !strings.Contains(err.Error(), "full") {
+	if _, err := m.Submit("refused", testkit.Nothing); err == nil || !strings.Contains(err.Error(), "full") {
 		t.Errorf("Submit while there is no room at all: %v", err)
 	}
 	fillDisk(t, filler, 800_000)
 	for range 3 {
-		wait(t, m, submit(t, m, func(context.Context, func(int)) (any, error) { return "small", nil }).ID)
+		testkit.Wait(t, m, testkit.Submit(t, m, func(context.Context, func(int)) (any, error) { return "small", nil }).ID)
 		time.Sleep(time.Second)
 	}
 	time.Sleep(time.Until(start.Add(8 * time.Second)))
@@ -123,7 +120,7 @@ func diskFullOfResults(t *testing.T, dir string) {
 	}
 	testkit.Must(t, os.Remove(filler))
 	for id, result := range results {
-		if op := wait(t, m, id); op.State != task.StateDone || op.Result != result || op.Error != "" {
+		if op := testkit.Wait(t, m, id); op.State != task.StateDone || op.Result != result || op.Error != "" {
 			t.Errorf("in the end, that with %d bytes is %s, %q", len(result), op.State, op.Error)
 		}
 	}
@@ -139,23 +136,14 @@ func diskFullOfResults(t *testing.T, dir string) {
 
 // TestDiskFullAtClose: Close names each operation that it can't store.
 func TestDiskFullAtClose(t *testing.T) {
-	if dir := os.Getenv(again); dir != "" {
-		diskFullAtClose(t, dir)
-		return
-	}
-	t.Parallel()
-	testos.RunMounting(t, anew(t, t.TempDir()))
+	inSmallFileSystem(t, "20m", diskFullAtClose)
 }
 
 func diskFullAtClose(t *testing.T, dir string) {
-	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=20m"); err != nil {
-		t.Skip(err)
-	}
-	defer syscall.Unmount(dir, syscall.MNT_DETACH)
 	path, filler := filepath.Join(dir, "tasks.db"), filepath.Join(dir, "filler")
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
-	m, err := task.New(store, quiet)
+	m, err := task.New(store, testkit.Quiet)
 	testkit.Must(t, err)
 	results, release := largeResults(t, m)
 	fillDisk(t, filler, 0)
@@ -170,7 +158,7 @@ func diskFullAtClose(t *testing.T, dir string) {
 	testkit.Must(t, os.Remove(filler))
 	store, err = task.OpenSQLite(path)
 	testkit.Must(t, err)
-	m, err = task.New(store, quiet)
+	m, err = task.New(store, testkit.Quiet)
 	testkit.Must(t, err)
 	for id := range results {
 		if op, ok := m.Get(id); !ok || op.State != task.StateFailed {
@@ -194,8 +182,8 @@ func mountedFile(t *testing.T, dir string) {
 	inside, file := filepath.Join(dir, "in\\side it"), filepath.Join(dir, "tasks.db")
 	mounted := filepath.Join(inside, "tasks\t#1.db")
 	testkit.Must(t, errors.Join(os.Mkdir(inside, 0o700), os.WriteFile(mounted, nil, 0o600)))
-	m := newManager(t, openSQLite(t, file))
-	first := submit(t, m, nothing)
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, file))
+	first := testkit.Submit(t, m, testkit.Nothing)
 	if err := syscall.Mount(file, mounted, "", syscall.MS_BIND, ""); err != nil {
 		t.Skip(err)
 	}
@@ -207,10 +195,10 @@ func mountedFile(t *testing.T, dir string) {
 	testkit.Must(t, syscall.Unmount(mounted, syscall.MNT_DETACH)) // SQLite keeps the file open
 	testkit.Must(t, syscall.Mount(dir, inside, "", syscall.MS_BIND, ""))
 	defer syscall.Unmount(inside, syscall.MNT_DETACH)
-	other := openSQLite(t, filepath.Join(inside, "tasks.db"))
-	second := submit(t, m, nothing)
+	other := testkit.OpenSQLite(t, filepath.Join(inside, "tasks.db"))
+	second := testkit.Submit(t, m, testkit.Nothing)
 	for _, op := range []*task.Operation{first, second} {
-		wait(t, m, op.ID)
+		testkit.Wait(t, m, op.ID)
 		if got, err := other.Get(op.ID); err != nil || got.State != task.StateDone {
 			t.Errorf("under the name that its mounted directory gives it: %s: %+v, %v", op.ID, got, err)
 		}
@@ -251,7 +239,7 @@ func TestTwoUsers(t *testing.T) {
 	}
 	dir := filepath.Join(testos.Dir(t), "d")
 	path := filepath.Join(dir, "tasks.db")
-	testkit.Must(t, errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o777), openSQLite(t, path).Close(), os.Chmod(path, 0o666)))
+	testkit.Must(t, errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o777), testkit.OpenSQLite(t, path).Close(), os.Chmod(path, 0o666)))
 	executable := copyExecutable(t)
 	as := func(user string, uid uint32) *exec.Cmd {
 		cmd := anew(t, dir)
@@ -308,7 +296,7 @@ func oneOfTwoUsers(t *testing.T, path, user string) {
 		}
 	}
 	fmt.Printf("recovered %d, told of %d%s\n", recovered, told, text)
-	m, err := task.New(store, quiet) // which goes on
+	m, err := task.New(store, testkit.Quiet) // which goes on
 	testkit.Must(t, err)
 	testkit.Must(t, errors.Join(m.Close(), store.Close()))
 }
@@ -327,10 +315,10 @@ func permissionsTakenAway(t *testing.T, dir string) {
 	path := filepath.Join(dir, "tasks.db")
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
-	m, err := task.New(store, quiet)
+	m, err := task.New(store, testkit.Quiet)
 	testkit.Must(t, err)
-	fn, started, release := blocker(nil)
-	held := submit(t, m, fn)
+	fn, started, release := testkit.Blocker(nil)
+	held := testkit.Submit(t, m, fn)
 	<-started
 
 	testkit.Must(t, errors.Join(os.Chmod(path, 0), os.Chmod(dir, 0o500)))
@@ -346,11 +334,11 @@ func permissionsTakenAway(t *testing.T, dir string) {
 	m.Get(held.ID)
 
 	testkit.Must(t, errors.Join(os.Chmod(dir, 0o700), os.Chmod(path, 0o600)))
-	if got := wait(t, m, held.ID); got.State != task.StateDone {
+	if got := testkit.Wait(t, m, held.ID); got.State != task.StateDone {
 		t.Errorf("the operation that ran is %+v", got)
 	}
 	if op != nil {
-		if got := wait(t, m, op.ID); got.State != task.StateDone || got.Result != "kept" {
+		if got := testkit.Wait(t, m, op.ID); got.State != task.StateDone || got.Result != "kept" {
 			t.Errorf("the operation submitted meanwhile is %+v", got)
 		}
 	}

@@ -1,0 +1,128 @@
+//go:build unix
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// TestMain makes the test binary run the program if it is asked to.
+func TestMain(m *testing.M) {
+	if os.Getenv("SCHEDULER_TEST_MAIN") != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// must fails the test at once on an error of its preparation.
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// command returns the program as a command.
+func command(t *testing.T, args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "SCHEDULER_TEST_MAIN=1")
+	cmd.Stderr = t.Output()
+	return cmd
+}
+
+// complete returns the names of the snapshots that were completed.
+func complete(snapshots string) []string {
+	paths, _ := filepath.Glob(filepath.Join(snapshots, "2*"))
+	return paths
+}
+
+// TestKilledAllTheTime kills two schedulers on one database again and again. At
+// last each snapshot is there once, whole, and was completed by at most one
+// operation.
+func TestKilledAllTheTime(t *testing.T) {
+	tmp := t.TempDir()
+	dir, snapshots, db := filepath.Join(tmp, "dir"), filepath.Join(tmp, "snapshots"), filepath.Join(tmp, "tasks.db")
+	must(t, os.Mkdir(dir, 0o700))
+	const files = 100 // a snapshot takes some milliseconds
+	for i := range files {
+		must(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), []byte(strings.Repeat("x", i)), 0o600))
+	}
+	args := []string{"-db", db, "-every", "50ms", dir, snapshots}
+	var procs [2]*exec.Cmd
+	deadline := time.Now().Add(20 * time.Second)
+	for i := 0; i < 40 || len(complete(snapshots)) < 5 && time.Now().Before(deadline); i++ {
+		p := &procs[i%len(procs)]
+		if *p != nil {
+			must(t, (*p).Process.Kill())
+			(*p).Wait() // returns an error that says that it was killed
+		}
+		*p = command(t, args...)
+		must(t, (*p).Start())
+		time.Sleep(rand.N(time.Duration(20*(i%10))*time.Millisecond + 1))
+	}
+	for _, p := range procs {
+		must(t, p.Process.Kill())
+		p.Wait()
+	}
+	last := command(t, args...)
+	out, err := last.StdoutPipe()
+	must(t, err)
+	must(t, last.Start())
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || !strings.Contains(line, "DONE") {
+		t.Errorf("the last scheduler has said %q, %v", line, err)
+	}
+	must(t, last.Process.Signal(os.Interrupt))
+	must(t, last.Wait())
+
+	check(t, db, snapshots, files)
+}
+
+// check checks that each snapshot was taken by one operation, and is whole.
+func check(t *testing.T, db, snapshots string, files int) {
+	t.Helper()
+	store, err := task.OpenSQLite(db)
+	must(t, err)
+	defer store.Close()
+	m, err := task.New(store)
+	must(t, err)
+	defer m.Close()
+	ops, err := m.List(100_000, 0)
+	must(t, err)
+	taken, interrupted := make(map[string]int), 0
+	id := regexp.MustCompile(`^(.*Z)\.[0-9]+$`)
+	for _, op := range ops {
+		name := id.FindStringSubmatch(op.ID)[1]
+		switch {
+		case op.Interrupted():
+			interrupted++
+		case op.State != task.StateDone:
+			t.Errorf("%s is %s: %s", op.ID, op.State, op.Error)
+		default:
+			if taken[name]++; taken[name] > 1 {
+				t.Errorf("%s was taken %d times", name, taken[name])
+			}
+		}
+	}
+	for name := range taken {
+		all, err := os.ReadDir(filepath.Join(snapshots, name))
+		if err != nil || len(all) != files {
+			t.Errorf("%s has %d files, want %d: %v", name, len(all), files, err)
+		}
+	}
+	if len(taken) < 3 || interrupted == 0 {
+		t.Errorf("%d taken, %d interrupted: the test has shown nothing", len(taken), interrupted)
+	}
+	t.Logf("%d taken, %d interrupted", len(taken), interrupted)
+}

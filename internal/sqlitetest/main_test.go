@@ -1,0 +1,11 @@
+//go:build cgo && !task_nosqlite3
+
+package sqlitetest
+
+import (
+	"testing"
+
+	"github.com/mynt-nas/task/internal/testkit"
+)
+
+func TestMain(m *testing.M) { testkit.Main(m, nil) }

@@ -164,7 +164,7 @@ func TestUnique(t *testing.T) {
 	send[1].err = testkit.ErrDisk
 	resolve()
 	got := fmt.Sprint(all[0].err, all[1].err, all[2].err, all[3].err, all[4].err)
-	if want := fmt.Sprint(error(nil), errExists, testkit.ErrDisk, testkit.ErrDisk, task.ErrNotFound); got != want {
+	if want := fmt.Sprint(error(nil), task.ErrExists, testkit.ErrDisk, testkit.ErrDisk, task.ErrNotFound); got != want {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
 }

@@ -16,13 +16,7 @@ const pruneChunk = 1000
 // deleted makes room in it once the server has vacuumed the table.
 func (s *Store) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
-		limit := timeCell(before)
-		if limit == nil { // out of range on either side
-			limit = text("infinity")
-			if before.Year() < 1 || before.IsZero() {
-				limit = text("-infinity")
-			}
-		}
+		limit := bound(before)
 		for {
 			n := 0
 			start := time.Now()

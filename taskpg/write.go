@@ -13,9 +13,6 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// errExists is returned for the Save of an ID that is stored.
-var errExists = errors.New("an operation with this ID is already stored")
-
 // A write is an operation to insert or to update.
 type write struct {
 	*task.Operation
@@ -120,7 +117,7 @@ func unique(all []*write) (send []*write, resolve func()) {
 		for i := len(all) - 1; i >= 0; i-- { // what follows an update comes later
 			if w := all[i]; follow[w] != nil {
 				if w.err = follow[w].err; !w.update && w.err == nil {
-					w.err = errExists
+					w.err = task.ErrExists
 				}
 			}
 		}
@@ -212,7 +209,7 @@ func (s *Store) storeOnce(deadline time.Time, all []*write) error {
 		case w.update:
 			w.err = task.ErrNotFound
 		default:
-			w.err = errExists
+			w.err = task.ErrExists
 		}
 	}
 	return nil

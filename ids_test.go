@@ -323,8 +323,9 @@ func TestFoundBeforeAnswer(t *testing.T) {
 // metadata, and a Submit of the same ID never runs.
 func TestLostAnswer(t *testing.T) {
 	for name, open := range testkit.Stores {
-		for _, id := range []string{"a", ""} {
-			t.Run(fmt.Sprintf("%s %q", name, id), func(t *testing.T) {
+		for i, id := range []string{"a", "", "a", ""} {
+			metadata := strings.Repeat("tank", 1+i/2*5000) // not all are remembered
+			t.Run(fmt.Sprintf("%s %q %d", name, id, len(metadata)), func(t *testing.T) {
 				db := testkit.NewFake(open(t))
 				var m *task.Manager
 				if name == "four methods" {
@@ -342,7 +343,7 @@ func TestLostAnswer(t *testing.T) {
 						c.Err, c.Errs = nil, slices.Repeat([]error{errDisk}, len(c.Errs))
 					}
 				})
-				opts := []task.SubmitOption{task.WithMetadata("tank")}
+				opts := []task.SubmitOption{task.WithMetadata(metadata)}
 				if id != "" {
 					opts = append(opts, task.WithID(id))
 				}
@@ -354,7 +355,7 @@ func TestLostAnswer(t *testing.T) {
 					wantExists(t, op, err, id)
 				}
 				got := wait(t, m, stored.Load().(string))
-				if got.State != task.StateFailed || got.Metadata != "tank" || !strings.Contains(got.Error, errDisk.Error()) {
+				if got.State != task.StateFailed || got.Metadata != metadata || !strings.Contains(got.Error, errDisk.Error()) {
 					t.Errorf("stored %+v", got)
 				}
 			})
@@ -396,6 +397,76 @@ func TestSubmitAgainAfterFailure(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// An ownerless store has no place for an Owner.
+type ownerless struct{ task.Persistence }
+
+func (s ownerless) Save(op *task.Operation) error {
+	op.Owner = ""
+	return s.Persistence.Save(op)
+}
+
+// TestLostAnswerWithoutOwners: what is not this manager's for certain is left to
+// the next one.
+func TestLostAnswerWithoutOwners(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		memory := task.NewMemoryStore()
+		db := testkit.NewFake(memory)
+		m := newManager(t, ownerless{testkit.Bare(db)})
+		db.After(func(c *testkit.Call) {
+			if c.Method == "Save" {
+				c.Err = errDisk
+			}
+		})
+		op, err := m.Submit("lost", never, task.WithID("a"))
+		if op != nil || !errors.Is(err, errDisk) || errors.Is(err, task.ErrExists) {
+			t.Fatalf("Submit = %+v, %v", op, err)
+		}
+		time.Sleep(time.Second)
+		op, err = m.Submit("again", never, task.WithID("a"))
+		wantExists(t, op, err, "a", task.StatePending)
+		must(t, m.Close())
+		m = newManager(t, ownerless{testkit.Bare(memory)})
+		op, err = m.Submit("again", never, task.WithID("a"))
+		wantExists(t, op, err, "a", task.StateFailed)
+	})
+}
+
+// TestOthersRowAfterFailure: a Submit that fails leaves alone what another one
+// has stored under its ID at the same moment, and reports it.
+func TestOthersRowAfterFailure(t *testing.T) {
+	for name, wrap := range map[string]func(task.Persistence) task.Persistence{
+		"with owners":    testkit.Bare,
+		"without owners": func(db task.Persistence) task.Persistence { return ownerless{testkit.Bare(db)} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				memory := task.NewMemoryStore()
+				db := testkit.NewFake(memory)
+				db.Before(func(c *testkit.Call) error {
+					if c.Method != "Save" {
+						return nil
+					}
+					other := *c.Saves[0]
+					other.State, other.CreatedAt = task.StateRunning, other.CreatedAt.Add(time.Microsecond)
+					if other.Owner != "" { // which tells enough
+						other.Owner, other.CreatedAt = "another manager", c.Saves[0].CreatedAt
+					}
+					must(t, memory.Save(&other))
+					return errDisk
+				})
+				m := newManager(t, wrap(db))
+				op, err := m.Submit("x", never, task.WithID("a"))
+				wantExists(t, op, err, "a", task.StateRunning)
+				time.Sleep(10 * time.Second)
+				if got, err := memory.Get("a"); err != nil || got.State != task.StateRunning {
+					t.Errorf("stored %+v, %v", got, err)
+				}
+				must(t, m.Close())
+			})
+		})
 	}
 }
 

@@ -36,34 +36,7 @@ func BenchmarkList(b *testing.B) {
 	start := end.Add(-n * 10 * time.Second)
 	middle, err := m.List(1, n/2)
 	must(b, err)
-	for _, bm := range []struct {
-		name string
-		want int
-		opts []task.ListOption
-	}{
-		{"newest", 50, nil},
-		{"newest by finish", 50, []task.ListOption{task.ByFinish()}},
-		{"next page by finish", 50, []task.ListOption{task.ByFinish(), task.Before(middle[0].ID)}},
-		{"failed", 50, []task.ListOption{task.ByState(task.StateFailed)}},
-		{"failed by finish", 50, []task.ListOption{task.ByState(task.StateFailed), task.ByFinish()}},
-		{"failed and done by finish", 50, []task.ListOption{task.ByState(task.StateFailed, task.StateDone), task.ByFinish()}},
-		{"frequent text", 50, []task.ListOption{task.Containing("SCR")}},
-		{"frequent text by finish", 50, []task.ListOption{task.Containing("SCR"), task.ByFinish()}},
-		{"rare text", 3, []task.ListOption{task.Containing("needle")}},
-		{"rare text by finish", 3, []task.ListOption{task.Containing("needle"), task.ByFinish()}},
-		{"frequent metadata", 50, []task.ListOption{task.ByMetadata("pool", "tank")}},
-		{"rare metadata", 3, []task.ListOption{task.ByMetadata("pool", "spare")}},
-		{"rare metadata by finish", 3, []task.ListOption{task.ByMetadata("pool", "spare"), task.ByFinish()}},
-		{"last hour", 50, []task.ListOption{task.FinishedAfter(end.Add(-time.Hour))}},
-		{"last hour by finish", 50, []task.ListOption{task.FinishedAfter(end.Add(-time.Hour)), task.ByFinish()}},
-		{"first hour", 50, []task.ListOption{task.FinishedBefore(start.Add(time.Hour))}},
-		{"first hour by finish", 50, []task.ListOption{task.FinishedBefore(start.Add(time.Hour)), task.ByFinish()}},
-		{"first month", 50, []task.ListOption{task.FinishedBefore(start.Add(30 * 24 * time.Hour))}},
-		{"first month by finish", 50, []task.ListOption{task.FinishedBefore(start.Add(30 * 24 * time.Hour)), task.ByFinish()}},
-		{"failed in the first month by finish", 50, []task.ListOption{task.ByState(task.StateFailed), task.FinishedBefore(start.Add(30 * 24 * time.Hour)), task.ByFinish()}},
-		{"failed in the first month", 50, []task.ListOption{task.ByState(task.StateFailed), task.FinishedBefore(start.Add(30 * 24 * time.Hour))}},
-		{"rare text in the first month", 3, []task.ListOption{task.Containing("needle"), task.FinishedBefore(start.Add(30 * 24 * time.Hour)), task.ByFinish()}},
-	} {
+	for _, bm := range listBenchmarks(start, end, middle[0].ID) {
 		b.Run(bm.name, func(b *testing.B) {
 			for b.Loop() {
 				if ops, err := m.List(50, 0, bm.opts...); err != nil || len(ops) != bm.want {
@@ -97,4 +70,40 @@ func BenchmarkList(b *testing.B) {
 			}
 		}
 	})
+}
+
+type listBenchmark struct {
+	name string
+	want int
+	opts []task.ListOption
+}
+
+// listBenchmarks are lists of that history, which ends at a time and of which one
+// operation in the middle is given.
+func listBenchmarks(start, end time.Time, middle string) []listBenchmark {
+	firstMonth := task.FinishedBefore(start.Add(30 * 24 * time.Hour))
+	return []listBenchmark{
+		{"newest", 50, nil},
+		{"newest by finish", 50, []task.ListOption{task.ByFinish()}},
+		{"next page by finish", 50, []task.ListOption{task.ByFinish(), task.Before(middle)}},
+		{"failed", 50, []task.ListOption{task.ByState(task.StateFailed)}},
+		{"failed by finish", 50, []task.ListOption{task.ByState(task.StateFailed), task.ByFinish()}},
+		{"failed and done by finish", 50, []task.ListOption{task.ByState(task.StateFailed, task.StateDone), task.ByFinish()}},
+		{"frequent text", 50, []task.ListOption{task.Containing("SCR")}},
+		{"frequent text by finish", 50, []task.ListOption{task.Containing("SCR"), task.ByFinish()}},
+		{"rare text", 3, []task.ListOption{task.Containing("needle")}},
+		{"rare text by finish", 3, []task.ListOption{task.Containing("needle"), task.ByFinish()}},
+		{"frequent metadata", 50, []task.ListOption{task.ByMetadata("pool", "tank")}},
+		{"rare metadata", 3, []task.ListOption{task.ByMetadata("pool", "spare")}},
+		{"rare metadata by finish", 3, []task.ListOption{task.ByMetadata("pool", "spare"), task.ByFinish()}},
+		{"last hour", 50, []task.ListOption{task.FinishedAfter(end.Add(-time.Hour))}},
+		{"last hour by finish", 50, []task.ListOption{task.FinishedAfter(end.Add(-time.Hour)), task.ByFinish()}},
+		{"first hour", 50, []task.ListOption{task.FinishedBefore(start.Add(time.Hour))}},
+		{"first hour by finish", 50, []task.ListOption{task.FinishedBefore(start.Add(time.Hour)), task.ByFinish()}},
+		{"first month", 50, []task.ListOption{firstMonth}},
+		{"first month by finish", 50, []task.ListOption{firstMonth, task.ByFinish()}},
+		{"failed in the first month by finish", 50, []task.ListOption{task.ByState(task.StateFailed), firstMonth, task.ByFinish()}},
+		{"failed in the first month", 50, []task.ListOption{task.ByState(task.StateFailed), firstMonth}},
+		{"rare text in the first month", 3, []task.ListOption{task.Containing("needle"), firstMonth, task.ByFinish()}},
+	}
 }

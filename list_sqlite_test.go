@@ -26,31 +26,32 @@ func TestSQLiteListPlan(t *testing.T) {
 				cursor   = "INDEX tasks_finished (<expr>=? AND rowid<?)"
 				below    = "INDEX tasks_finished (<expr>>? AND <expr><?)"
 				byFinish = "INDEX tasks_finished"
-				byState  = "INDEX tasks_state_not_done (state=?)"
+				byState  = "INDEX tasks_state_not_done (state=?"
 				byRowid  = "INTEGER PRIMARY KEY (rowid>? AND rowid<?)"
+				few      = "COVERING INDEX tasks_state_not_done (state=?)"
 				sorted   = "TEMP B-TREE"
 			)
 			failed := []State{StateFailed}
 			for _, test := range []struct {
 				f           Filter
-				rows        int
+				limit       int
 				want, avoid []string
 			}{
 				{Filter{ByFinish: true}, 5, []string{"SCAN tasks USING " + byFinish}, []string{sorted}},
 				{Filter{ByFinish: true, Before: "10001"}, 5, []string{cursor, "INDEX tasks_finished (<expr><?)", "(id=?)"}, []string{"SCAN tasks"}},
 				{Filter{ByFinish: true, Containing: "X"}, 5, []string{cursor}, []string{byRowid}},
-				{Filter{ByFinish: true, States: failed}, 5, []string{byState}, []string{byRowid, cursor}},
+				{Filter{ByFinish: true, States: failed}, 200, []string{few, cursor}, []string{byRowid, "INDEX tasks_finished (<expr><?)"}},
 				{Filter{ByFinish: true, FinishedBefore: at(100)}, 5, []string{cursor, "INDEX tasks_finished (<expr><?)"}, []string{byRowid}},
 				{Filter{ByFinish: true, FinishedAfter: at(5000), FinishedBefore: at(5010)}, 5, []string{cursor, below}, []string{byRowid}},
-				{Filter{FinishedAfter: at(5000), FinishedBefore: at(5010)}, 5, []string{below}, []string{byRowid}},
-				{Filter{FinishedAfter: at(100)}, 5, []string{"INDEX tasks_finished (<expr>>?)", byRowid}, nil},
-				{Filter{FinishedAfter: at(100), States: failed}, 5, []string{byState}, []string{byRowid}},
+				{Filter{FinishedAfter: at(5000), FinishedBefore: at(5010)}, 5, []string{below, byRowid}, []string{"SCAN tasks"}},
+				{Filter{FinishedAfter: at(100)}, 200, []string{"INDEX tasks_finished (<expr>>?)", byRowid}, nil},
+				{Filter{FinishedAfter: at(100), States: failed}, 200, []string{few}, []string{byFinish}},
 				{Filter{Containing: "X"}, 5, []string{byRowid}, []string{byFinish}},
 				{Filter{Metadata: map[string]string{"pool": "tank"}}, 5, []string{byRowid}, []string{byFinish}},
-				{Filter{Metadata: map[string]string{"pool": "tank"}, States: failed}, 5, []string{byState[:len(byState)-1]}, []string{byFinish}},
+				{Filter{Metadata: map[string]string{"pool": "tank"}, States: failed}, 5, []string{byState}, []string{byFinish}},
 			} {
 				got := plan("tasks", func() {
-					if ops, err := s.ListFiltered(test.f, 5, 0); err != nil || len(ops) != test.rows {
+					if ops, err := s.ListFiltered(test.f, test.limit, 0); err != nil || len(ops) != test.limit {
 						t.Errorf("%+v: %d operations, %v", test.f, len(ops), err)
 					}
 				})
@@ -139,11 +140,7 @@ func TestSQLiteListSameTime(t *testing.T) {
 	}
 }
 
-// Rows of other writers: whatever a cell is, it hides no other row, and texts of
-// times in the layouts that are read are in a range of time exactly.
-func TestSQLiteListForeign(t *testing.T) {
-	s := sqliteOpen(t, filepath.Join(t.TempDir(), "x.db"))
-	sqliteExecute(t, s.db, `INSERT INTO tasks (id, name, state, updated_at, metadata) VALUES
+const foreignRows = `INSERT INTO tasks (id, name, state, updated_at, metadata) VALUES
 		('ours', 'x', 'DONE', '2024-06-01 12:00:00.000000', '{"pool":"tank"}'),
 		('current', 'x', 'DONE', '2024-06-01 12:00:00', '{bad json'),
 		('rfc', 'x', 'DONE', '2024-06-01T12:00:00Z', '{"pool":"tank"'),
@@ -159,7 +156,13 @@ func TestSQLiteListForeign(t *testing.T) {
 		('running', 'x', 'RUNNING', '2024-06-01 12:00:00.000000', NULL), ('paused', 'x', 'PAUSED', '2024-06-01 12:00:00.000000', NULL);
 		UPDATE tasks SET updated_at = 1717243200 WHERE id = 'number';
 		UPDATE tasks SET updated_at = 1717243200.5 WHERE id = 'real';
-		UPDATE tasks SET updated_at = x'ff00' WHERE id = 'bytes'`)
+		UPDATE tasks SET updated_at = x'ff00' WHERE id = 'bytes'`
+
+// Rows of other writers: whatever a cell is, it hides no other row, and texts of
+// times in the layouts that are read are in a range of time exactly.
+func TestSQLiteListForeign(t *testing.T) {
+	s := sqliteOpen(t, filepath.Join(t.TempDir(), "x.db"))
+	sqliteExecute(t, s.db, foreignRows)
 	noon := time.Date(2024, 6, 1, 12, 0, 0, 0, time.UTC)
 	list := func(f Filter) string {
 		t.Helper()

@@ -225,34 +225,11 @@ func TestListWhileChanging(t *testing.T) {
 				return nil
 			})
 			must(t, task.SetMetadata(ctx, map[string]string{"pool": "new"}))
-			check := func(want int, opts ...task.ListOption) {
-				t.Helper()
-				if ops, err := m.List(10, 0, opts...); err != nil || len(ops) != want {
-					t.Errorf("%d operations, %v, want %d", len(ops), err, want)
-				}
-			}
-			unfinished := func() {
-				t.Helper()
-				check(1, task.ByMetadata("pool", "new"))
-				check(1, task.ByMetadata("pool", "old"))
-				check(0, task.ByMetadata("pool", "old"), task.Before(op.ID), task.ByState(task.StateRunning))
-				check(1, task.ByMetadata("pool", "new"), task.ByState(task.StateRunning))
-				check(0, task.ByMetadata("pool", "old"), task.ByState(task.StateRunning))
-				check(1, task.ByFinish())
-				check(0, task.ByFinish(), task.ByMetadata("pool", "new"))
-				check(1, task.FinishedAfter(op.CreatedAt.Add(-time.Hour)))
-				check(0, task.FinishedBefore(time.Now().Add(time.Hour)), task.ByState(task.StateRunning))
-				if ops, err := m.List(1, 1, task.ByMetadata("pool", "old")); err != nil || len(ops) != 0 {
-					t.Errorf("behind an operation that has changed: %d, %v", len(ops), err)
-				}
-				if _, err := m.List(1, 0, task.ByFinish(), task.Before(op.ID)); !errors.Is(err, task.ErrNotFound) {
-					t.Errorf("by finish, before an unfinished operation: %v", err)
-				}
-			}
-			unfinished()
+			check := func(want int, opts ...task.ListOption) { t.Helper(); wantListed(t, m, want, opts...) }
+			checkUnfinished(t, m, op)
 			close(end)
 			must(t, testkit.Until(func() bool { op, _ := m.Get(op.ID); return op.Error != "" })) // its end can't be stored
-			unfinished()
+			checkUnfinished(t, m, op)
 			fake.Before(nil)
 			wait(t, m, op.ID)
 			check(2, task.ByFinish())
@@ -260,6 +237,34 @@ func TestListWhileChanging(t *testing.T) {
 			check(1, task.ByFinish(), task.ByMetadata("pool", "new"))
 			check(2, task.FinishedAfter(op.CreatedAt.Add(-time.Hour)))
 		})
+	}
+}
+
+func wantListed(t *testing.T, m *task.Manager, want int, opts ...task.ListOption) {
+	t.Helper()
+	if ops, err := m.List(10, 0, opts...); err != nil || len(ops) != want {
+		t.Errorf("%d operations, %v, want %d", len(ops), err, want)
+	}
+}
+
+// checkUnfinished lists an operation that runs and is new in the pool "new", and one
+// that has finished in the pool "old".
+func checkUnfinished(t *testing.T, m *task.Manager, op *task.Operation) {
+	t.Helper()
+	wantListed(t, m, 1, task.ByMetadata("pool", "new"))
+	wantListed(t, m, 1, task.ByMetadata("pool", "old"))
+	wantListed(t, m, 0, task.ByMetadata("pool", "old"), task.Before(op.ID), task.ByState(task.StateRunning))
+	wantListed(t, m, 1, task.ByMetadata("pool", "new"), task.ByState(task.StateRunning))
+	wantListed(t, m, 0, task.ByMetadata("pool", "old"), task.ByState(task.StateRunning))
+	wantListed(t, m, 1, task.ByFinish())
+	wantListed(t, m, 0, task.ByFinish(), task.ByMetadata("pool", "new"))
+	wantListed(t, m, 1, task.FinishedAfter(op.CreatedAt.Add(-time.Hour)))
+	wantListed(t, m, 0, task.FinishedBefore(time.Now().Add(time.Hour)), task.ByState(task.StateRunning))
+	if ops, err := m.List(1, 1, task.ByMetadata("pool", "old")); err != nil || len(ops) != 0 {
+		t.Errorf("behind an operation that has changed: %d, %v", len(ops), err)
+	}
+	if _, err := m.List(1, 0, task.ByFinish(), task.Before(op.ID)); !errors.Is(err, task.ErrNotFound) {
+		t.Errorf("by finish, before an unfinished operation: %v", err)
 	}
 }
 

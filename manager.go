@@ -52,26 +52,29 @@ type Manager struct {
 
 	closeOnce sync.Once
 
+	looking    chan struct{} // full during a look
+	nextFull   time.Time     // when a look may read the unfinished operations again; guarded by looking
+	recovering sync.Mutex    // held while a looker recovers
+
 	// functions counts the goroutines that run functions, and those that retry
 	// recovery and prune. Add only while holding mu and not closing.
 	functions sync.WaitGroup
 
 	// mu guards what follows, and the tasks. No method of the store, and
 	// nothing else that takes time or calls back, is called while holding it.
-	mu       sync.Mutex
+	mu sync.Mutex
+	others
 	tasks    map[string]*task // the live operations by ID
 	unique   map[string]*task // those with unique keys, by key
 	last     uint64           // the number of the last task
 	queue    *queue.Queue[*task]
 	backlog  backlog
-	foreign  map[string]*foreign // what others run and somebody here waits for, by ID
-	stopPoll chan struct{}       // ends poll; nil unless that runs
-	progress *time.Timer         // will publish reports; nil if there are none
-	draining bool                // Submit returns ErrClosed
-	closing  bool                // Close or Drain was called: no function is started any more
-	stopping bool                // the functions have returned: the writer stores the rest
-	lastTry  bool                // Close will not try again
-	deadline time.Time           // when it won't
+	progress *time.Timer // will publish reports; nil if there are none
+	draining bool        // Submit returns ErrClosed
+	closing  bool        // Close or Drain was called: no function is started any more
+	stopping bool        // the functions have returned: the writer stores the rest
+	lastTry  bool        // Close will not try again
+	deadline time.Time   // when it won't
 }
 
 // closeGrace is how long Close goes on without progress in storing the rest.
@@ -131,9 +134,10 @@ func newManager(db Persistence, opts []Option) *Manager {
 		events:  eventlog.New[event](maxLag, maxLagBytes),
 		drained: make(chan struct{}),
 		closed:  make(chan struct{}),
+		looking: make(chan struct{}, 1),
 		tasks:   make(map[string]*task),
 		unique:  make(map[string]*task),
-		foreign: make(map[string]*foreign),
+		others:  others{foreign: make(map[string]*foreign)},
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -158,8 +162,9 @@ func newManager(db Persistence, opts []Option) *Manager {
 // empty, fn is nil or the metadata can't be kept, after Close, Shutdown or Drain
 // ([ErrClosed]), and if the operation can't be stored. With an SQLite store
 // that takes at most about 20 seconds: up to 10 in which an earlier write gives
-// up, and 10 for this one. With a store that has only the four methods, Submit
-// may wait for one store call per changed operation.
+// up, and 10 for this one; with [WithID], 10 more to find out whether the ID
+// exists. With a store that has only the four methods, Submit may wait for one
+// store call per changed operation.
 //
 // With an error that wraps [ErrExists], Submit returns the operation that
 // exists: see [WithID] and [WithUnique].
@@ -278,6 +283,7 @@ func (m *Manager) enter(t *task) (holder *task) {
 	for _, key := range t.unique {
 		m.unique[key] = t
 	}
+	m.lookOut()
 	return t
 }
 
@@ -424,6 +430,10 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 	t.op, t.err = cmp.Or(op, t.op), err
 	m.emit(t, false)
 	m.leave(t)
+	if m.all > 0 {
+		m.settled[t.id] = m.looks
+	}
+	m.lookOut()
 	close(t.done)
 	if m.stopping {
 		m.deadline = time.Now().Add(closeGrace)
@@ -607,7 +617,6 @@ func (m *Manager) Get(id string) (*Operation, bool) {
 }
 
 // get returns the operation with that ID as snapshot does.
-
 func (m *Manager) get(id string) (*Operation, error) {
 	if t := m.live(id); t != nil {
 		return m.snapshot(&t.life), nil
@@ -723,16 +732,22 @@ func (m *Manager) refresh(row *Operation) *Operation {
 	return row
 }
 
-// Cancel cancels the operation with that ID, and returns at once. A PENDING
-// one becomes CANCELLED without its function ever being called. A RUNNING one
-// has its context cancelled with the cause [ErrCancelled]; it becomes CANCELLED
-// when its function returns an error, and DONE if it returns none. If the
-// process dies before the next commit, the request is lost: whoever must know
-// waits for the operation.
+// Cancel cancels the operation with that ID. A PENDING one becomes CANCELLED
+// without its function ever being called. A RUNNING one has its context cancelled
+// with the cause [ErrCancelled]; it becomes CANCELLED when its function returns an
+// error, and DONE if it returns none. Until then it is Cancelling.
+//
+// Cancel returns at once. If the process dies before the next commit, the request
+// is lost: whoever must know waits for the operation.
+//
+// If another manager runs it, Cancel returns once the request is stored, and that
+// manager acts on it as if it had been asked itself: within 200 milliseconds with
+// an SQLite store. If that one dies first, the operation becomes FAILED as any
+// other that it ran. With a store that is no [Canceller], Cancel returns an error
+// that wraps [errors.ErrUnsupported].
 //
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
-// finished, and an error that wraps [errors.ErrUnsupported] if another manager
-// runs it.
+// finished.
 func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 
 // CancelCause is [Manager.Cancel] with a text that says who cancels the
@@ -741,49 +756,45 @@ func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 // by the function's error unless that is the context's own. Only the first
 // cancel of an operation counts.
 func (m *Manager) CancelCause(id, text string) error {
-	m.mu.Lock()
-	t := m.tasks[id]
-	if t == nil || t.hidden() {
-		m.mu.Unlock()
-		err := m.cancelError(id)
-		if errors.Is(err, errors.ErrUnsupported) { // or it was submitted here meanwhile
-			if m.liveRow(id) != nil {
-				return m.CancelCause(id, text)
-			}
-			err = m.cancelError(id)
-		}
+	if m.cancelLive(id, text) {
+		return nil
+	}
+	err := requestCancel(m.db, id, text)
+	if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // it was stored here just now
+		return m.CancelCause(id, text)
+	}
+	if err != nil {
 		return fmt.Errorf("task: cancel %s: %w", id, err)
-	}
-	var cancel context.CancelCauseFunc
-	if t.op.State == StatePending {
-		m.queue.Remove(&t.ticket)
-		m.finish(t, outcome{state: StateCancelled, err: text})
-		m.startNext()
-	} else if t.word.Load()&wordReturned == 0 {
-		cancel = t.cancel
-	}
-	m.mu.Unlock()
-	if cancel != nil {
-		if text == "" {
-			cancel(ErrCancelled)
-		} else {
-			cancel(cancelled(text))
-		}
 	}
 	return nil
 }
 
-// cancelError returns why this manager can't cancel an operation.
-func (m *Manager) cancelError(id string) error {
-	op, err := m.get(id)
-	switch {
-	case err != nil:
-		return err
-	case !op.State.live():
-		return fmt.Errorf("already %s: %w", op.State, ErrNotFound)
-	default:
-		return fmt.Errorf("another manager runs it, and only that one can cancel it: %w", errors.ErrUnsupported)
+// cancelLive cancels an operation that this manager runs, and reports whether it
+// does.
+func (m *Manager) cancelLive(id, text string) bool {
+	m.mu.Lock()
+	t := m.tasks[id]
+	if t == nil || t.hidden() || t.op.Cancelling || t.word.Load()&wordReturned != 0 {
+		m.mu.Unlock()
+		return t != nil && !t.hidden()
 	}
+	t.change(func(op *Operation) { op.Cancelling = true })
+	m.emit(t, true)
+	cancel := t.cancel
+	if t.op.State == StatePending {
+		cancel = func(error) {}
+		m.queue.Remove(&t.ticket)
+		m.finish(t, outcome{state: StateCancelled, err: text})
+		m.startNext()
+	}
+	m.changed(t)
+	m.mu.Unlock()
+	if text == "" {
+		cancel(ErrCancelled)
+	} else {
+		cancel(cancelled(text))
+	}
+	return true
 }
 
 // Wait waits until the operation with that ID has finished and returns it,
@@ -792,8 +803,9 @@ func (m *Manager) cancelError(id string) error {
 // no such operation, and [ErrClosed] if its final state could not be stored
 // before the manager was closed.
 //
-// An operation of another manager on the same database is looked at every 100
-// milliseconds, and marked as FAILED if that manager's process has died.
+// An operation of another manager on the same database may end up to 100
+// milliseconds, or with a very long queue a little, before Wait returns. It is
+// marked as FAILED about a second after that manager's process has died.
 //
 // A Func that waits for an operation which can't start before it ends waits
 // for ever; that is not detected.
@@ -850,18 +862,29 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		return &t.life, func() {}, nil
 	}
 	row, err := get(m.db, id)
+	if err == nil && row.State.live() {
+		if t := m.liveRow(id); t != nil { // it was stored just now
+			return &t.life, func() {}, nil
+		}
+		f := m.follow(id)
+		leave = func() { m.unfollow(id, f) }
+		row, err = get(m.db, id) // again: only what happens from now on gets a look
+		m.mu.Lock()
+		if err == nil && row.State.live() {
+			m.take(id, row, nil, false)
+		}
+		known := f.op != nil || f.err != nil
+		m.mu.Unlock()
+		if known {
+			return &f.life, leave, nil
+		}
+		leave()
+	}
 	if err != nil {
 		return nil, nil, err
 	}
-	if !row.State.live() {
-		l := newLife(row)
-		return &l, func() {}, nil
-	}
-	if t := m.liveRow(id); t != nil { // it was stored just now
-		return &t.life, func() {}, nil
-	}
-	f := m.follow(row)
-	return &f.life, func() { m.unfollow(f) }, nil
+	ended := newLife(row)
+	return &ended, func() {}, nil
 }
 
 // Prune deletes the operations that finished before that time from the history,
@@ -1003,6 +1026,12 @@ func (m *Manager) close() {
 	m.functions.Wait()
 	m.mu.Lock()
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
+	m.dropUnwaited()
+	if m.endLook != nil {
+		m.endLook() // another one takes its place if somebody waits
+		m.endLook = nil
+	}
+	m.lookOut()
 	m.backlog.retryAt = time.Time{}
 	m.backlog.changed = nil // all have a final state by now
 	m.mu.Unlock()

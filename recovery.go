@@ -11,13 +11,23 @@ import (
 )
 
 const (
-	// pollInterval is how often the operations of other managers are looked at
-	// while somebody waits for them.
-	pollInterval = 100 * time.Millisecond
+	// recoverInterval is how often the owners of operations that somebody waits
+	// for or watches are tried.
+	recoverInterval = time.Second
 
-	// recoverEvery is how many such looks there are to one at whether those
-	// managers are alive.
-	recoverEvery = 10
+	// lookPatience is how long Watch waits for the first look, which a store that
+	// hangs holds up.
+	lookPatience = 5 * time.Second
+
+	// maxSeen is how many IDs mark the place in the history up to which all is
+	// seen. The place counts as lost after ten times as many rows.
+	maxSeen = 1000
+
+	// maxLight is how long values may be that a look reads of every row.
+	maxLight = 4 << 10
+
+	// fewForeign is how many operations are read one by one.
+	fewForeign = 16
 
 	// maxOrphanLogs is how many recovered operations are logged one by one.
 	maxOrphanLogs = 100
@@ -86,93 +96,382 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// A foreign is an operation of another manager that somebody here waits for or
-// watches. However many do, it is looked at once per pollInterval.
+// A foreign is an unfinished operation of another manager that somebody here waits
+// for or watches.
 type foreign struct {
-	life
+	life    // op is nil until it has been read
 	waiters int
+	look    int // the last look that found it unfinished, or that it came too late for
 }
 
-// follow begins to look at an unfinished operation of another manager. Call
-// unfollow in the end.
-func (m *Manager) follow(row *Operation) *foreign {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	f := m.foreign[row.ID]
-	if f == nil {
-		f = &foreign{life: newLife(row)}
-		m.foreign[row.ID] = f
-	}
-	f.waiters++
-	if m.stopPoll == nil {
-		m.stopPoll = make(chan struct{})
-		go m.poll(m.stopPoll)
-	}
-	return f
+// What a manager knows of others. Its mutex guards this.
+//
+// There is one look at a time. It reads the newest rows first, then the
+// unfinished ones, and only a look takes an operation out of foreign that the
+// watchers of all know of: so that each is told in order, and its end once. An
+// operation that comes into foreign during a look has to wait for the next one.
+type others struct {
+	foreign map[string]*foreign // by ID; with watchers of all, every one that was found
+	all     int                 // how many watchers of all there are
+	seen    []string            // with those: the IDs of the newest rows, the newest first; nil before the first look
+	seenAt  time.Time           // when they were read
+	settled map[string]int      // with those: own operations that have finished, by ID, and the last look before that
+	looks   int                 // how many have begun
+	endLook context.CancelFunc  // ends looker; nil unless that runs
 }
 
-// unfollow is the end of follow.
-func (m *Manager) unfollow(f *foreign) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if f.waiters--; f.waiters == 0 && m.foreign[f.op.ID] == f {
-		delete(m.foreign, f.op.ID)
-	}
-	if len(m.foreign) == 0 && m.stopPoll != nil {
-		close(m.stopPoll)
-		m.stopPoll = nil
-	}
-}
-
-// poll looks at the operations of others until stop is closed.
-func (m *Manager) poll(stop <-chan struct{}) {
-	for n := 0; ; n++ {
-		select {
-		case <-stop:
-			return
-		case <-time.After(pollInterval):
+// lookOut starts or ends the looker. The caller holds m.mu.
+func (m *Manager) lookOut() {
+	_, hears := m.db.(Canceller)
+	needed := len(m.foreign) > 0 || !m.stopping && (m.all > 0 || hears && len(m.tasks) > 0)
+	switch {
+	case needed && m.endLook == nil:
+		var ctx context.Context
+		ctx, m.endLook = context.WithCancel(context.Background())
+		db := m.db
+		if m.stopping { // it may be closed while Changes would wait
+			db = nil
 		}
-		if n%recoverEvery == 0 && m.ctx.Err() == nil {
+		go m.looker(ctx, db)
+	case !needed && m.endLook != nil:
+		m.endLook()
+		m.endLook = nil
+	}
+}
+
+// errNotAll is returned by look when it left out what takes long.
+var errNotAll = errors.New("the unfinished operations are looked at later")
+
+// looker looks at what others have changed, until ctx is done; db tells when. Most
+// operations end before the first look.
+func (m *Manager) looker(ctx context.Context, db Persistence) {
+	for recovers := false; sleep(ctx, pollInterval); {
+		if !recovers {
+			recovers = true
+			go m.recoverOthers(ctx)
+		}
+		for err := range hints(ctx, db) {
+			if err = errors.Join(err, m.look(false)); err == nil {
+				continue
+			}
+			if !errors.Is(err, errNotAll) {
+				m.log.Debug("task: looking at the operations of others failed", "err", err)
+			}
+			break // to look again without waiting for a change
+		}
+	}
+}
+
+// recoverOthers recovers what dead processes have left, while somebody waits for
+// operations of others.
+func (m *Manager) recoverOthers(ctx context.Context) {
+	for ok := true; ok; ok = sleep(ctx, recoverInterval) {
+		m.mu.Lock()
+		needed := len(m.foreign) > 0 && m.ctx.Err() == nil
+		m.mu.Unlock()
+		if needed && m.recovering.TryLock() { // unless an earlier looker's still does
 			if err := m.recoverFrom(nil); err != nil {
 				m.log.Debug("task: recovery failed", "err", err)
 			}
-		}
-		m.mu.Lock()
-		ids := slices.Collect(maps.Keys(m.foreign))
-		m.mu.Unlock()
-		for _, id := range ids {
-			op, err := get(m.db, id)
-			if err != nil && m.ctx.Err() != nil && !errors.Is(err, ErrNotFound) {
-				// The store has been closed after the manager, or nearly so.
-				err = fmt.Errorf("%w: %w", ErrClosed, err)
-			}
-			m.found(id, op, err)
+			m.recovering.Unlock()
 		}
 	}
 }
 
-// found takes in what an operation of another manager has become.
-func (m *Manager) found(id string, op *Operation, err error) {
+// look looks once. Unless full says otherwise, it leaves out the unfinished
+// operations, which may be many, when those would take more than a tenth of the time.
+func (m *Manager) look(full bool) error {
+	m.looking <- struct{}{}
+	defer func() { <-m.looking }()
+	m.mu.Lock()
+	m.looks++
+	look, all, many, runs := m.looks, m.all > 0, len(m.foreign) > fewForeign, len(m.tasks) > 0
+	if m.stopping { // the store may be closed, which readRest tells those who wait
+		all, many, runs = false, false, false
+	}
+	m.mu.Unlock()
+	var err error
+	if runs {
+		err = m.hear()
+	}
+	if err == nil && all {
+		err = m.readNewest(look)
+	}
+	start := time.Now()
+	switch {
+	case err != nil:
+	case !full && start.Before(m.nextFull):
+		return errNotAll
+	case all || many:
+		err = m.readUnfinished(look)
+	}
+	if err == nil {
+		err = m.readRest(look)
+	}
+	m.nextFull = time.Now().Add(9 * time.Since(start))
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(m.settled, func(_ string, before int) bool { return before < look })
+	m.lookOut()
+	return nil
+}
+
+// hear acts on requests to cancel own operations.
+func (m *Manager) hear() error {
+	requests, err := cancelRequests(m.db)
+	for id, text := range requests {
+		m.cancelLive(id, text)
+	}
+	return err
+}
+
+// readNewest takes in the rows that were saved since the last call. The first call
+// finds the place in the history.
+func (m *Manager) readNewest(look int) error {
+	m.mu.Lock()
+	seen, since := m.seen, m.seenAt.Add(-time.Minute)
+	m.mu.Unlock()
+	now := wall()
+	rows, lost, err := m.rowsBefore(seen, since)
+	if err != nil {
+		return err
+	}
+	ids := make([]string, 0, maxSeen)
+	for _, row := range rows[:min(len(rows), maxSeen)] {
+		ids = append(ids, row.ID)
+	}
+	for _, row := range slices.Backward(rows) {
+		old := seen == nil || lost && row.CreatedAt.Before(since)
+		if err := m.found(row, look, !old); err != nil {
+			return err
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.seen, m.seenAt = append(ids, seen[:min(len(seen), maxSeen-len(ids))]...), now
+	return nil
+}
+
+// rowsBefore returns the newest rows up to the first one seen, the newest first, or
+// maxSeen of them if seen is nil. The place is lost if none of seen is stored any
+// more.
+func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation, lost bool, err error) {
+	known := make(map[string]bool, len(seen))
+	for _, id := range seen {
+		known[id] = true
+	}
+	f := Filter{MaxValue: maxLight}
+	for n := 16; ; n = min(4*n, maxSeen) {
+		page, err := listFiltered(m.db, f, n, 0)
+		if err != nil || len(page) == 0 {
+			return rows, len(seen) > 0, err
+		}
+		for _, row := range page {
+			switch {
+			case known[row.ID], seen == nil && len(rows) == maxSeen:
+				return rows, false, nil
+			case len(rows) > 10*maxSeen && row.CreatedAt.Before(since):
+				return rows, true, nil
+			}
+			known[row.ID] = true // should a store return a page twice
+			rows = append(rows, row)
+			f.Before = row.ID
+		}
+	}
+}
+
+// readUnfinished takes in all unfinished rows, if the store has an index for them.
+func (m *Manager) readUnfinished(look int) error {
+	l, ok := m.db.(FilteredLister)
+	f := Filter{States: []State{StatePending, StateRunning}, MaxValue: maxLight}
+	heard := time.Now()
+	for ok {
+		if time.Since(heard) > pollInterval { // requests do not wait for the end
+			if err := m.hear(); err != nil {
+				return err
+			}
+			heard = time.Now()
+		}
+		page, err := l.ListFiltered(f, maxSeen, 0)
+		if errors.Is(err, errors.ErrUnsupported) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		for _, row := range page {
+			if err := m.found(row, look, false); err != nil {
+				return err
+			}
+		}
+		if ok = len(page) == maxSeen && page[maxSeen-1].ID != f.Before; ok {
+			f.Before = page[maxSeen-1].ID
+		}
+	}
+	return nil
+}
+
+// readRest reads those operations one by one that have left the unfinished ones,
+// or were not looked for among these.
+func (m *Manager) readRest(look int) error {
+	var rest []string
+	m.mu.Lock()
+	for id, f := range m.foreign {
+		if f.look < look {
+			rest = append(rest, id)
+		}
+	}
+	m.mu.Unlock()
+	for _, id := range rest {
+		row, err := get(m.db, id)
+		switch {
+		case err == nil || errors.Is(err, ErrNotFound):
+		case m.ctx.Err() != nil: // the store has been closed after the manager, or nearly so
+			err = fmt.Errorf("%w: %w", ErrClosed, err)
+		default:
+			return err
+		}
+		m.mu.Lock()
+		m.take(id, row, err, false)
+		m.mu.Unlock()
+	}
+	return nil
+}
+
+// found takes in a row from a list, whole. With fresh, it was saved since the last
+// look.
+func (m *Manager) found(row *Operation, look int, fresh bool) error {
+	m.mu.Lock()
+	f := m.foreign[row.ID]
+	matters := f != nil || m.all > 0 && !m.own(row.ID) && (fresh || row.State.live())
+	if f != nil && row.State.live() {
+		f.look = look
+		matters = f.op == nil || later(row, f.op)
+	}
+	m.mu.Unlock()
+	if !matters {
+		return nil
+	}
+	_, light := row.Metadata.(Omitted)
+	if _, omitted := row.Result.(Omitted); light || omitted {
+		var err error
+		if row, err = get(m.db, row.ID); err != nil {
+			if errors.Is(err, ErrNotFound) {
+				return nil // which readRest will find, too
+			}
+			return err
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.take(row.ID, row, nil, fresh)
+	return nil
+}
+
+// own reports whether this manager has told of an operation itself. The caller
+// holds m.mu.
+func (m *Manager) own(id string) bool {
+	_, settled := m.settled[id]
+	return settled || m.tasks[id] != nil
+}
+
+// later reports whether a row is a later state of an operation than another one.
+func later(row, known *Operation) bool {
+	return row.UpdatedAt.After(known.UpdatedAt) || !row.State.live() || row.Cancelling && !known.Cancelling ||
+		known.State == StatePending && row.State != known.State
+}
+
+// take takes in what an operation of another manager has become. The end of one of
+// which watchers have not been told is told only if it is fresh: else a look has
+// told it before, or will. The caller holds m.mu.
+func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
+	f, own := m.foreign[id], m.own(id)
+	told := f != nil && f.op != nil
+	switch {
+	case f == nil && (m.all == 0 || m.stopping || own), err == nil && told && !later(row, f.op):
+		return
+	case f == nil:
+		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		m.foreign[id] = f
+	}
+	soft := false
+	if f.err = err; err == nil {
+		soft = told && f.op.State == row.State
+		f.op, f.stored = row, row.State
+	}
+	ended := err != nil || !row.State.live()
+	if !own && (told || fresh || !ended) {
+		m.appendEvent(event{op: f.op, err: err}, soft)
+	}
+	if ended {
+		close(f.done)
+		delete(m.foreign, id)
+	}
+}
+
+// follow begins to look at an operation of another manager. Call unfollow in the
+// end.
+func (m *Manager) follow(id string) *foreign {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	f := m.foreign[id]
 	if f == nil {
-		return
+		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		m.foreign[id] = f
 	}
-	before := f.op
-	switch {
-	case err == nil && op.State == before.State && op.UpdatedAt.Equal(before.UpdatedAt):
-		return
-	case err == nil:
-		f.op = op
-	case errors.Is(err, ErrNotFound), errors.Is(err, ErrClosed):
-		f.err = err
-	default:
-		return
-	}
-	m.appendEvent(event{op: f.op, err: f.err, foreign: true}, f.err == nil && f.op.State == before.State)
-	if f.err != nil || !f.op.State.live() {
-		close(f.done)
+	f.waiters++
+	m.lookOut()
+	return f
+}
+
+// unfollow is the end of follow.
+func (m *Manager) unfollow(id string, f *foreign) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if f.waiters--; f.waiters == 0 && m.foreign[id] == f && (m.all == 0 || f.op == nil) {
 		delete(m.foreign, id)
 	}
+	m.lookOut()
+}
+
+// followAll begins to look at all operations of others. It returns after the first
+// look; should that take too long, what it finds are events.
+func (m *Manager) followAll(ctx context.Context) {
+	m.mu.Lock()
+	if m.all++; m.all == 1 {
+		m.settled = make(map[string]int)
+	}
+	m.lookOut()
+	stopping := m.stopping
+	m.mu.Unlock()
+	if stopping {
+		return
+	}
+	looked := make(chan error, 1)
+	go func() { looked <- m.look(true) }()
+	select {
+	case <-looked: // if that has failed, the looker tries again
+	case <-ctx.Done():
+	case <-time.After(lookPatience):
+	}
+}
+
+// unfollowAll is the end of followAll.
+func (m *Manager) unfollowAll() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.all--; m.all == 0 {
+		m.seen, m.settled = nil, nil
+		m.dropUnwaited()
+	}
+	m.lookOut()
+}
+
+// dropUnwaited forgets the operations of others for which nobody waits. The caller
+// holds m.mu.
+func (m *Manager) dropUnwaited() {
+	maps.DeleteFunc(m.foreign, func(_ string, f *foreign) bool { return f.waiters == 0 })
 }

@@ -33,8 +33,8 @@ import (
 // [ErrNotFound].
 //
 // A store may have further abilities, which the manager uses if they are there:
-// see [BatchWriter], [Recoverer], [FilteredLister] and [Pruner]. If a method of
-// theirs returns an error that wraps [errors.ErrUnsupported], as that of a
+// see [BatchWriter], [Recoverer], [FilteredLister], [Pruner], [Canceller] and
+// [Notifier]. If a method of theirs returns an error that wraps [errors.ErrUnsupported], as that of a
 // wrapper may whose inner store lacks the ability, the store counts as one
 // without it.
 type Persistence interface {
@@ -533,5 +533,92 @@ func prune(db Persistence, before time.Time) iter.Seq2[int, error] {
 	}
 	return func(yield func(int, error) bool) {
 		yield(0, fmt.Errorf("%T has no Prune: %w", db, errors.ErrUnsupported))
+	}
+}
+
+// A Canceller is a [Persistence] that passes cancel requests to the managers that
+// run the operations.
+type Canceller interface {
+	Persistence
+
+	// RequestCancel stores a request to cancel the operation with that ID, with a
+	// text that says who asks and why, or "". The operation is Cancelling from
+	// then on, and keeps its other fields. Only the first request counts, or the
+	// first Update to Cancelling: later ones change nothing. If there is no such
+	// operation, or it has finished, RequestCancel returns an error that wraps
+	// [ErrNotFound].
+	RequestCancel(id, text string) error
+
+	// CancelRequests returns the texts of the requests, by the ID of the
+	// operation, for the unfinished operations that this store has saved. It may
+	// include others that are Cancelling. It is called often, and should not read
+	// the operations that have none.
+	CancelRequests() (map[string]string, error)
+}
+
+// requestCancel uses the store's RequestCancel. There is no way without it: then
+// the error wraps [errors.ErrUnsupported] if the operation is not finished.
+func requestCancel(db Persistence, id, text string) error {
+	if c, ok := db.(Canceller); ok {
+		if err := notFound(c.RequestCancel(id, text)); !errors.Is(err, errors.ErrUnsupported) {
+			return err
+		}
+	}
+	op, err := get(db, id)
+	switch {
+	case err != nil:
+		return err
+	case !op.State.live():
+		return fmt.Errorf("already %s: %w", op.State, ErrNotFound)
+	}
+	return fmt.Errorf("another manager runs it, and %T has no RequestCancel: %w", db, errors.ErrUnsupported)
+}
+
+// cancelRequests uses the store's CancelRequests. Without it nobody can have asked.
+func cancelRequests(db Persistence) (map[string]string, error) {
+	if c, ok := db.(Canceller); ok {
+		if requests, err := c.CancelRequests(); !errors.Is(err, errors.ErrUnsupported) {
+			return requests, err
+		}
+	}
+	return nil, nil
+}
+
+// A Notifier is a [Persistence] that notices when its data may have changed.
+type Notifier interface {
+	Persistence
+
+	// Changes yields nil at once, and then whenever another store, or this one,
+	// may have changed something since it yielded last: no later than about 100
+	// milliseconds after the change is committed, and at most every 100
+	// milliseconds. It ends when ctx is done, or with an error when it can't go
+	// on.
+	Changes(ctx context.Context) iter.Seq[error]
+}
+
+// pollInterval is how long a change by another manager may go unnoticed.
+const pollInterval = 100 * time.Millisecond
+
+// hints uses the store's Changes if it has one, and else takes the data to change
+// all the time.
+func hints(ctx context.Context, db Persistence) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		if n, ok := db.(Notifier); ok {
+			unsupported := false
+			for err := range n.Changes(ctx) {
+				if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
+					break
+				}
+				if !yield(err) {
+					return
+				}
+			}
+			if !unsupported {
+				return
+			}
+		}
+		for ok := true; ok && yield(nil); {
+			ok = sleep(ctx, pollInterval)
+		}
 	}
 }

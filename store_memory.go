@@ -2,6 +2,7 @@ package task
 
 import (
 	"iter"
+	"maps"
 	"math"
 	"slices"
 	"sync"
@@ -18,13 +19,14 @@ type MemoryStore struct {
 	rows     map[string]*Operation // Metadata and Result are json.RawMessage or nil
 	order    []*Operation          // rows by order of Save, and some that have been deleted
 	finished []*Operation          // rows by order of finishing
+	requests map[string]string     // texts of cancel requests for unfinished rows, by ID
 }
 
 const maxFinished = 10_000
 
 // NewMemoryStore returns an empty store.
 func NewMemoryStore() *MemoryStore {
-	return &MemoryStore{rows: make(map[string]*Operation)}
+	return &MemoryStore{rows: make(map[string]*Operation), requests: make(map[string]string)}
 }
 
 // Save implements [Persistence].
@@ -57,7 +59,7 @@ func (s *MemoryStore) Update(op *Operation) error {
 		return ErrNotFound
 	}
 	with.Name, with.CreatedAt, with.Owner = row.Name, row.CreatedAt, row.Owner
-	with.Cancelling = row.Cancelling && row.State.live() || op.Cancelling
+	with.Cancelling = (row.Cancelling || op.Cancelling) && op.State.live()
 	*row = with
 	s.retire(row)
 	return nil
@@ -68,6 +70,7 @@ func (s *MemoryStore) retire(row *Operation) {
 	if !row.State.Finished() {
 		return
 	}
+	delete(s.requests, row.ID)
 	if s.finished = append(s.finished, row); len(s.finished) > maxFinished {
 		s.drop(s.finished[0])
 		s.finished[0] = nil
@@ -160,4 +163,26 @@ func (s *MemoryStore) Prune(before time.Time) iter.Seq2[int, error] {
 		s.mu.Unlock()
 		yield(n, nil)
 	}
+}
+
+// RequestCancel implements [Canceller].
+func (s *MemoryStore) RequestCancel(id, text string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	row := s.rows[id]
+	switch {
+	case row == nil || !row.State.live():
+		return ErrNotFound
+	case !row.Cancelling:
+		row.Cancelling = true
+		s.requests[id] = text
+	}
+	return nil
+}
+
+// CancelRequests implements [Canceller].
+func (s *MemoryStore) CancelRequests() (map[string]string, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return maps.Clone(s.requests), nil
 }

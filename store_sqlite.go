@@ -124,7 +124,8 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 // uses an index only if it repeats the index's expression and its condition.
 // The first index is for ByState; it stays small, as most operations end DONE.
 // The second one is for recovery, and has only unfinished rows: those of the
-// living cost nothing there. The third one is for Prune.
+// living cost nothing there. The third one is for Prune and ByFinish, and the last
+// one for CancelRequests.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -148,7 +149,8 @@ CREATE TABLE IF NOT EXISTS tasks (
 )`,
 		`CREATE INDEX IF NOT EXISTS tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'`,
 		`CREATE INDEX IF NOT EXISTS tasks_unfinished ON tasks (` + ownerText + `) WHERE ` + unfinished,
-		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished},
+		`CREATE INDEX IF NOT EXISTS tasks_finished ON tasks (` + finishTime + `) WHERE ` + finished,
+		`CREATE INDEX IF NOT EXISTS tasks_cancelling ON tasks (` + ownerText + `) WHERE ` + cancelling},
 }
 
 // The conditions and the expressions that the indexes have. For IN, SQLite would
@@ -157,6 +159,7 @@ const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
 	finishTime = `ifnull(updated_at, '')`
 	unfinished = `(state = 'PENDING' OR state = 'RUNNING')`
+	cancelling = unfinished + ` AND cancel_requested_at IS NOT NULL`
 	ownerText  = `ifnull(CAST(owner AS TEXT), '')` // "" for a row without an owner
 )
 
@@ -362,9 +365,10 @@ func (s *SQLiteStore) Update(op *Operation) error {
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
 // has (an ID may exist, and UPDATE ... FROM takes one of two for the same
-// operation), the rows are written one by one instead, in their order. If COMMIT finds no room for all of
-// them, those are stored for which there is room. Any other failure of BEGIN or
-// COMMIT, and a database that stays locked, fail the whole batch.
+// operation), the rows are written one by one instead, in their order. If COMMIT
+// finds no room for all of them, those are stored for which there is room. Any
+// other failure of BEGIN or COMMIT, and a database that stays locked, fail the
+// whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
@@ -621,20 +625,21 @@ const placeFinish = `coalesce(?, x'')`
 // it may miss some.
 func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
 	var below *place
-	var few window
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-		if below, err = start(c, f); err == nil && below != nil {
-			few, err = fewFor(c, f, *below)
-		}
+		below, err = start(c, f)
 		return err
 	})
-	for n := 100; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
+	const first = 100
+	for n := first; err == nil && below != nil && len(ops) < limit; n = min(2*n, maxStep) {
 		var found []*Operation
 		var skipped int
 		var next *place
 		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
-			w := few
-			if next = nil; w.where == "" {
+			var w window
+			if n == 2*first { // what is frequent has been found by now
+				w, err = fewFor(c, f, *below)
+			}
+			if next = nil; err == nil && w.where == "" {
 				w, next, err = windowOf(c, f, *below, n)
 			}
 			if err == nil {
@@ -1089,6 +1094,48 @@ const (
 		AND (` + finishTime + ` < ? OR ` + finishTime + ` NOT GLOB '????-??-?? ??:??:??.??????')
 		ORDER BY ` + finishTime + `, rowid LIMIT ?) ORDER BY 1, 2 LIMIT ?`
 )
+
+// RequestCancel implements [Canceller].
+func (s *SQLiteStore) RequestCancel(id, text string) error {
+	n := 0
+	err := s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+		n, err = changes(c, `UPDATE tasks SET cancel_cause = iif(cancel_requested_at IS NULL, ?, cancel_cause),
+			cancel_requested_at = coalesce(cancel_requested_at, ?) WHERE id = ? AND `+unfinished,
+			textCell(validUTF8(text)), formatTime(wall()), id)
+		return err
+	})
+	if err == nil && n == 0 {
+		err = ErrNotFound
+	}
+	return err
+}
+
+// CancelRequests implements [Canceller].
+func (s *SQLiteStore) CancelRequests() (requests map[string]string, err error) {
+	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
+		requests = make(map[string]string)
+		rows, err := c.QueryContext(context.Background(), `SELECT CAST(id AS TEXT), coalesce(CAST(cancel_cause AS TEXT), '')
+			FROM tasks INDEXED BY tasks_cancelling WHERE `+cancelling+` AND `+ownerText+` = ?`, s.owner.ID)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var id, text string
+			if err := rows.Scan(&id, &text); err != nil {
+				return err
+			}
+			requests[id] = validUTF8(text)
+		}
+		return rows.Err()
+	})
+	return requests, err
+}
+
+// Changes implements [Notifier].
+func (s *SQLiteStore) Changes(ctx context.Context) iter.Seq[error] {
+	return s.db.Changes(ctx, pollInterval)
+}
 
 // changes executes a statement and returns how many rows it has changed.
 func changes(c *sql.Conn, query string, args ...any) (int, error) {

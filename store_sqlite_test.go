@@ -240,7 +240,8 @@ func TestSQLiteNewFile(t *testing.T) {
 			"11 message TEXT 0 none 0", "12 cancel_cause TEXT 0 none 0", "13 cancel_requested_at DATETIME 0 none 0")
 		sqliteSame(t, "columns", sqliteTexts(t, s.db, columns), want)
 		sqliteSame(t, "indexes", sqliteTexts(t, s.db, "SELECT sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY sql"),
-			[]string{"CREATE INDEX tasks_finished ON tasks (ifnull(updated_at, '')) WHERE (state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')",
+			[]string{"CREATE INDEX tasks_cancelling ON tasks (ifnull(CAST(owner AS TEXT), '')) WHERE (state = 'PENDING' OR state = 'RUNNING') AND cancel_requested_at IS NOT NULL",
+				"CREATE INDEX tasks_finished ON tasks (ifnull(updated_at, '')) WHERE (state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')",
 				"CREATE INDEX tasks_state_not_done ON tasks (state) WHERE state <> 'DONE'",
 				"CREATE INDEX tasks_unfinished ON tasks (ifnull(CAST(owner AS TEXT), '')) WHERE (state = 'PENDING' OR state = 'RUNNING')"})
 		sqliteSame(t, "other tables", sqliteTexts(t, s.db, "SELECT name FROM sqlite_master WHERE tbl_name <> 'tasks'"), nil)

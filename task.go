@@ -40,9 +40,9 @@
 // # Several managers
 //
 // Several managers, in one process or in several, may share one SQLite
-// database. Each sees the operations of all and cancels only its own. When a
-// process dies, the next manager to start marks what it left behind as failed,
-// and leaves the operations of the living alone.
+// database. Each runs what was submitted to it, and sees and cancels the
+// operations of all. When a process dies, the next manager to start marks what it
+// left behind as failed, and leaves the operations of the living alone.
 package task
 
 import (
@@ -490,7 +490,7 @@ func (t *task) finish(end outcome) bool {
 	t.word.Or(wordReturned)
 	t.takeOver()
 	final := *t.op
-	final.State = end.state
+	final.State, final.Cancelling = end.state, false
 	if end.state == StateDone {
 		final.Progress = 100
 	}

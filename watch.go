@@ -14,15 +14,18 @@ import (
 )
 
 // Watch returns the changes of the operations with those IDs, or, if ids is nil
-// as in Watch(ctx), of all live ones of this manager and all that are submitted
-// after the call. If ids is empty but not nil, the sequence ends at once.
+// as in Watch(ctx), of all live ones in the database, whichever manager runs them,
+// and all that are submitted after the call. If ids is empty but not nil, the sequence ends at once.
 //
 // It yields first the present state of each, the oldest first, and then every
 // change of state, in order and exactly once. Progress and metadata are
 // conflated: what it yields is the latest. Every operation is a snapshot of the
-// receiver's own. An operation of another manager on the same database, which
-// has to be named, is looked at every 100 milliseconds, so that a state which
-// passes more quickly may be missed.
+// receiver's own. What another manager on the same database runs comes some 100
+// milliseconds late, and a state between the first and the final one may be left
+// out: the final one comes exactly once. If the store takes longer than 5 seconds
+// to tell what others run, or fails, the states of those come among the changes,
+// once it can be read. With a store that is no [FilteredLister], what others have
+// submitted before the last 1,000 operations is left out.
 //
 //	for op, err := range manager.Watch(ctx) {
 //		if err != nil {
@@ -138,9 +141,8 @@ const (
 
 // An event is the new visible state of an operation.
 type event struct {
-	op      *Operation
-	foreign bool  // another manager runs it
-	err     error // if not nil: there will be no final state, and why
+	op  *Operation
+	err error // if not nil: there will be no final state, and why
 }
 
 // appendEvent appends an event to the log. With soft, watchers may skip what the
@@ -178,7 +180,7 @@ func (m *Manager) publishProgress() {
 
 // A watcher is one call of Watch.
 type watcher struct {
-	m       *Manager
+	events  *eventlog.Log[event]
 	reader  *eventlog.Reader[event]
 	read    int             // how many events it has read
 	present []event         // the present states that it has yet to yield
@@ -190,11 +192,15 @@ type watcher struct {
 
 // subscribe returns a watcher of everything from now on. End ctx, or call run.
 func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
-	w := &watcher{m: m}
+	w := new(watcher)
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
 	var lives []*life
 	var leaves []func()
+	if len(ids) == 0 {
+		m.followAll(ctx)
+		leaves = append(leaves, m.unfollowAll)
+	}
 	for _, id := range ids {
 		l, leave, err := m.find(id)
 		if err != nil {
@@ -203,7 +209,7 @@ func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
 		}
 		lives, leaves = append(lives, l), append(leaves, leave)
 	}
-	w.join(ids, lives)
+	m.join(w, ids, lives)
 	w.leave = sync.OnceFunc(func() {
 		w.reader.Close()
 		for _, leave := range leaves {
@@ -216,16 +222,20 @@ func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
 
 // join collects the present states and begins to read the event log, both at
 // the same moment.
-func (w *watcher) join(ids []string, lives []*life) {
-	m := w.m
+func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
+	w.events = m.events
 	if len(ids) > 0 {
 		w.open = make(map[string]bool, len(ids))
 	} else {
 		for _, t := range m.sorted() {
 			if m.publish(t); t.err == nil {
 				lives = append(lives, &t.life)
+			}
+		}
+		for id, f := range m.foreign {
+			if m.tasks[id] == nil {
+				lives = append(lives, &f.life)
 			}
 		}
 	}
@@ -241,6 +251,10 @@ func (w *watcher) join(ids []string, lives []*life) {
 		}
 	}
 	w.reader = m.events.Read(ids...)
+	m.mu.Unlock()
+	if w.open == nil {
+		slices.SortStableFunc(w.present, func(a, b event) int { return a.op.CreatedAt.Compare(b.op.CreatedAt) })
+	}
 }
 
 // run yields present states, then events, with the operations as snapshot
@@ -294,7 +308,7 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 			return event{}, err
 		case ok && w.open != nil:
 			return e.Value, e.Value.err
-		case ok && !e.Value.foreign && (e.Value.err == nil || errors.Is(e.Value.err, ErrNotFound)):
+		case ok && (e.Value.err == nil || errors.Is(e.Value.err, ErrNotFound)):
 			return e.Value, nil
 		case ok:
 			continue
@@ -312,7 +326,7 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 // thousand do: then each gets some 1,300 events a second.
 func (w *watcher) pause(ctx context.Context) {
 	const few = 10
-	if n := w.m.events.Readers(); n > few {
+	if n := w.events.Readers(); n > few {
 		sleep(ctx, time.Duration(n*n)*50*time.Nanosecond)
 	}
 }

@@ -33,15 +33,16 @@ const (
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = time.Second
 
-	maxUnknown = 10_000 // inserts of unknown outcome that are remembered
+	maxUnknown      = 10_000  // inserts of unknown outcome that are remembered
+	maxUnknownValue = 4 << 10 // bytes of metadata that are remembered of each
 )
 
 // A record is one row to store, and what has become of it.
 type record struct {
-	t     *task      // nil for an insert of unknown outcome
-	op    *Operation // the row, which never changes; of an insert of unknown outcome some fields
+	t     *task      // nil for an insert of unknown outcome, which is to be FAILED
+	op    *Operation // the row, which never changes
 	final bool       // it is the final state of t
-	given bool       // the row of an insert of unknown outcome may be another's
+	given bool       // the caller gave the ID of an insert of unknown outcome: the row may be another's
 	err   error
 
 	checkpoints []chan error // to be answered
@@ -56,7 +57,7 @@ func answer(checkpoints []chan error, err error) {
 // A batch is what one call of the store writes.
 type batch struct {
 	inserts, updates []record
-	unknown          []record // inserts of unknown outcome, which are to be FAILED
+	unknown          []record // inserts of unknown outcome that have to be read first
 }
 
 func (b *batch) empty() bool { return len(b.inserts)+len(b.updates)+len(b.unknown) == 0 }
@@ -69,8 +70,8 @@ type backlog struct {
 	changedAt time.Time // when the first of changed came
 	before    int       // how many of changed the last take has left
 	urgent    bool      // do not delay those of changed that Checkpoint waits for
-	retry     []record  // final states that were refused
-	unknown   []record  // inserts of unknown outcome
+	retry     []record  // final states that were refused, and inserts of unknown outcome
+	unknown   []record  // inserts of unknown outcome that have to be read first
 	writing   []*task   // whose updates are being written
 
 	retryAt time.Time // when to try again what has failed
@@ -120,7 +121,9 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	out.updates = append(out.updates, retry...)
 	b.writing = nil
 	for _, w := range out.updates {
-		b.writing = append(b.writing, w.t)
+		if w.t != nil {
+			b.writing = append(b.writing, w.t)
+		}
 	}
 	return out
 }
@@ -177,10 +180,8 @@ func (b *backlog) again(w record, now time.Time) {
 		b.retryAt = now.Add(b.backoff)
 	}
 	switch {
-	case w.t == nil:
-		b.unknown = append(b.unknown, w)
-	case w.final:
-		b.retry = append(b.retry, w)
+	case w.t == nil || w.final:
+		b.tryAgain(w)
 	case w.t.final != nil:
 		answer(w.checkpoints, errReturned)
 	default:
@@ -192,12 +193,22 @@ func (b *backlog) again(w record, now time.Time) {
 // remember notes an insert that has failed. Should the row be there after all,
 // then as one that has FAILED.
 func (b *backlog) remember(w record) {
-	if len(b.unknown) >= maxUnknown { // recovery will find it
+	if len(b.retry)+len(b.unknown) >= maxUnknown { // recovery will find it
 		return
 	}
-	failed := &Operation{ID: w.op.ID, CreatedAt: w.op.CreatedAt, Owner: w.op.Owner}
+	failed := *w.op
+	failed.State, failed.UpdatedAt = StateFailed, latest(wall(), failed.UpdatedAt)
+	failed.bound(maxUnknownValue)
 	failed.Error = validUTF8("not started, because Submit failed: " + w.err.Error())
-	b.unknown = append(b.unknown, record{op: failed, given: w.t.given})
+	b.tryAgain(record{op: &failed, given: w.t.given})
+}
+
+func (b *backlog) tryAgain(w record) {
+	if _, omitted := w.op.Metadata.(Omitted); omitted || w.given {
+		b.unknown = append(b.unknown, w)
+	} else {
+		b.retry = append(b.retry, w)
+	}
 }
 
 // forget drops what remember has noted of an ID, which is that of another insert
@@ -213,7 +224,7 @@ func (b *backlog) unstored(yield func(*task) bool) {
 		tasks = append(tasks, w.t)
 	}
 	for _, t := range tasks {
-		if !yield(t) {
+		if t != nil && !yield(t) {
 			return
 		}
 	}
@@ -278,17 +289,19 @@ func (w *writer) run() {
 	}
 }
 
-// write stores a batch, and notes in it what has become of each row. Inserts of
-// unknown outcome come first: a new one of the same ID is not to be taken for
-// them. Those that are left in the batch are to be tried again.
+// write stores a batch, and notes in it the outcome of each row. Inserts of
+// unknown outcome that have to be read come first: a new one of the same ID is
+// not to be taken for them. Those that are left in the batch are to be tried again.
 func (w *writer) write(b *batch) {
-	var failed error
-	for failed == nil && len(b.unknown) > 0 {
-		first := b.unknown[0]
-		b.unknown = b.unknown[1:]
-		if failed = w.failInsert(first); failed != nil {
-			first.err = failed
-			b.unknown = append(b.unknown, first)
+	start, unknown := time.Now(), b.unknown
+	b.unknown = nil
+	for i, u := range unknown {
+		if time.Since(start) > maxBackoff { // the rest goes first next time
+			b.unknown = append(unknown[i:], b.unknown...)
+			break
+		}
+		if u.err = w.failInsert(u); u.err != nil {
+			b.unknown = append(b.unknown, u)
 		}
 	}
 	if len(b.inserts)+len(b.updates) == 0 {
@@ -307,11 +320,11 @@ func (w *writer) write(b *batch) {
 	}
 }
 
-// failInsert marks the row of an insert of unknown outcome as FAILED, if there
-// is one.
+// failInsert marks the row of an insert of unknown outcome as FAILED. With an ID
+// that the caller gave, it must be this manager's for certain.
 func (w *writer) failInsert(u record) error {
 	row, err := get(w.db, u.op.ID)
-	if err == nil && (!u.given || u.op.saved(row)) {
+	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
 		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
 	}
 	if errors.Is(err, ErrNotFound) {

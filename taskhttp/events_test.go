@@ -45,7 +45,7 @@ func TestEvents(t *testing.T) {
 			}
 		}
 		must(t, m.Cancel(c.ID))
-		r.want("operation c CANCELLED 0")
+		r.want("operation c PENDING 0", "operation c CANCELLED 0") // it is cancelling first
 		b.end("result", nil)
 		r.want("operation b DONE 100")
 		run(t, m, "d", nil, errors.New("no"))

@@ -465,7 +465,7 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, query url.Value
 	id := r.PathValue("id")
 	err := h.manager.CancelCause(id, cancelText(r, reason))
 	switch {
-	case errors.Is(err, errors.ErrUnsupported): // another manager runs it
+	case errors.Is(err, errors.ErrUnsupported): // another manager runs it, and the store passes no requests on
 		Problem(w, r, http.StatusConflict, err)
 		return nil
 	case err != nil && !errors.Is(err, task.ErrNotFound):

@@ -363,7 +363,7 @@ func (p *replay) read(r *eventlog.Reader[entry]) {
 
 var following = map[task.State][]task.State{
 	"":                {task.StatePending},
-	task.StatePending: {task.StateRunning, task.StateFailed, task.StateCancelled},
+	task.StatePending: {task.StatePending, task.StateRunning, task.StateFailed, task.StateCancelled},
 	task.StateRunning: {task.StateRunning, task.StateDone, task.StateFailed, task.StateCancelled},
 }
 

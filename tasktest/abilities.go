@@ -18,31 +18,31 @@ var batchChecks = []check{
 	{
 		name: "batch",
 		rule: "WriteBatch stores saves in their order, then updates, and they are durable on return.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batches,
 	},
 	{
 		name: "batch-bad-member",
 		rule: "In WriteBatch, an operation that can't be stored fails alone, and the others are stored; errors are in the order of the operations.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batchesWithBad,
 	},
 	{
 		name: "batch-same",
 		rule: "In one WriteBatch, an operation may be saved and updated, and an update that finishes it may follow one that does not.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batchesOfSame,
 	},
 	{
 		name: "batch-empty",
 		rule: "WriteBatch without operations changes nothing and returns no errors.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: batchesOfNone,
 	},
 	{
 		name: "batch-concurrent",
 		rule: "WriteBatch may be called from any number of goroutines at once.",
-		has:  has[task.BatchWriter],
+		has:  canBatch,
 		test: func(s *session) {
 			s.crowd(func(op task.Operation) { s.batch([]task.Operation{op}, nil) },
 				func(op task.Operation) { s.batch(nil, []task.Operation{op}) })
@@ -122,19 +122,19 @@ var recoverChecks = []check{
 	{
 		name: "recover",
 		rule: "Recover marks each operation that a closed store has left PENDING or RUNNING as FAILED with the reason, yields each once, and changes nothing that is finished.",
-		has:  has[task.Recoverer],
+		has:  canRecover,
 		test: recovers,
 	},
 	{
 		name: "recover-break",
 		rule: "What Recover yields is stored; when its caller breaks out of the loop, the next Recover continues with the rest.",
-		has:  has[task.Recoverer],
+		has:  canRecover,
 		test: recoversInParts,
 	},
 	{
 		name: "recover-living",
 		rule: "Recover leaves alone what a manager on the open store runs.",
-		has:  has[task.Recoverer],
+		has:  canRecover,
 		test: recoversNoLiving,
 	},
 }
@@ -278,49 +278,49 @@ var filterChecks = []check{
 	{
 		name: "max-value",
 		rule: "ListFiltered leaves values as they are, or, those of more bytes than the filter's MaxValue, as a task.Omitted with their length.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: omits,
 	},
 	{
 		name: "filtered",
 		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID that is no UUIDv7 is an error that wraps task.ErrNotFound.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: filters,
 	},
 	{
 		name: "filtered-deleted",
 		rule: "ListFiltered before a UUIDv7 that is not stored returns the operations that would follow it, by the order of the IDs.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: filtersBeforeDeleted,
 	},
 	{
 		name: "filtered-containing",
 		rule: "ListFiltered finds the operations with the filter's Containing in their names, ASCII letters in either case.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: containing,
 	},
 	{
 		name: "filtered-metadata",
 		rule: "ListFiltered finds the operations with all strings of the filter's Metadata as members of theirs, Include and Exclude included.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: metadata,
 	},
 	{
 		name: "filtered-finished",
 		rule: "ListFiltered finds the operations that finished at FinishedAfter or later, and before FinishedBefore.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: finishedWithin,
 	},
 	{
 		name: "filtered-by-finish",
 		rule: "ListFiltered with ByFinish lists the finished operations by UpdatedAt, the latest first, and those with the same by order of Save, the last one first; Before any but a finished operation is an error that wraps task.ErrNotFound.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: listsByFinish,
 	},
 	{
 		name: "filtered-without-results",
 		rule: "ListFiltered with WithoutResults returns operations without their results.",
-		has:  has[task.FilteredLister],
+		has:  canFilter,
 		test: withoutResults,
 	},
 }
@@ -418,7 +418,7 @@ var pruneChecks = []check{
 	{
 		name: "prune",
 		rule: "Prune deletes the operations that finished before the given time and no others, and yields how many.",
-		has:  has[task.Pruner],
+		has:  canPrune,
 		test: prunes,
 	},
 }

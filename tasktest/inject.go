@@ -2,7 +2,9 @@ package tasktest
 
 import (
 	"cmp"
+	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"slices"
 	"sync/atomic"
@@ -13,83 +15,25 @@ import (
 
 // A Call is a method call of a store that [Inject] has returned.
 type Call struct {
-	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover", "ListFiltered" or "Prune"
+	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover" and so on
 	N      int    // the number of earlier calls of that store, of any method
 }
 
 // Inject returns a store that asks fault about each call. If fault returns nil,
 // the call goes to db. If it returns an error, db is not called, and the call
-// fails with that error: WriteBatch returns it for each operation, Recover and
-// Prune yield nothing else. See [Lost] for errors after db was called.
+// fails with that error: WriteBatch returns it for each operation, Recover, Prune
+// and Changes yield nothing else. See [Lost] for errors after db was called.
 //
-// The store has the abilities of db: it is a [task.BatchWriter] or a
-// [task.Recoverer] if db is, and a [task.FilteredLister] and [task.Pruner] if
-// db is both. It has no Close; close db. Recover and Prune count as calls when
-// their results are ranged over.
+// The store has the methods of all abilities. Those of an ability that db does not
+// have return an error that wraps [errors.ErrUnsupported], and are no calls. It
+// has no Close; close db. Recover, Prune and Changes count as calls when their results are ranged
+// over. A manager calls CancelRequests and Changes some time after an operation has
+// begun, and then again and again.
 //
 // Many goroutines call fault at once. It may block, and it may inspect the
 // program under test.
 func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
-	s := &injected{db: db, fault: fault}
-	filters, prunes := has[task.FilteredLister](db), has[task.Pruner](db)
-	return s.only(has[task.BatchWriter](db), has[task.Recoverer](db), filters && prunes)
-}
-
-// The optional abilities, without the methods of task.Persistence.
-type (
-	batcher interface {
-		WriteBatch(saves, updates []*task.Operation) []error
-	}
-	recoverer interface {
-		Recover(reason string) iter.Seq2[*task.Operation, error]
-	}
-	historian interface {
-		ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error)
-		Prune(before time.Time) iter.Seq2[int, error]
-	}
-)
-
-// only hides the abilities that the store behind s does not have.
-func (s *injected) only(batch, recovery, past bool) task.Persistence {
-	switch {
-	case batch && recovery && past:
-		return s
-	case batch && recovery:
-		return struct {
-			task.Persistence
-			batcher
-			recoverer
-		}{s, s, s}
-	case batch && past:
-		return struct {
-			task.Persistence
-			batcher
-			historian
-		}{s, s, s}
-	case recovery && past:
-		return struct {
-			task.Persistence
-			recoverer
-			historian
-		}{s, s, s}
-	case batch:
-		return struct {
-			task.Persistence
-			batcher
-		}{s, s}
-	case recovery:
-		return struct {
-			task.Persistence
-			recoverer
-		}{s, s}
-	case past:
-		return struct {
-			task.Persistence
-			historian
-		}{s, s}
-	default:
-		return struct{ task.Persistence }{s}
-	}
+	return &injected{db: db, fault: fault}
 }
 
 // FailNth is a fault for [Inject]: call n, counted from 0, fails with err.
@@ -129,7 +73,7 @@ type lostError struct{ err error }
 func (e *lostError) Error() string { return "done, but reported as failed: " + e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
 
-// injected is the store that Inject returns, with all abilities.
+// injected is the store that Inject returns.
 type injected struct {
 	db    task.Persistence
 	fault func(Call) error
@@ -194,11 +138,56 @@ func (s *injected) Get(id string) (op *task.Operation, err error) {
 	return op, nil
 }
 
-func (s *injected) WriteBatch(saves, updates []*task.Operation) (errs []error) {
-	err := s.do("WriteBatch", func() error {
-		errs = s.db.(task.BatchWriter).WriteBatch(saves, updates)
-		return nil
+func (s *injected) RequestCancel(id, text string) error {
+	c, ok := s.db.(task.Canceller)
+	if !ok {
+		return s.unsupported("RequestCancel")
+	}
+	return s.do("RequestCancel", func() error { return c.RequestCancel(id, text) })
+}
+
+func (s *injected) CancelRequests() (requests map[string]string, err error) {
+	c, ok := s.db.(task.Canceller)
+	if !ok {
+		return nil, s.unsupported("CancelRequests")
+	}
+	err = s.do("CancelRequests", func() (err error) {
+		requests, err = c.CancelRequests()
+		return err
 	})
+	if err != nil {
+		return nil, err
+	}
+	return requests, nil
+}
+
+func (s *injected) Changes(ctx context.Context) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		n, ok := s.db.(task.Notifier)
+		if !ok {
+			yield(s.unsupported("Changes"))
+			return
+		}
+		if _, err := s.ask("Changes"); err != nil {
+			yield(err)
+			return
+		}
+		n.Changes(ctx)(yield)
+	}
+}
+
+func (s *injected) unsupported(method string) error {
+	return fmt.Errorf("%T has no %s: %w", s.db, method, errors.ErrUnsupported)
+}
+
+func (s *injected) WriteBatch(saves, updates []*task.Operation) (errs []error) {
+	err := s.unsupported("WriteBatch")
+	if b, ok := s.db.(task.BatchWriter); ok {
+		err = s.do("WriteBatch", func() error {
+			errs = b.WriteBatch(saves, updates)
+			return nil
+		})
+	}
 	if err != nil {
 		return slices.Repeat([]error{err}, len(saves)+len(updates))
 	}
@@ -207,13 +196,18 @@ func (s *injected) WriteBatch(saves, updates []*task.Operation) (errs []error) {
 
 func (s *injected) Recover(reason string) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
+		r, ok := s.db.(task.Recoverer)
+		if !ok {
+			yield(nil, s.unsupported("Recover"))
+			return
+		}
 		pass, err := s.ask("Recover")
 		switch {
 		case err == nil:
-			s.db.(task.Recoverer).Recover(reason)(yield)
+			r.Recover(reason)(yield)
 			return
 		case pass:
-			for range s.db.(task.Recoverer).Recover(reason) {
+			for range r.Recover(reason) {
 			}
 		}
 		yield(nil, err)
@@ -221,8 +215,12 @@ func (s *injected) Recover(reason string) iter.Seq2[*task.Operation, error] {
 }
 
 func (s *injected) ListFiltered(f task.Filter, limit, offset int) (ops []*task.Operation, err error) {
+	l, ok := s.db.(task.FilteredLister)
+	if !ok {
+		return nil, s.unsupported("ListFiltered")
+	}
 	err = s.do("ListFiltered", func() (err error) {
-		ops, err = s.db.(task.FilteredLister).ListFiltered(f, limit, offset)
+		ops, err = l.ListFiltered(f, limit, offset)
 		return err
 	})
 	if err != nil {
@@ -233,13 +231,18 @@ func (s *injected) ListFiltered(f task.Filter, limit, offset int) (ops []*task.O
 
 func (s *injected) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
+		p, ok := s.db.(task.Pruner)
+		if !ok {
+			yield(0, s.unsupported("Prune"))
+			return
+		}
 		pass, err := s.ask("Prune")
 		switch {
 		case err == nil:
-			s.db.(task.Pruner).Prune(before)(yield)
+			p.Prune(before)(yield)
 			return
 		case pass:
-			for range s.db.(task.Pruner).Prune(before) {
+			for range p.Prune(before) {
 			}
 		}
 		yield(0, err)

@@ -108,36 +108,34 @@ func TestInjectAnswers(t *testing.T) {
 	}
 }
 
+// TestInjectAbilities checks that the methods of an ability which the store does
+// not have say so, and count as no calls.
 func TestInjectAbilities(t *testing.T) {
-	var db spy
-	type past interface {
-		task.Persistence
-		historian
+	s := Inject(bare{new(spy)}, func(c Call) error {
+		t.Errorf("call of %s", c.Method)
+		return nil
+	})
+	errs := map[string]error{
+		"WriteBatch":    s.(task.BatchWriter).WriteBatch(nil, []*task.Operation{{}})[0],
+		"RequestCancel": s.(task.Canceller).RequestCancel("a", ""),
 	}
-	h := task.NewMemoryStore()
-	for _, test := range []struct {
-		db                       task.Persistence
-		batch, recovers, history bool
-	}{
-		{bare{&db}, false, false, false},
-		{struct{ task.BatchWriter }{&db}, true, false, false},
-		{struct{ task.Recoverer }{&db}, false, true, false},
-		{&db, true, true, false},
-		{struct{ past }{h}, false, false, true},
-		{h, false, true, true},
-		{struct {
-			task.Persistence
-			historian
-			batcher
-		}{h, h, &db}, true, false, true},
-		{new(task.SQLiteStore), true, true, true},
-		{struct{ task.FilteredLister }{h}, false, false, false},
-	} {
-		s := Inject(test.db, Delay(0))
-		batch, recovers, history := has[task.BatchWriter](s), has[task.Recoverer](s), has[past](s)
-		if batch != test.batch || recovers != test.recovers || history != test.history {
-			t.Errorf("%T: BatchWriter %v, Recoverer %v, FilteredLister and Pruner %v, want %v, %v and %v",
-				test.db, batch, recovers, history, test.batch, test.recovers, test.history)
+	for _, err := range s.(task.Recoverer).Recover("") {
+		errs["Recover"] = err
+	}
+	_, errs["ListFiltered"] = s.(task.FilteredLister).ListFiltered(task.Filter{}, 1, 0)
+	for _, err := range s.(task.Pruner).Prune(time.Time{}) {
+		errs["Prune"] = err
+	}
+	_, errs["CancelRequests"] = s.(task.Canceller).CancelRequests()
+	for err := range s.(task.Notifier).Changes(t.Context()) {
+		errs["Changes"] = err
+	}
+	if len(errs) != 7 {
+		t.Errorf("only %d errors: %v", len(errs), errs)
+	}
+	for method, err := range errs {
+		if !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("%s: %v", method, err)
 		}
 	}
 }

@@ -21,8 +21,8 @@ import (
 
 // TestPersistence checks a store against the contract of [task.Persistence],
 // and of each optional ability that it has: [task.BatchWriter],
-// [task.Recoverer], [task.FilteredLister] and [task.Pruner]. It runs one subtest
-// per rule. A failing subtest reports the rule, what it expected and what it
+// [task.Recoverer], [task.FilteredLister], [task.Pruner], [task.Canceller] and
+// [task.Notifier]. It runs one subtest per rule. A failing subtest reports the rule, what it expected and what it
 // found.
 //
 // The function open opens the store whose data is in the directory dir, which
@@ -35,7 +35,7 @@ import (
 // UTF-8, and times are in UTC, to the microsecond. Use the race detector: stores
 // are called from many goroutines at once.
 func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, error)) {
-	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks) {
+	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks, otherChecks) {
 		t.Run(c.name, func(t *testing.T) {
 			if err := c.run(t.TempDir(), open); errors.Is(err, errUnable) {
 				t.Skip(err)
@@ -54,11 +54,36 @@ type check struct {
 	test func(*session)
 }
 
-// has reports whether a store has the ability I.
-func has[I task.Persistence](db task.Persistence) bool {
-	_, ok := db.(I)
-	return ok
+// can returns a function that reports whether a store has an ability: its method
+// is there, and a call that changes nothing does not say that it is not supported.
+func can[I task.Persistence](try func(I) error) func(task.Persistence) bool {
+	return func(db task.Persistence) bool {
+		i, ok := db.(I)
+		return ok && !errors.Is(try(i), errors.ErrUnsupported)
+	}
 }
+
+var (
+	canBatch = can(func(db task.BatchWriter) error {
+		return errors.Join(db.WriteBatch(nil, []*task.Operation{{ID: "unknown", State: task.StateRunning}})...)
+	})
+	canRecover = can(func(db task.Recoverer) error {
+		for _, err := range db.Recover("") {
+			return err
+		}
+		return nil
+	})
+	canFilter = can(func(db task.FilteredLister) error {
+		_, err := db.ListFiltered(task.Filter{Name: "unknown"}, 1, 0)
+		return err
+	})
+	canPrune = can(func(db task.Pruner) error {
+		for _, err := range db.Prune(time.Time{}) {
+			return err
+		}
+		return nil
+	})
+)
 
 var errUnable = errors.New("the store does not have this ability")
 
@@ -235,6 +260,7 @@ func (s *session) expectUpdate(op task.Operation) error {
 		return task.ErrNotFound
 	}
 	op.Name, op.CreatedAt = at.Name, at.CreatedAt
+	op.Cancelling = (at.Cancelling || op.Cancelling) && !op.State.Finished()
 	*at = op
 	return nil
 }

@@ -23,7 +23,7 @@ import (
 // that it breaks, with a text that names the fault, and that every check finds a
 // wrong store.
 func TestWrongStores(t *testing.T) {
-	checks := slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks)
+	checks := slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks, otherChecks)
 	for _, c := range checks {
 		if !slices.ContainsFunc(wrongStores, func(w wrongStore) bool { return w.rule == c.name }) {
 			t.Errorf("%s finds nothing", c.name)
@@ -88,6 +88,7 @@ func (s *mapStore) Update(op *task.Operation) error {
 		return fmt.Errorf("nothing unfinished: %w", task.ErrNotFound)
 	}
 	op.Name, op.CreatedAt = row.Name, row.CreatedAt
+	op.Cancelling = (row.Cancelling || op.Cancelling) && !op.State.Finished()
 	s.put(*op)
 	return nil
 }
@@ -312,7 +313,7 @@ type wrongStore struct {
 	open openFunc
 }
 
-var wrongStores = []wrongStore{
+var wrongStores = append(wrongOthers, []wrongStore{
 	{"leaves out all values", "max-value", "Metadata is", once(func() *valuelessLister {
 		return &valuelessLister{task.NewMemoryStore()}
 	})},
@@ -630,7 +631,7 @@ var wrongStores = []wrongStore{
 	{"yields what it does not store", "recover-break", "What Recover yields is stored", once(func() recoverStore {
 		return recoverStore{newMapStore(), isOrphan, func(*mapStore, task.Operation) {}}
 	})},
-}
+}...)
 
 // A valuelessLister leaves out values that are short, too.
 type valuelessLister struct{ *task.MemoryStore }

@@ -298,7 +298,6 @@ func TestOthers(t *testing.T) {
 			t.Errorf("got %q\nwant %q", got, want)
 		}
 	})
-	t.Run("Cancel", func(t *testing.T) { cancelOthers(t, m, ops) })
 	t.Run("Wait with a context that is done", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), -1)
 		defer cancel()
@@ -307,20 +306,4 @@ func TestOthers(t *testing.T) {
 			t.Errorf("got %+v, %v", op, err)
 		}
 	})
-}
-
-// cancelOthers cancels operations of another process.
-func cancelOthers(t *testing.T, m *task.Manager, ops []task.Operation) {
-	for _, op := range ops {
-		got, _ := m.Get(op.ID)
-		for _, err := range []error{m.Cancel(op.ID), got.Cancel()} {
-			want, not := errors.ErrUnsupported, task.ErrNotFound
-			if op.State.Finished() {
-				want, not = not, want
-			}
-			if !errors.Is(err, want) || errors.Is(err, not) {
-				t.Errorf("%s: %v, want %v", op.State, err, want)
-			}
-		}
-	}
 }

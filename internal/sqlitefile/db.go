@@ -10,7 +10,9 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
+	"sync"
 	"time"
 )
 
@@ -27,6 +29,7 @@ type DB struct {
 	path string      // of the database file; "" if there is none
 	info os.FileInfo // of the file when it was opened
 	owns bool        // Close closes the pools
+	kept sync.Map    // the connections of Changes
 }
 
 const (
@@ -146,6 +149,10 @@ func (d *DB) Close() error {
 	if !d.owns {
 		return nil
 	}
+	d.kept.Range(func(c, _ any) bool {
+		c.(*sql.Conn).Close() // which Changes notices
+		return true
+	})
 	if d.reads == d.DB {
 		return d.DB.Close()
 	}
@@ -284,4 +291,49 @@ func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
 		all = append(all, s)
 	}
 	return all, rows.Err()
+}
+
+// Changes yields nil at once, and then every so often if a commit of anyone has
+// changed the database since it yielded last. It ends when ctx is done, or with an
+// error. It keeps one connection, unless the pool may open just one: then it
+// yields every time.
+func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		if d.reads.Stats().MaxOpenConnections == 1 {
+			for yield(nil) && pause(ctx, every) {
+			}
+			return
+		}
+		c, err := d.reads.Conn(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				yield(err)
+			}
+			return
+		}
+		d.kept.Store(c, nil)
+		defer func() {
+			d.kept.Delete(c)
+			c.Close()
+		}()
+		for last := int64(-1); ; {
+			// The number is that of the connection: its own commits do not change it.
+			var version int64
+			err := c.QueryRowContext(context.Background(), "PRAGMA data_version").Scan(&version)
+			if changed := err != nil || version != last; changed && !yield(err) || err != nil || !pause(ctx, every) {
+				return
+			}
+			last = version
+		}
+	}
+}
+
+// pause waits for so long, and reports whether ctx is not done meanwhile.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
 }

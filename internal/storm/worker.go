@@ -166,7 +166,7 @@ func (l *session) submitAll(i int, rng *rand.Rand) {
 			l.readOthers(rng)
 		}
 	}
-	for !l.closing.Load() { // only Close ends the endless operations
+	for !l.closing.Load() { // only Close, and other workers, end the endless operations
 		time.Sleep(time.Millisecond)
 	}
 	l.waitAll(append(waiting, endless...))
@@ -231,7 +231,7 @@ func (l *session) readOthers(rng *rand.Rand) {
 		}
 		return
 	}
-	if err := l.manager.Cancel(op.ID); !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, task.ErrNotFound) {
+	if err := l.manager.Cancel(op.ID); err != nil && !errors.Is(err, task.ErrNotFound) {
 		l.violation("Cancel of another's operation %s: %v", op.Name, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rng.Int64N(int64(300*time.Millisecond))))
@@ -326,6 +326,9 @@ func (j *job) result() any {
 
 // check returns an error unless op is a possible outcome of the job.
 func (j *job) check(op *task.Operation) error {
+	if op.State == task.StateCancelled { // if not by this worker, then by another one
+		j.cancelled.Store(true)
+	}
 	for _, end := range j.ends() {
 		if op.State == end.state && op.Error == end.err && sameJSON(op.Result, end.result) {
 			return nil

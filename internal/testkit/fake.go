@@ -1,6 +1,7 @@
 package testkit
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"iter"
@@ -15,7 +16,7 @@ import (
 type Call struct {
 	Method        string // the method's name
 	N             int    // how many calls of the same method came before
-	ID            string // of the operation, for Get, Save and Update
+	ID            string // of the operation, for Get, Save, Update and RequestCancel
 	Saves         []*task.Operation
 	Updates       []*task.Operation
 	Limit, Offset int // of List and ListFiltered
@@ -248,5 +249,46 @@ func (f *Fake) Prune(before time.Time) iter.Seq2[int, error] {
 			return
 		}
 		p.Prune(before)(yield)
+	}
+}
+
+// RequestCancel implements [task.Canceller].
+func (f *Fake) RequestCancel(id, text string) error {
+	c := &Call{Method: "RequestCancel", ID: id}
+	return f.do(c, func(db task.Persistence) {
+		if r, ok := db.(task.Canceller); ok {
+			c.Err = r.RequestCancel(c.ID, text)
+		} else {
+			c.Err = unsupported(db, c.Method)
+		}
+	}).Err
+}
+
+// CancelRequests implements [task.Canceller].
+func (f *Fake) CancelRequests() (requests map[string]string, err error) {
+	c := &Call{Method: "CancelRequests"}
+	err = f.do(c, func(db task.Persistence) {
+		if r, ok := db.(task.Canceller); ok {
+			requests, c.Err = r.CancelRequests()
+		} else {
+			c.Err = unsupported(db, c.Method)
+		}
+	}).Err
+	return requests, err
+}
+
+// Changes implements [task.Notifier].
+func (f *Fake) Changes(ctx context.Context) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		db, _, err := f.enter(&Call{Method: "Changes"})
+		n, ok := db.(task.Notifier)
+		if err == nil && !ok {
+			err = unsupported(db, "Changes")
+		}
+		if err != nil {
+			yield(err)
+			return
+		}
+		n.Changes(ctx)(yield)
 	}
 }

@@ -1,0 +1,572 @@
+package otherstest
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
+)
+
+func TestMain(m *testing.M) { testkit.Main(m, nil) }
+
+// pairs are the ways in which two managers share a database.
+var pairs = map[string]func(t *testing.T) (a, b task.Persistence){
+	"two stores": func(t *testing.T) (a, b task.Persistence) {
+		path := testkit.Path(t)
+		return testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
+	},
+	"one store": func(t *testing.T) (a, b task.Persistence) {
+		store := testkit.OpenSQLite(t, testkit.Path(t))
+		return store, store
+	},
+	"one connection each": func(t *testing.T) (a, b task.Persistence) {
+		path := testkit.Path(t)
+		return inApp(t, path), inApp(t, path)
+	},
+	"memory": func(*testing.T) (a, b task.Persistence) {
+		store := task.NewMemoryStore()
+		return store, store
+	},
+}
+
+// inApp returns a store in an application's database with one connection.
+func inApp(t *testing.T, path string) task.Persistence {
+	db, err := sql.Open("sqlite3", path+"?_journal_mode=WAL&_busy_timeout=5000")
+	testkit.Must(t, err)
+	t.Cleanup(func() { db.Close() })
+	db.SetMaxOpenConns(1)
+	store, err := task.NewSQLiteStore(db)
+	testkit.Must(t, err)
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+func eachPair(t *testing.T, test func(t *testing.T, a, b *task.Manager)) {
+	for name, open := range pairs {
+		t.Run(name, func(t *testing.T) {
+			one, two := open(t)
+			test(t, testkit.NewManager(t, one, task.WithLimit(2)), testkit.NewManager(t, two))
+		})
+	}
+}
+
+// TestCancel cancels what the other manager runs.
+func TestCancel(t *testing.T) {
+	eachPair(t, func(t *testing.T, a, b *task.Manager) {
+		cause := make(chan error, 1)
+		fn := func(ctx context.Context, _ func(int)) (any, error) {
+			<-ctx.Done()
+			cause <- context.Cause(ctx)
+			return nil, ctx.Err()
+		}
+		running := testkit.Submit(t, a, fn)
+		stubborn, started, release := testkit.Blocker(errors.New("too late"))
+		insists := testkit.Submit(t, a, stubborn)
+		<-started
+		pending := testkit.Submit(t, a, testkit.Nothing)
+		time.Sleep(150 * time.Millisecond) // at any time, not just at the start
+
+		begin := time.Now()
+		testkit.Must(t, b.CancelCause(running.ID, "by an administrator"))
+		testkit.Must(t, b.CancelCause(running.ID, "by another one"))
+		if err := <-cause; !errors.Is(err, task.ErrCancelled) || err.Error() != "operation cancelled: by an administrator" {
+			t.Errorf("the cause is %v", err)
+		}
+		if took := time.Since(begin); took > 200*time.Millisecond {
+			t.Errorf("it took %v", took)
+		}
+		if got := testkit.Wait(t, b, running.ID); got.State != task.StateCancelled || got.Error != "by an administrator" || got.Cancelling {
+			t.Errorf("%+v", got)
+		}
+		testkit.Must(t, b.Cancel(insists.ID))
+		for _, m := range []*task.Manager{a, b} {
+			err := testkit.Until(func() bool { op, _ := m.Get(insists.ID); return op.Cancelling && op.State == task.StateRunning })
+			testkit.Must(t, err)
+			got, err := m.List(3, 0, task.ByState(task.StateRunning))
+			if err != nil || !slices.ContainsFunc(got, func(op *task.Operation) bool { return op.ID == insists.ID && op.Cancelling }) {
+				t.Errorf("List: %v, %v", got, err)
+			}
+		}
+		// Its slot is taken, and that of the first is free again.
+		last := testkit.Submit(t, a, testkit.Nothing)
+		testkit.Wait(t, b, pending.ID)
+		testkit.Wait(t, b, last.ID)
+		release()
+		if got := testkit.Wait(t, b, insists.ID); got.State != task.StateCancelled || got.Error != "too late" || got.Cancelling {
+			t.Errorf("%+v", got)
+		}
+		for _, id := range []string{running.ID, "unknown"} {
+			if err := b.Cancel(id); !errors.Is(err, task.ErrNotFound) {
+				t.Errorf("Cancel of %s: %v", id, err)
+			}
+		}
+	})
+}
+
+// TestCancelPending cancels what waits for its turn with the other manager.
+func TestCancelPending(t *testing.T) {
+	eachPair(t, func(t *testing.T, a, b *task.Manager) {
+		fn, started, release := testkit.Blocker(nil)
+		defer release()
+		testkit.Submit(t, a, fn, task.WithLock("pool"))
+		<-started
+		never := func(context.Context, func(int)) (any, error) {
+			t.Error("its function runs")
+			return nil, nil
+		}
+		op := testkit.Submit(t, a, never, task.WithLock("pool"))
+		testkit.Must(t, b.Cancel(op.ID))
+		if got := testkit.Wait(t, b, op.ID); got.State != task.StateCancelled || !got.StartedAt.IsZero() {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
+// TestCancelUnsupported: without the ability Cancel says so.
+func TestCancelUnsupported(t *testing.T) {
+	db := testkit.Bare(task.NewMemoryStore())
+	m := testkit.NewManager(t, db)
+	testkit.Must(t, db.Save(&task.Operation{ID: "other's", Name: "scrub", State: task.StateRunning}))
+	testkit.Must(t, db.Save(&task.Operation{ID: "done", Name: "scrub", State: task.StateDone}))
+	if err := m.Cancel("other's"); !errors.Is(err, errors.ErrUnsupported) || errors.Is(err, task.ErrNotFound) {
+		t.Errorf("Cancel: %v", err)
+	}
+	for _, id := range []string{"done", "unknown"} {
+		if err := m.Cancel(id); !errors.Is(err, task.ErrNotFound) || errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("Cancel of %s: %v", id, err)
+		}
+	}
+}
+
+// TestCancelling: a manager's own Cancel is seen at once, and stored with the
+// next changes, whatever they are.
+func TestCancelling(t *testing.T) {
+	for name, open := range pairs {
+		t.Run(name, func(t *testing.T) {
+			db, other := open(t)
+			m := testkit.NewManager(t, db)
+			next := make(chan int)
+			op := testkit.Submit(t, m, func(_ context.Context, update func(int)) (any, error) {
+				for progress := range next {
+					update(progress)
+				}
+				return nil, nil
+			})
+			next <- 1
+			changes := m.Watch(t.Context(), op.ID)
+			testkit.Must(t, m.Cancel(op.ID))
+			if got, _ := m.Get(op.ID); !got.Cancelling {
+				t.Errorf("Get: %+v", got)
+			}
+			next <- 50
+			testkit.Must(t, testkit.Until(func() bool {
+				row, err := other.Get(op.ID)
+				return err == nil && row.Cancelling && row.Progress == 50
+			}))
+			close(next)
+			told := false
+			for got, err := range changes {
+				testkit.Must(t, err)
+				if told = told || got.Cancelling; got.State.Finished() && got.Cancelling {
+					t.Errorf("%+v", got)
+				}
+			}
+			if row, err := other.Get(op.ID); !told || err != nil || row.Cancelling || row.State != task.StateDone {
+				t.Errorf("told %t, stored %+v, %v", told, row, err)
+			}
+		})
+	}
+}
+
+// A watch notes what one call of Watch yields.
+type watch struct {
+	t     *testing.T
+	mu    sync.Mutex
+	last  map[string]*task.Operation
+	ends  map[string]int
+	order []string // IDs by first appearance
+	done  chan struct{}
+}
+
+// watchAll begins a watch before it returns.
+func watchAll(t *testing.T, ctx context.Context, m *task.Manager) *watch {
+	w := &watch{t: t, last: make(map[string]*task.Operation), ends: make(map[string]int), done: make(chan struct{})}
+	changes := m.Watch(ctx)
+	go func() {
+		defer close(w.done)
+		for op, err := range changes {
+			if err != nil {
+				t.Errorf("Watch: %v", err)
+				return
+			}
+			w.note(op)
+		}
+	}()
+	return w
+}
+
+func (w *watch) note(op *task.Operation) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	before := w.last[op.ID]
+	switch {
+	case before == nil:
+		w.order = append(w.order, op.ID)
+	case before.State.Finished() || op.State == task.StatePending && before.State != op.State || op.UpdatedAt.Before(before.UpdatedAt):
+		w.t.Errorf("%s %s after %s", op.ID, op.State, before.State)
+	}
+	if w.last[op.ID] = op; op.State.Finished() {
+		w.ends[op.ID]++
+	}
+}
+
+// state returns the last state of an operation that was told, "" for none.
+func (w *watch) state(id string) task.State {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if op := w.last[id]; op != nil {
+		return op.State
+	}
+	return ""
+}
+
+// wantEnds waits until the end of each operation has been told.
+func (w *watch) wantEnds(ids ...string) {
+	w.t.Helper()
+	for _, id := range ids {
+		if err := testkit.Until(func() bool { return w.state(id).Finished() }); err != nil {
+			w.t.Fatalf("the end of %s: %v", id, err)
+		}
+	}
+}
+
+// TestWatch: a watcher is told of all that live, and of each that comes.
+func TestWatch(t *testing.T) {
+	eachPair(t, func(t *testing.T, a, b *task.Manager) {
+		fn, started, release := testkit.Blocker(nil)
+		live := testkit.Submit(t, a, fn, task.WithMetadata("tank"))
+		<-started
+		own := testkit.Submit(t, b, testkit.UntilCancelled)
+		old := testkit.Submit(t, a, testkit.Nothing)
+		testkit.Wait(t, a, old.ID)
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		present, _, err := b.Raw().Subscribe(ctx)
+		testkit.Must(t, err)
+		if len(present) != 2 || present[0].ID != live.ID || present[1].ID != own.ID {
+			t.Errorf("present: %v", present)
+		}
+		w := watchAll(t, ctx, b)
+		var ids []string
+		for range 200 { // most begin and end between two looks
+			ids = append(ids, testkit.Submit(t, a, testkit.Nothing).ID, testkit.Submit(t, b, testkit.Nothing).ID)
+		}
+		w.wantEnds(ids...)
+		release()
+		w.wantEnds(live.ID)
+		testkit.Must(t, a.Cancel(own.ID))
+		w.wantEnds(own.ID)
+		time.Sleep(300 * time.Millisecond) // in which nothing may be told again
+		stop()
+		<-w.done
+		if w.state(old.ID) != "" || len(w.last) != len(ids)+2 {
+			t.Errorf("%d operations, want %d", len(w.last), len(ids)+2)
+		}
+		if got := w.last[live.ID]; got.Metadata != "tank" || got.Progress != 100 {
+			t.Errorf("%+v", got)
+		}
+		for id, n := range w.ends {
+			if n != 1 {
+				t.Errorf("the end of %s was told %d times", id, n)
+			}
+		}
+	})
+}
+
+// TestWatchAtAnyTime has watchers begin while operations come and go, some of
+// which others wait for.
+func TestWatchAtAnyTime(t *testing.T) {
+	eachPair(t, func(t *testing.T, a, b *task.Manager) {
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var all []string
+		var watches []*watch
+		since := make(map[*watch]int) // how many of all were submitted before
+		var waiters sync.WaitGroup
+		for i := range 300 {
+			m := []*task.Manager{a, b}[i%2]
+			op := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) {
+				time.Sleep(time.Duration(i%7) * 10 * time.Millisecond)
+				return nil, nil
+			})
+			all = append(all, op.ID)
+			if i%3 == 0 {
+				waiters.Go(func() { testkit.Wait(t, b, op.ID) })
+			}
+			if i%20 == 0 {
+				w := watchAll(t, ctx, b)
+				since[w] = len(all)
+				watches = append(watches, w)
+			}
+		}
+		waiters.Wait()
+		for _, w := range watches {
+			w.wantEnds(all[since[w]:]...)
+		}
+		time.Sleep(300 * time.Millisecond)
+		stop()
+		for _, w := range watches {
+			<-w.done
+			for id, op := range w.last { // also of those that lived when it began
+				if w.ends[id] != 1 {
+					t.Errorf("the end of %+v was told %d times", op, w.ends[id])
+				}
+			}
+		}
+	})
+}
+
+// TestWatchLargeValues: what a look does not read at once is told, too.
+func TestWatchLargeValues(t *testing.T) {
+	eachPair(t, func(t *testing.T, a, b *task.Manager) {
+		large := string(make([]byte, 10_000))
+		fn, started, release := testkit.Blocker(nil)
+		live := testkit.Submit(t, a, fn, task.WithMetadata(large))
+		<-started
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		w := watchAll(t, ctx, b)
+		quick := testkit.Submit(t, a, func(context.Context, func(int)) (any, error) { return large, nil })
+		w.wantEnds(quick.ID)
+		release()
+		w.wantEnds(live.ID)
+		if w.last[live.ID].Metadata != large || w.last[quick.ID].Result != large {
+			t.Error("the values are missing")
+		}
+	})
+}
+
+// TestWatchDeleted: to a subscriber of all, the deletion of an operation of
+// another manager is no error of its own.
+func TestWatchDeleted(t *testing.T) {
+	path := testkit.Path(t)
+	a, b := testkit.NewManager(t, testkit.OpenSQLite(t, path)), testkit.NewManager(t, testkit.OpenSQLite(t, path))
+	op := testkit.Submit(t, a, testkit.UntilCancelled)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	present, changes, err := b.Raw().Subscribe(ctx)
+	testkit.Must(t, err)
+	if len(present) != 1 {
+		t.Fatalf("present: %v", present)
+	}
+	testkit.Exec(t, path, "DELETE FROM tasks")
+	for got, err := range changes {
+		if errors.Is(err, task.ErrNotFound) && got.ID == op.ID {
+			break
+		}
+		testkit.Must(t, err)
+	}
+}
+
+// TestStoreHangs: a store that does not answer holds up Watch for some seconds,
+// and no own operation. One that fails holds up nothing.
+func TestStoreHangs(t *testing.T) {
+	for _, hangs := range []bool{true, false} {
+		t.Run(fmt.Sprintf("hangs=%t", hangs), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				memory := task.NewMemoryStore()
+				db, repaired := testkit.NewFake(memory), make(chan struct{})
+				a, b := testkit.NewManager(t, memory), testkit.NewManager(t, db)
+				db.Before(func(c *testkit.Call) error {
+					if c.Method != "ListFiltered" {
+						return nil
+					}
+					if hangs {
+						<-repaired
+						return nil
+					}
+					return testkit.ErrDisk
+				})
+				others := testkit.Submit(t, a, testkit.UntilCancelled)
+				ctx, stop := context.WithCancel(t.Context())
+				begin := time.Now()
+				w := watchAll(t, ctx, b)
+				if took := time.Since(begin); took > 10*time.Second || !hangs && took > 0 {
+					t.Errorf("Watch took %v", took)
+				}
+				own := testkit.Submit(t, b, testkit.Nothing)
+				time.Sleep(time.Second)
+				if w.state(own.ID) != task.StateDone || w.state(others.ID) != "" {
+					t.Errorf("told: own %q, other's %q", w.state(own.ID), w.state(others.ID))
+				}
+				close(repaired)
+				db.Before(nil)
+				time.Sleep(time.Second)
+				if got := w.state(others.ID); got != task.StateRunning {
+					t.Errorf("told: other's %q", got)
+				}
+				stop()
+				<-w.done
+			})
+		})
+	}
+}
+
+// TestHistoryIsNotRead counts the rows that looks read, also when the place in
+// the history is lost.
+func TestHistoryIsNotRead(t *testing.T) {
+	const rows = 60_000
+	path := testkit.FastPath(t)
+	store := testkit.OpenSQLite(t, path)
+	testkit.Exec(t, path, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+		INSERT INTO tasks (id, name, state, created_at, updated_at) SELECT printf('%06d', i), 'old', 'DONE',
+		'2020-01-01 00:00:00.000000', '2020-01-01 00:00:00.000000' FROM n`, rows)
+	db := testkit.NewFake(store)
+	var mu sync.Mutex
+	read := 0
+	db.After(func(c *testkit.Call) {
+		mu.Lock()
+		defer mu.Unlock()
+		read += len(c.Ops)
+	})
+	take := func() (n int) {
+		mu.Lock()
+		defer mu.Unlock()
+		n, read = read, 0
+		return n
+	}
+	a, b := testkit.NewManager(t, testkit.OpenSQLite(t, path)), testkit.NewManager(t, db)
+	take()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	w := watchAll(t, ctx, b)
+	if n := take(); n > 2000 {
+		t.Errorf("Watch has read %d rows", n)
+	}
+	for _, tt := range []struct {
+		name, change string
+		most         int
+	}{
+		{"new rows", "", 20_000}, // some pages for each look
+		{"place lost", `DELETE FROM tasks WHERE rowid > 58500`, 30_000},
+		{"renumbered", `VACUUM`, 20_000},
+	} {
+		if tt.change != "" {
+			testkit.Exec(t, path, tt.change)
+		}
+		var ids []string
+		for range 50 {
+			ids = append(ids, testkit.Submit(t, a, testkit.Nothing).ID)
+		}
+		w.wantEnds(ids...)
+		if n := take(); n > tt.most {
+			t.Errorf("%s: looks have read %d rows", tt.name, n)
+		}
+	}
+	if len(w.last) != 150 {
+		t.Errorf("told of %d operations", len(w.last))
+	}
+}
+
+// TestManyWaiters: however many wait, for one or for many, looks read little.
+func TestManyWaiters(t *testing.T) {
+	path := testkit.FastPath(t)
+	a := testkit.NewManager(t, testkit.OpenSQLite(t, path))
+	db := testkit.NewFake(testkit.OpenSQLite(t, path))
+	b := testkit.NewManager(t, db)
+	const waiters = 1000
+	var wg sync.WaitGroup
+	release := make(chan struct{})
+	for range waiters {
+		op := testkit.Submit(t, a, func(context.Context, func(int)) (any, error) { <-release; return nil, nil })
+		wg.Go(func() { testkit.Wait(t, b, op.ID) })
+	}
+	testkit.Must(t, testkit.Until(func() bool { return db.Count("Get") >= 2*waiters })) // all have begun to wait
+	time.Sleep(300 * time.Millisecond)
+	gets, lists := db.Count("Get"), db.Count("ListFiltered")
+	time.Sleep(time.Second)
+	if gets, lists = db.Count("Get")-gets, db.Count("ListFiltered")-lists; gets > 0 || lists > 2 {
+		t.Errorf("while nothing changes: %d calls of Get, %d of ListFiltered", gets, lists)
+	}
+	close(release)
+	wg.Wait()
+}
+
+// TestIdle: looks end with what they are for.
+func TestIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		memory := task.NewMemoryStore()
+		db := testkit.NewFake(memory)
+		a, b := testkit.NewManager(t, memory), testkit.NewManager(t, db)
+		idle := func(when string) {
+			t.Helper()
+			synctest.Wait()
+			before := calls(db)
+			time.Sleep(time.Hour)
+			if n := calls(db) - before; n > 0 {
+				t.Errorf("%s: %d calls in an hour", when, n)
+			}
+		}
+		idle("at the start")
+		op := testkit.Submit(t, b, testkit.UntilCancelled)
+		time.Sleep(time.Second)
+		if n := db.Count("CancelRequests"); n < 5 || n > 11 {
+			t.Errorf("%d looks for requests in a second", n)
+		}
+		b.Cancel(op.ID)
+		testkit.Wait(t, b, op.ID)
+		idle("after an own operation")
+
+		others := testkit.Submit(t, a, testkit.UntilCancelled)
+		ctx, stop := context.WithCancel(t.Context())
+		b.Watch(ctx)
+		go b.Wait(ctx, others.ID)
+		time.Sleep(time.Second)
+		stop()
+		idle("after a watcher and a waiter")
+		b.Watch(t.Context())
+		b.Close()
+		idle("after Close")
+	})
+}
+
+func calls(db *testkit.Fake) (n int) {
+	for _, method := range []string{"Get", "List", "ListFiltered", "CancelRequests", "Changes", "Recover", "WriteBatch"} {
+		n += db.Count(method)
+	}
+	return n
+}
+
+// TestWaitEnds: whoever waits for an operation of another manager gets ErrClosed
+// after manager and store were closed, and Close leaves no connection open.
+func TestWaitEnds(t *testing.T) {
+	path := testkit.Path(t)
+	other := testkit.NewManager(t, testkit.OpenSQLite(t, path))
+	op := testkit.Submit(t, other, testkit.UntilCancelled)
+	store := testkit.OpenSQLite(t, path)
+	m := testkit.NewManager(t, store)
+	waited := make(chan error)
+	go func() {
+		_, err := m.Wait(t.Context(), op.ID)
+		waited <- err
+	}()
+	time.Sleep(500 * time.Millisecond) // until it looks for changes
+	testkit.Must(t, m.Close())
+	testkit.Must(t, store.Close())
+	select {
+	case err := <-waited:
+		if !errors.Is(err, task.ErrClosed) {
+			t.Errorf("Wait: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("Wait hangs")
+	}
+}

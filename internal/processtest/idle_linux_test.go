@@ -1,0 +1,95 @@
+package processtest
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
+)
+
+// TestIdle: two idle managers on one database do nothing, also after they have
+// run, waited and watched. TASK_IDLE says for how long, 3 seconds by default.
+func TestIdle(t *testing.T) {
+	length := 3 * time.Second
+	if d, err := time.ParseDuration(os.Getenv("TASK_IDLE")); err == nil {
+		length = d
+	}
+	path := testkit.Path(t)
+	procs := []*testkit.Process{start(t, path), start(t, path)}
+	pids := testkit.CallAll[int](t, procs, "Pid", "")
+	works := testkit.CallAll[[]task.Operation](t, procs, "Submit", work)
+	for i, p := range procs { // each ends those of the other
+		p.Call("CancelAll", works[1-i][:len(ends)], new(string))
+	}
+	time.Sleep(2 * time.Second) // for what is left of the runtime's own work
+	before := []usage{usageOf(t, pids[0]), usageOf(t, pids[1])}
+	time.Sleep(length)
+	for i, pid := range pids {
+		used := usageOf(t, pid)
+		t.Logf("in %v: CPU time %d ticks, system calls that read or write %d, switches %d", length,
+			used.ticks-before[i].ticks, used.calls-before[i].calls, used.switches-before[i].switches)
+		// The runtime itself wakes up once a minute.
+		if used.ticks != before[i].ticks || used.calls > before[i].calls+2 || used.switches > before[i].switches+5 {
+			t.Errorf("an idle process has gone from %+v to %+v", before[i], used)
+		}
+	}
+}
+
+// CancelAll cancels operations of any process, and waits for their ends.
+func (p *manager) CancelAll(ops []task.Operation, _ *string) error {
+	for _, op := range ops {
+		if err := p.m.Cancel(op.ID); err != nil {
+			return err
+		}
+		if _, err := p.m.Wait(context.Background(), op.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A usage is what a process has used so far.
+type usage struct {
+	ticks    int // of CPU time, 100 a second
+	calls    int // of read and write and their like
+	switches int // voluntary context switches of its threads: each call that waits is one
+}
+
+func usageOf(t *testing.T, pid int) (u usage) {
+	read := func(path string) string {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			t.Skip(err)
+		}
+		return string(raw)
+	}
+	_, stat, _ := strings.Cut(read(fmt.Sprintf("/proc/%d/stat", pid)), ") ")
+	fields := strings.Fields(stat)
+	var user, system int
+	fmt.Sscan(fields[11]+" "+fields[12], &user, &system)
+	u.ticks = user + system
+	for line := range strings.Lines(read(fmt.Sprintf("/proc/%d/io", pid))) {
+		var n int
+		if key, value, _ := strings.Cut(line, ": "); key == "syscr" || key == "syscw" {
+			fmt.Sscan(value, &n)
+			u.calls += n
+		}
+	}
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	for _, thread := range threads {
+		for line := range strings.Lines(read(thread)) {
+			var n int
+			if key, value, _ := strings.Cut(line, ":"); key == "voluntary_ctxt_switches" {
+				fmt.Sscan(value, &n)
+				u.switches += n
+			}
+		}
+	}
+	return u
+}

@@ -69,7 +69,7 @@ func (h *hints) written() {
 	}
 }
 
-// Changes implements task.Notifier. Where no notifications arrive, as behind a
+// Changes implements [task.Notifier]. Where no notifications arrive, as behind a
 // pooler in transaction mode, it yields every second.
 func (s *Store) Changes(ctx context.Context) iter.Seq[error] {
 	return func(yield func(error) bool) {
@@ -224,7 +224,7 @@ func (s *Store) nameChannel(ctx context.Context) error {
 	return err
 }
 
-// RequestCancel implements task.Canceller.
+// RequestCancel implements [task.Canceller].
 func (s *Store) RequestCancel(id, cause string) error {
 	found := false
 	queue := func(b *pgx.Batch, _ string, _ bool) {
@@ -251,7 +251,7 @@ func (s *Store) RequestCancel(id, cause string) error {
 	return nil
 }
 
-// CancelRequests implements task.Canceller.
+// CancelRequests implements [task.Canceller].
 func (s *Store) CancelRequests() (map[string]string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
 	defer cancel()

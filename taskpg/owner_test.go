@@ -286,3 +286,34 @@ func TestManyOrphans(t *testing.T) {
 		t.Errorf("recovered %d operations, want each of %d once", len(all), n)
 	}
 }
+
+// TestResume takes operations over, except those whose cancellation was asked for.
+func TestResume(t *testing.T) {
+	dsn := pgtest.Database(t)
+	s, other := open(t, dsn), open(t, dsn)
+	first, cancelled, late := save(t, other, task.StateRunning), save(t, other, task.StateRunning), save(t, other, task.StateRunning)
+	testkit.Must(t, s.RequestCancel(cancelled.ID, ""))
+	testkit.Must(t, other.Close())
+	asked := 0
+	resume := func(op *task.Operation) bool {
+		asked++
+		if op.ID == late.ID { // meanwhile
+			testkit.Must(t, s.RequestCancel(late.ID, ""))
+		}
+		return true
+	}
+	states := make(map[string]task.State)
+	for op, err := range s.recover(testkit.RestartText, resume) {
+		testkit.Must(t, err)
+		states[op.ID] = op.State
+		if op.State == task.StatePending && (op.Owner != s.Owner() || !op.StartedAt.IsZero()) {
+			t.Errorf("taken over is %+v", op)
+		}
+	}
+	if asked != 2 || len(states) != 3 || states[first.ID] != task.StatePending || states[cancelled.ID] != task.StateFailed || states[late.ID] != task.StateFailed {
+		t.Errorf("asked %d times, recovered %v", asked, states)
+	}
+	op, err := s.Get(first.ID)
+	testkit.Must(t, err)
+	testkit.Must(t, s.Update(finished(op)))
+}

@@ -347,3 +347,6 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// Dir returns the directory that has the server's socket.
+func (s *Server) Dir() string { return s.dir }

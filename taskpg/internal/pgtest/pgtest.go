@@ -312,6 +312,9 @@ ignore_startup_parameters = extra_float_digits
 	must(t, err)
 	t.Cleanup(func() {
 		p.end()
+		if log, _ := os.ReadFile(p.log); t.Failed() {
+			t.Logf("the pooler's log ends with\n%s", log[max(0, len(log)-2000):])
+		}
 		os.RemoveAll(dir)
 	})
 	s := &Server{t: t, dir: dir}

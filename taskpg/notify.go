@@ -110,7 +110,7 @@ func (s *Store) announce() {
 			}
 		}
 		if first || s.hints.others.Load() {
-			s.notify(s.ctx) // whose loss costs time only
+			s.notify() // whose loss costs time only
 		}
 		select {
 		case <-s.ctx.Done():
@@ -121,8 +121,8 @@ func (s *Store) announce() {
 }
 
 // notify sends a notification, in a transaction that waits for no disk.
-func (s *Store) notify(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, s.lease/3)
+func (s *Store) notify() error {
+	ctx, cancel := s.limited()
 	defer cancel()
 	b := new(pgx.Batch)
 	b.Queue(`BEGIN`)
@@ -153,9 +153,15 @@ func (s *Store) listen() {
 // in transaction mode.
 var errDeaf = errors.New("no notifications arrive")
 
+// limited returns a context that is not done when the store is closed: pgx would ask
+// the server to cancel the query, which poolers do not all survive.
+func (s *Store) limited() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), s.attemptLimit())
+}
+
 // listenOnce listens on one connection, for as long as that lives.
 func (s *Store) listenOnce() error {
-	ctx, cancel := context.WithTimeout(s.ctx, callLimit)
+	ctx, cancel := s.limited()
 	defer cancel()
 	pooled, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -170,7 +176,7 @@ func (s *Store) listenOnce() error {
 	if _, err := c.Exec(ctx, `LISTEN `+s.hints.channel); err != nil {
 		return err
 	}
-	if err := s.notify(ctx); err != nil {
+	if err := s.notify(); err != nil {
 		return err
 	}
 	for heard := false; ; {
@@ -195,7 +201,7 @@ func (s *Store) listenOnce() error {
 		case !heard:
 			return errDeaf
 		default:
-			ctx, cancel := context.WithTimeout(s.ctx, limit)
+			ctx, cancel := s.limited()
 			err := c.Ping(ctx)
 			cancel()
 			if err != nil {

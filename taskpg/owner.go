@@ -67,7 +67,7 @@ func (s *Store) idle() time.Duration {
 
 // owners reads the rows of the owners that are not this store's.
 func (s *Store) owners() ([]sighting, error) {
-	ctx, cancel := context.WithTimeout(s.ctx, s.lease/3)
+	ctx, cancel := s.limited()
 	defer cancel()
 	rows, err := s.pool.Query(ctx, s.sql.Replace(`SELECT id, beat, lease_ms, gone FROM {}task_owners WHERE id <> $1::text`), s.Owner())
 	if err != nil {

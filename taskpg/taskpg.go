@@ -223,7 +223,7 @@ func (s *Store) Close() error {
 	s.loops.Wait()
 	err := s.leave()
 	if err == nil && s.hints.others.Load() {
-		s.notify(context.Background()) // whose loss costs time only
+		s.notify() // whose loss costs time only
 	}
 	if s.ownPool {
 		s.pool.Close()

@@ -343,7 +343,7 @@ func BenchmarkRecoverBesideLiving(b *testing.B) {
 				testkit.Fill(b, path, orphans, dead, "-1 hour")
 				b.StartTimer()
 				n := 0
-				for _, err := range store.Recover("gone") {
+				for _, err := range store.Recover("gone", nil) {
 					if n++; err != nil {
 						b.Fatal(err)
 					}

@@ -46,15 +46,14 @@ type Manager struct {
 	writer   *writer
 	events   *eventlog.Log[event]
 	drained  chan struct{} // closed once nothing is left to run and to store after Shutdown, Drain or Close
-	drain    func()        // closes drained
+	drain    func()        // closes drained; call only while holding mu
 	closed   chan struct{} // closed once Close has done its work
 	closeErr error         // set before closed is closed
 
 	closeOnce sync.Once
 
-	looking    chan struct{} // full during a look
-	nextFull   time.Time     // when a look may read the unfinished operations again; guarded by looking
-	recovering sync.Mutex    // held while a looker recovers
+	looking  chan struct{} // full during a look
+	nextFull time.Time     // when a look may read the unfinished operations again; guarded by looking
 
 	// functions counts the goroutines that run functions, and those that retry
 	// recovery and prune. Add only while holding mu and not closing.
@@ -69,12 +68,16 @@ type Manager struct {
 	last     uint64           // the number of the last task
 	queue    *queue.Queue[*task]
 	backlog  backlog
-	progress *time.Timer // will publish reports; nil if there are none
-	draining bool        // Submit returns ErrClosed
-	closing  bool        // Close or Drain was called: no function is started any more
-	stopping bool        // the functions have returned: the writer stores the rest
-	lastTry  bool        // Close will not try again
-	deadline time.Time   // when it won't
+	progress *time.Timer     // will publish reports; nil if there are none
+	draining bool            // Submit returns ErrClosed
+	closing  bool            // Close or Drain was called, or Shutdown is done: no function is started any more
+	leaving  bool            // Drain leaves what is PENDING to the next manager that resumes
+	left     map[string]bool // the IDs of what was left
+	lost     map[*task]bool  // lost operations whose functions still run
+	resuming bool            // recoverBeside runs
+	stopping bool            // the functions have returned: the writer stores the rest
+	lastTry  bool            // Close will not try again
+	deadline time.Time       // when it won't
 }
 
 // closeGrace is how long Close goes on without progress in storing the rest.
@@ -93,18 +96,20 @@ func isOpen(id string) bool {
 // [NewMemoryStore] of its own if db is nil.
 //
 // Before it returns, every PENDING or RUNNING operation in db whose process is
-// gone is marked as FAILED with the error "Task failed due to system restart".
-// If that fails, so does New.
+// gone is marked as FAILED with the error "Task failed due to system restart", or
+// resumed: see [WithResume]. If that fails, so does New.
 func New(db Persistence, opts ...Option) (*Manager, error) {
 	db, err := usable(db)
 	if err != nil {
 		return nil, fmt.Errorf("task: %w", err)
 	}
 	m := newManager(db, opts)
-	if err := m.recover(); err != nil {
+	resumed, err := m.recover()
+	if err != nil {
 		m.Close()
 		return nil, fmt.Errorf("task: recovery: %w", err)
 	}
+	m.start(resumed)
 	m.functions.Go(m.pruneLoop)
 	m.logs.flush()
 	return m, nil
@@ -117,7 +122,9 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 func NewManager(db Persistence, opts ...Option) *Manager {
 	db, _ = usable(db) // its methods return the error
 	m := newManager(db, opts)
-	if err := m.recover(); err != nil {
+	resumed, err := m.recover()
+	m.start(resumed)
+	if err != nil {
 		m.log.Error("task: recovery failed, will be tried again", "err", err)
 		m.functions.Go(m.recoverLoop)
 	}
@@ -138,6 +145,8 @@ func newManager(db Persistence, opts []Option) *Manager {
 		tasks:   make(map[string]*task),
 		unique:  make(map[string]*task),
 		others:  others{foreign: make(map[string]*foreign)},
+		left:    make(map[string]bool),
+		lost:    make(map[*task]bool),
 	}
 	for _, opt := range opts {
 		if opt != nil {
@@ -146,7 +155,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 	}
 	m.logs = &logQueue{Handler: m.log.Handler()}
 	m.log = slog.New(m.logs)
-	m.drain = sync.OnceFunc(func() { close(m.drained) })
+	m.drain = sync.OnceFunc(func() { m.closing = true; close(m.drained) })
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	m.queue = queue.New[*task](m.limit)
 	openManagers.Store(m.id, nil)
@@ -199,19 +208,12 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 		name:     op.Name,
 		fn:       fn,
 		created:  now,
+		base:     created,
 		inserted: make(chan struct{}),
 		life:     life{op: op, done: make(chan struct{})},
 	}
 	t.ticket.Item = t
-	for _, opt := range opts {
-		if opt == nil {
-			continue
-		}
-		if err := opt(t); err != nil {
-			return nil, err
-		}
-	}
-	return t, nil
+	return t, t.apply(opts)
 }
 
 // owner returns the Owner of what the manager submits now.
@@ -289,7 +291,9 @@ func (m *Manager) enter(t *task) (holder *task) {
 
 // leave is the end of enter. The caller holds m.mu.
 func (m *Manager) leave(t *task) {
-	delete(m.tasks, t.id)
+	if m.tasks[t.id] == t {
+		delete(m.tasks, t.id)
+	}
 	for _, key := range t.unique {
 		if m.unique[key] == t {
 			delete(m.unique, key)
@@ -344,10 +348,14 @@ func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 
 // written implements source.
 func (m *Manager) written(b batch) (more bool) {
+	owner := m.owner()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now := time.Now()
 	m.backlog.writing = nil
+	if slices.ContainsFunc(b.updates, func(w record) bool { return errors.Is(w.err, ErrLost) }) {
+		m.lose(owner)
+	}
 	for _, w := range b.unknown {
 		m.backlog.again(w, now)
 	}
@@ -358,6 +366,8 @@ func (m *Manager) written(b batch) (more bool) {
 	for _, w := range b.updates {
 		more = more || retryable(w.err)
 		switch {
+		case errors.Is(w.err, ErrLost): // see lose
+			answer(w.checkpoints, w.err)
 		case w.final:
 			m.afterFinal(w, now)
 		case retryable(w.err):
@@ -382,12 +392,18 @@ func (m *Manager) afterInsert(w record) {
 	t.insertErr = w.err
 	close(t.inserted)
 	if w.err != nil {
-		if !errors.Is(w.err, ErrExists) {
+		if !errors.Is(w.err, ErrExists) && !errors.Is(w.err, ErrLost) {
 			m.backlog.remember(w)
 		}
 		m.settle(t, nil, w.err)
 		return
 	}
+	m.enqueue(t)
+}
+
+// enqueue has a task wait for its turn, once its row is stored as PENDING. The
+// caller holds m.mu.
+func (m *Manager) enqueue(t *task) {
 	t.stored = StatePending
 	if t.given {
 		m.backlog.forget(t.id)
@@ -397,9 +413,22 @@ func (m *Manager) afterInsert(w record) {
 	case t.final != nil: // cancelled by someone who has found its row
 		m.storeFinal(t)
 	case m.closing:
-		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
+		m.drop(t)
 	default:
 		m.queue.Add(&t.ticket)
+	}
+}
+
+// errLeft is why an operation has no final state that was left to the next start.
+var errLeft = fmt.Errorf("left for the next start to resume: %w", ErrClosed)
+
+// drop ends a task that will not start any more. The caller holds m.mu.
+func (m *Manager) drop(t *task) {
+	if m.leaving {
+		m.left[t.id] = true
+		m.settle(t, nil, errLeft)
+	} else {
+		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
 	}
 }
 
@@ -434,12 +463,22 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 		m.settled[t.id] = m.looks
 	}
 	m.lookOut()
-	close(t.done)
+	m.release(t)
 	if m.stopping {
 		m.deadline = time.Now().Add(closeGrace)
 	}
 	if m.draining && len(m.tasks) == 0 {
 		m.drain()
+	}
+}
+
+// release lets those go on who wait for a task. The caller holds m.mu.
+func (m *Manager) release(t *task) {
+	close(t.done)
+	if f := m.foreign[t.id]; f != nil && t.insertErr == nil { // followed before it was resumed here
+		f.op, f.err = t.op, t.err
+		close(f.done)
+		delete(m.foreign, t.id)
 	}
 }
 
@@ -464,6 +503,10 @@ func (m *Manager) run(ctx context.Context, t *task) {
 	defer func() { // also if the function calls runtime.Goexit
 		m.mu.Lock()
 		m.finish(t, end)
+		if m.lost[t] {
+			delete(m.lost, t)
+			m.leave(t)
+		}
 		m.queue.Done(&t.ticket)
 		m.startNext()
 		m.mu.Unlock()
@@ -522,13 +565,17 @@ type running struct {
 
 func (r running) snapshot() *Operation { return r.m.copyOut(r.m.snapshot(&r.t.life)) }
 
-func (r running) setMetadata(metadata any) error {
+// change changes what is shown, unless f reports that it has changed nothing.
+func (r running) change(f func(op *Operation) (changed bool)) error {
 	r.m.mu.Lock()
 	defer r.m.mu.Unlock()
 	if r.t.word.Load()&wordReturned != 0 {
 		return errReturned
 	}
-	r.t.change(func(op *Operation) { op.Metadata = metadata })
+	if op := *r.t.op; !f(&op) {
+		return nil
+	}
+	r.t.change(func(op *Operation) { f(op) })
 	r.m.emit(r.t, true)
 	r.m.changed(r.t)
 	return nil
@@ -555,12 +602,24 @@ func (r running) checkpoint() <-chan error {
 // copy of it, by copyOut or raw.
 func (m *Manager) snapshot(l *life) *Operation {
 	m.mu.Lock()
-	if t := m.tasks[l.op.ID]; t != nil {
-		m.publish(t)
+	defer m.mu.Unlock()
+	return m.present(l)
+}
+
+// present is snapshot for a caller that holds m.mu.
+func (m *Manager) present(l *life) *Operation {
+	t := m.tasks[l.op.ID]
+	if t == nil {
+		return l.op
 	}
-	op := l.op
-	m.mu.Unlock()
-	return op
+	m.publish(t)
+	holder, ok := m.queue.Holder(&t.ticket)
+	if !ok {
+		return l.op
+	}
+	op := *l.op
+	op.WaitsFor = holder.id
+	return &op
 }
 
 // copyOut returns a copy of op for a caller.
@@ -801,11 +860,12 @@ func (m *Manager) cancelLive(id, text string) bool {
 // with a nil error whatever its final state. If ctx is done first, it returns
 // the operation as it is and ctx's error. It returns [ErrNotFound] if there is
 // no such operation, and [ErrClosed] if its final state could not be stored
-// before the manager was closed.
+// before the manager was closed, or Drain has left it to the next start.
 //
 // An operation of another manager on the same database may end up to 100
 // milliseconds, or with a very long queue a little, before Wait returns. It is
-// marked as FAILED about a second after that manager's process has died.
+// marked as FAILED, or resumed, about a second after that manager's process has
+// died.
 //
 // A Func that waits for an operation which can't start before it ends waits
 // for ever; that is not detected.
@@ -866,6 +926,14 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		if t := m.liveRow(id); t != nil { // it was stored just now
 			return &t.life, func() {}, nil
 		}
+		m.mu.Lock()
+		left := m.left[id]
+		m.mu.Unlock()
+		if left {
+			l := life{op: row, stored: row.State, err: errLeft, done: make(chan struct{})}
+			close(l.done)
+			return &l, func() {}, nil
+		}
 		f := m.follow(id)
 		leave = func() { m.unfollow(id, f) }
 		row, err = get(m.db, id) // again: only what happens from now on gets a look
@@ -876,7 +944,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		known := f.op != nil || f.err != nil
 		m.mu.Unlock()
 		if known {
-			return &f.life, leave, nil
+			return f.life, leave, nil
 		}
 		leave()
 	}
@@ -945,13 +1013,16 @@ func (m *Manager) Shutdown(ctx context.Context) error { return m.shutdown(ctx, f
 
 // Drain is [Manager.Shutdown] for a program that is to end soon, say after
 // SIGTERM: it lets the functions that run go on, but starts no other. What is
-// PENDING becomes FAILED with the error "Task failed due to system shutdown".
+// PENDING becomes FAILED with the error "Task failed due to system shutdown". With
+// [WithResume] it stays PENDING in the database, for the next start to resume
+// once the store is closed, and Wait returns [ErrClosed].
 func (m *Manager) Drain(ctx context.Context) error { return m.shutdown(ctx, true) }
 
 func (m *Manager) shutdown(ctx context.Context, drop bool) error {
 	m.mu.Lock()
 	m.draining = true
 	if drop {
+		m.leaving = m.resume != nil
 		m.dropWaiting()
 	}
 	if len(m.tasks) == 0 {
@@ -1016,7 +1087,7 @@ func (m *Manager) CloseContext(ctx context.Context) error {
 func (m *Manager) dropWaiting() {
 	m.closing = true
 	for _, t := range m.queue.Clear() {
-		m.finish(t, outcome{state: StateFailed, err: errTextShutdown})
+		m.drop(t)
 	}
 }
 
@@ -1055,7 +1126,7 @@ func (m *Manager) abandon() error {
 		errs = append(errs, fmt.Errorf("task: close: final state %s of %s (%.64q) not stored: %w",
 			t.final.State, t.id, t.name, t.refused))
 		t.err = fmt.Errorf("final state not stored: %w: %w", ErrClosed, t.refused)
-		close(t.done)
+		m.release(t)
 	}
 	m.drain()
 	return errors.Join(errs...)

@@ -1210,7 +1210,7 @@ func TestLargeValues(t *testing.T) {
 	}{
 		{"at the limit", quoted(limit), true},
 		{"over the limit", quoted(limit + 1), false},
-		{"encoded, over the limit", json.RawMessage(fmt.Sprintf("%q", quoted(limit+1))), false},
+		{"encoded, over the limit", json.RawMessage(fmt.Sprintf(`"%s"`, quoted(limit+1))), false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var db task.Persistence

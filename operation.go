@@ -50,6 +50,12 @@ type Operation struct {
 	// final state is yet to come.
 	Cancelling bool `json:"cancelling,omitempty"`
 
+	// WaitsFor is the ID of the operation that holds the key (see [WithLock])
+	// which a PENDING one of this process waits for: the first of its keys that
+	// another holds. It is empty for one that only waits for a free slot. It is
+	// not stored, and the changes that Watch yields do not have it.
+	WaitsFor string `json:"waits_for,omitempty"`
+
 	manager *Manager // nil if the operation did not come from one
 }
 
@@ -62,7 +68,9 @@ func (op *Operation) Cancel() error {
 }
 
 // Interrupted reports whether the operation is FAILED because its process or its
-// manager ended.
+// manager ended: nobody knows how far its function got. Error says so, and that
+// is what Interrupted looks at; a function should not return an error with such
+// a text.
 func (op *Operation) Interrupted() bool {
 	return op.State == StateFailed && (strings.HasPrefix(op.Error, errTextRestart) || strings.HasPrefix(op.Error, errTextShutdown))
 }
@@ -239,7 +247,7 @@ func FromContext(ctx context.Context) (*Operation, bool) {
 // errReturned is why a function's context is of no use any more.
 var errReturned = errors.New("its function has returned")
 
-// Checkpoint stores the progress and metadata of the operation whose [Func] was
+// Checkpoint stores the progress, message and metadata of the operation whose [Func] was
 // given ctx, as they are now, and returns once they are committed: a function
 // that is about to do what must not be done twice, or has done it, notes that
 // in its metadata and calls Checkpoint. The operation is then found as RUNNING
@@ -278,10 +286,46 @@ func SetMetadata(ctx context.Context, v any) error {
 	}
 	metadata, err := encode(v)
 	if err == nil {
-		err = r.setMetadata(metadata)
+		err = r.change(func(op *Operation) bool { op.Metadata = metadata; return true })
 	}
 	if err != nil {
 		return fmt.Errorf("task: set metadata of %s: %w", r.t.id, err)
+	}
+	return nil
+}
+
+// maxMessage is how many characters of a message are kept.
+const maxMessage = 1000
+
+// SetMessage says in words what the operation whose [Func] was given ctx is
+// doing, such as the name of the file it is at: [Operation.Message]. Like progress
+// it is seen at once and stored soon after, at most 1,000 characters of it, and
+// an unchanged text does nothing. The last message stays with a FAILED or
+// CANCELLED operation, as what it was doing; DONE clears it. SetMessage never
+// waits for the database. It returns an error if ctx is no such context, or if the
+// function has returned.
+func SetMessage(ctx context.Context, text string) error {
+	r, ok := ctx.Value(contextKey{}).(running)
+	if !ok {
+		return errors.New("task: set message: the context is not that of an operation")
+	}
+	text = validUTF8(text)
+	if len(text) > maxMessage {
+		n := 0
+		for i := range text {
+			if n++; n > maxMessage {
+				text = text[:i]
+				break
+			}
+		}
+	}
+	err := r.change(func(op *Operation) (changed bool) {
+		changed = op.Message != text
+		op.Message = text
+		return changed
+	})
+	if err != nil {
+		return fmt.Errorf("task: set message of %s: %w", r.t.id, err)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,51 +34,162 @@ const (
 	maxOrphanLogs = 100
 )
 
-// recover marks what dead processes have left unfinished as failed.
-func (m *Manager) recover() error {
+// recover marks what dead processes have left unfinished as failed, or takes it
+// over: see start.
+func (m *Manager) recover() (resumed []*task, err error) {
 	return m.recoverFrom(func(id string) bool { return m.liveRow(id) != nil })
 }
 
-func (m *Manager) recoverFrom(live func(id string) bool) error {
+func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err error) {
 	n := 0
 	defer func() {
 		if n > 0 {
 			m.log.Warn("task: recovered interrupted operations", "count", n)
 		}
+		if len(resumed) > 0 {
+			m.log.Info("task: resumed interrupted operations", "count", len(resumed))
+		}
 	}()
-	for op, err := range recoverOrphans(m.db, errTextRestart, live) {
+	asked := make(map[string]*task)
+	for op, err := range recoverOrphans(m.db, errTextRestart, m.ask(asked), live) {
 		switch {
 		case err != nil && op == nil:
-			return err
+			return resumed, err
 		case err != nil:
 			m.log.Error("task: not known whether an operation's process is alive", "id", op.ID, "name", op.Name, "err", err)
-			continue
+		case op.State.live():
+			t := asked[op.ID]
+			if t == nil {
+				return resumed, nil // the manager is closing
+			}
+			t.id, t.name, t.op, t.given = op.ID, op.Name, op, false
+			t.created, t.base = time.Now(), op.UpdatedAt
+			resumed = append(resumed, t)
+		default:
+			if n++; n <= maxOrphanLogs {
+				m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
+			}
 		}
-		if n++; n <= maxOrphanLogs {
-			m.log.Warn("task: operation interrupted", "id", op.ID, "name", op.Name, "err", op.Error)
-		}
-		m.callRecovered(op)
 	}
-	return nil
+	return resumed, nil
 }
 
-// callRecovered calls the function that WithRecovered has set.
-func (m *Manager) callRecovered(op *Operation) {
-	defer func() {
-		if r := recover(); r != nil {
-			m.log.Error("task: the function of WithRecovered panicked", "id", op.ID,
-				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+// ask returns the function that recoverOrphans asks whether to take over an
+// operation: nil without WithResume. The tasks that are to resume one come into
+// asked. Once the manager is closing there are none, and the operations, PENDING,
+// are left to the next one.
+func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
+	if m.resume == nil {
+		return nil
+	}
+	return func(op *Operation) bool {
+		live := m.liveRow(op.ID) != nil
+		m.mu.Lock()
+		closing := m.closing
+		for t := range m.lost { // its function still runs here
+			live = live || t.id == op.ID
+		}
+		m.mu.Unlock()
+		if closing || live {
+			return closing
+		}
+		t := &task{inserted: make(chan struct{}), life: life{op: new(Operation), done: make(chan struct{})}}
+		close(t.inserted)
+		t.ticket.Item = t
+		if err := m.callResume(op, t); err != nil {
+			m.log.Error("task: not resumed", "id", op.ID, "name", op.Name, "err", err)
+			return false
+		}
+		op.Owner = m.owner()
+		if t.fn != nil {
+			asked[op.ID] = t
+		}
+		return t.fn != nil
+	}
+}
+
+// callResume calls the function that WithResume has set, in a goroutine of its own
+// because it may call runtime.Goexit.
+func (m *Manager) callResume(op *Operation, t *task) (err error) {
+	err = errors.New("the function of WithResume, or an option, called runtime.Goexit")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if r := recover(); r != nil {
+				err = fmt.Errorf("the function of WithResume, or an option, panicked: %v\n%s", r, debug.Stack())
+			}
+		}()
+		var opts []SubmitOption
+		t.fn, opts = m.resume(m.copyOut(op))
+		if err = nil; t.fn != nil {
+			err = t.apply(opts)
 		}
 	}()
-	if m.recovered != nil {
-		m.recovered(m.copyOut(op))
+	<-done
+	return err
+}
+
+// start queues the tasks of operations that were taken over, by order of their
+// submission. A closing manager leaves them to the next one.
+func (m *Manager) start(resumed []*task) {
+	slices.SortStableFunc(resumed, func(a, b *task) int {
+		return cmp.Or(a.op.CreatedAt.Compare(b.op.CreatedAt), cmp.Compare(a.id, b.id))
+	})
+	for _, t := range resumed {
+		for m.mu.Lock(); m.tasks[t.id] != nil && !m.closing; m.mu.Lock() {
+			m.mu.Unlock()
+			m.liveRow(t.id) // waits until a Submit of the same ID has failed
+		}
+		if m.closing {
+			m.left[t.id], t.err = true, errLeft
+			m.release(t)
+		} else {
+			m.admit(t)
+		}
+		m.mu.Unlock()
 	}
+}
+
+// admit makes the task of a resumed operation live. If another has a unique key of
+// it, the operation is FAILED. The caller holds m.mu.
+func (m *Manager) admit(t *task) {
+	unique := m.enter(t) == t
+	if !unique {
+		t.unique = nil
+		m.enter(t)
+		m.finish(t, outcome{state: StateFailed, err: errTextRestart})
+	}
+	m.enqueue(t)
+	m.startNext()
+}
+
+// recoverBeside recovers in a goroutine of its own, unless that goes on already: a
+// function of WithResume may take its time.
+func (m *Manager) recoverBeside() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closing || m.resuming || len(m.foreign) == 0 {
+		return
+	}
+	m.resuming = true
+	m.functions.Go(func() {
+		resumed, err := m.recoverFrom(nil)
+		if err != nil {
+			m.log.Debug("task: recovery failed", "err", err)
+		}
+		m.start(resumed)
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.resuming = false
+	})
 }
 
 // recoverLoop calls recover until it succeeds or the manager is closed.
 func (m *Manager) recoverLoop() {
 	for backoff := minBackoff; sleep(m.ctx, backoff); backoff = min(2*backoff, 10*time.Second) {
-		err := m.recover()
+		resumed, err := m.recover()
+		m.start(resumed)
 		if err == nil {
 			m.log.Info("task: recovery succeeded")
 			return
@@ -96,10 +208,59 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// lose gives up the operations that were submitted under another Owner than the
+// present one: see [Recoverer]. They are followed as those of other managers. The
+// functions that run keep their slots and keys until they return. The caller holds
+// m.mu.
+func (m *Manager) lose(owner string) {
+	for _, t := range m.sorted() {
+		if t.op.Owner == owner || t.stored == "" {
+			continue
+		}
+		m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
+		if t.cancel != nil && t.final == nil {
+			go t.cancel(ErrLost) // which runs the function's own callbacks
+			m.lost[t] = true
+			delete(m.tasks, t.id)
+		} else {
+			m.queue.Remove(&t.ticket)
+			m.leave(t)
+		}
+		t.word.Or(wordReturned)
+		t.final = t.op
+		answer(t.checkpoints, ErrLost)
+		t.checkpoints = nil
+		m.followLost(t)
+	}
+	m.lookOut()
+	if m.draining && len(m.tasks) == 0 {
+		m.drain()
+	}
+}
+
+// followLost has those who wait for a lost operation get what becomes of it. The
+// caller holds m.mu.
+func (m *Manager) followLost(t *task) {
+	f := m.foreign[t.id]
+	if f == nil {
+		f = &foreign{life: &t.life, look: m.looks}
+		m.foreign[t.id] = f
+	} else { // followed before it was resumed here
+		go func() {
+			<-f.done
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			t.op, t.err = f.op, f.err
+			close(t.done)
+		}()
+	}
+	f.waiters++ // until its end
+}
+
 // A foreign is an unfinished operation of another manager that somebody here waits
 // for or watches.
 type foreign struct {
-	life    // op is nil until it has been read
+	*life   // op is nil until it has been read
 	waiters int
 	look    int // the last look that found it unfinished, or that it came too late for
 }
@@ -154,7 +315,12 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 			if err = errors.Join(err, m.look(false)); err == nil {
 				continue
 			}
-			if !errors.Is(err, errNotAll) {
+			if errors.Is(err, ErrLost) {
+				owner := m.owner()
+				m.mu.Lock()
+				m.lose(owner)
+				m.mu.Unlock()
+			} else if !errors.Is(err, errNotAll) {
 				m.log.Debug("task: looking at the operations of others failed", "err", err)
 			}
 			break // to look again without waiting for a change
@@ -166,15 +332,7 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 // operations of others.
 func (m *Manager) recoverOthers(ctx context.Context) {
 	for ok := true; ok; ok = sleep(ctx, recoverInterval) {
-		m.mu.Lock()
-		needed := len(m.foreign) > 0 && m.ctx.Err() == nil
-		m.mu.Unlock()
-		if needed && m.recovering.TryLock() { // unless an earlier looker's still does
-			if err := m.recoverFrom(nil); err != nil {
-				m.log.Debug("task: recovery failed", "err", err)
-			}
-			m.recovering.Unlock()
-		}
+		m.recoverBeside()
 	}
 }
 
@@ -394,7 +552,7 @@ func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 	case f == nil && (m.all == 0 || m.stopping || own), err == nil && told && !later(row, f.op):
 		return
 	case f == nil:
-		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		f = &foreign{life: &life{done: make(chan struct{})}, look: m.looks}
 		m.foreign[id] = f
 	}
 	soft := false
@@ -419,7 +577,7 @@ func (m *Manager) follow(id string) *foreign {
 	defer m.mu.Unlock()
 	f := m.foreign[id]
 	if f == nil {
-		f = &foreign{life: life{done: make(chan struct{})}, look: m.looks}
+		f = &foreign{life: &life{done: make(chan struct{})}, look: m.looks}
 		m.foreign[id] = f
 	}
 	f.waiters++

@@ -159,7 +159,7 @@ func TestRecoveryBesideRecovery(t *testing.T) {
 	owner := uuid.NewString()
 	must(t, os.WriteFile(path+"-owner-"+owner, nil, 0o600))
 	testkit.Fill(t, path, 2500, owner, "-1 hour")
-	for _, err := range slow.Recover(testkit.RestartText) {
+	for _, err := range slow.Recover(testkit.RestartText, nil) {
 		must(t, err)
 		testkit.NewLogged(t, store)
 		if left := testkit.Stored(t, store).Unfinished(); len(left) > 0 {
@@ -315,39 +315,6 @@ func TestRecoveryOfFourMethods(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestWithRecovered: the program learns of each interrupted operation before
-// New returns, whether or not its function panics.
-func TestWithRecovered(t *testing.T) {
-	memory := task.NewMemoryStore()
-	for name, db := range map[string]task.Persistence{"four methods": testkit.Bare(memory), "memory": memory} {
-		t.Run(name, func(t *testing.T) {
-			left(t, memory, name+" 1", task.StateRunning)
-			left(t, memory, name+" 2", task.StateDone)
-			left(t, memory, name+" 3", task.StatePending)
-			got := make(map[string]*task.Operation)
-			log := new(testkit.Log)
-			m := newManager(t, db, log.Option(), task.WithRecovered(func(op *task.Operation) {
-				got[op.ID] = op
-				panic("oh")
-			}))
-			if len(got) != 2 || got[name+" 1"] == nil || got[name+" 3"] == nil {
-				t.Errorf("recovered: %v", got)
-			}
-			for _, op := range got {
-				if op.State != task.StateFailed || op.Error != testkit.RestartText || op.Metadata != "tank" {
-					t.Errorf("%+v", op)
-				}
-			}
-			if n := log.Count("task: the function of WithRecovered panicked"); n != 2 {
-				t.Errorf("%d panics logged", n)
-			}
-			must(t, m.Close())
-		})
-	}
-	m := newManager(t, nil, task.WithRecovered(nil))
-	must(t, m.Close())
 }
 
 // TestRecoveryOvertaken has other code finish or delete an operation while it

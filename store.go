@@ -187,6 +187,13 @@ func history(db Persistence) iter.Seq2[*Operation, error] {
 
 // A Recoverer is a [Persistence] that knows which process runs an operation,
 // so that several managers can share it.
+//
+// A store that others may take for dead while it lives, because it can't be
+// reached, has a method Owner() string. Once it notices, it goes on with a new
+// Owner: each write of an operation with the earlier one fails with an error that
+// wraps [ErrLost], and Changes ends with such an error. The manager then gives up
+// those operations: the contexts of their functions are cancelled, those that have
+// not started never do, and what the store has of them counts from then on.
 type Recoverer interface {
 	Persistence
 
@@ -197,22 +204,56 @@ type Recoverer interface {
 	// alive, runs. If the caller stops early, more may be finished than was
 	// yielded.
 	//
+	// If resume is not nil, Recover calls it with each such operation of which
+	// nobody has asked for the cancellation, outside of any transaction and
+	// holding no lock. The operation is a copy, in which resume sets Owner to who
+	// wants to run it. If resume returns true, Recover takes the operation over
+	// instead of finishing it, in one step, and yields it: Owner as set (or what
+	// the store itself calls its owner), State PENDING, no Progress, Message and
+	// StartedAt, a new UpdatedAt, the rest as it was. It yields nothing if it then
+	// finds that another Recover was first, and finishes the operation if its
+	// cancellation has been asked for meanwhile.
+	//
 	// An operation together with an error means that Recover can't tell whether
 	// its process is alive, and has left it, and all others of that process,
 	// alone. The error says why, and what to do. It is yielded once for each
 	// such process, and not again by the next Recover of the same store.
-	Recover(reason string) iter.Seq2[*Operation, error]
+	Recover(reason string, resume func(op *Operation) bool) iter.Seq2[*Operation, error]
+}
+
+// recovered returns what becomes of an orphan: FAILED for that reason, or, if
+// resumed, PENDING.
+func (op Operation) recovered(reason string, resumed bool) *Operation {
+	op.UpdatedAt = latest(wall(), op.UpdatedAt, op.StartedAt, op.CreatedAt)
+	if resumed {
+		op.State, op.Progress, op.Message, op.StartedAt = StatePending, 0, "", time.Time{}
+	} else {
+		op.State, op.Error, op.Cancelling = StateFailed, reason, false
+	}
+	return &op
+}
+
+// resumes asks resume, if there is one, whether to take over an orphan, and
+// returns the owner that it then gets.
+func resumes(resume func(op *Operation) bool, orphan *Operation) (owner string, ok bool) {
+	if resume == nil || orphan.Cancelling {
+		return "", false
+	}
+	op := *orphan
+	ok = resume(&op)
+	return op.Owner, ok
 }
 
 // recoverOrphans uses the store's Recover if it has one. A store without it is
 // taken to have one manager: whatever is unfinished in its whole history and
 // not live in there is an orphan. If live is nil, it recovers nothing there.
-func recoverOrphans(db Persistence, reason string, live func(id string) bool) iter.Seq2[*Operation, error] {
+// Update takes over what is to be resumed there; its Owner stays.
+func recoverOrphans(db Persistence, reason string, resume func(op *Operation) bool, live func(id string) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		unsupported := true
 		if r, ok := db.(Recoverer); ok {
 			unsupported = false
-			for op, err := range r.Recover(reason) {
+			for op, err := range r.Recover(reason, resume) {
 				// An error of the operating system may say the same, of something else.
 				unsupported = op == nil && errors.Is(err, errors.ErrUnsupported) && !errors.As(err, new(syscall.Errno))
 				if unsupported {
@@ -231,7 +272,8 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 				if !op.State.live() || live(op.ID) {
 					continue
 				}
-				op, err = failOrphan(db, op.ID, reason)
+				_, resumed := resumes(resume, op)
+				op, err = updateOrphan(db, op.ID, reason, resumed)
 			}
 			if (op != nil || err != nil) && (!yield(op, err) || err != nil) {
 				return
@@ -240,9 +282,9 @@ func recoverOrphans(db Persistence, reason string, live func(id string) bool) it
 	}
 }
 
-// failOrphan marks an operation as failed that was not live a moment ago. It
-// returns nil if the operation has finished or has been deleted before that.
-func failOrphan(db Persistence, id, reason string) (*Operation, error) {
+// updateOrphan recovers an operation that was not live a moment ago. It returns
+// nil if the operation has finished or has been deleted before that.
+func updateOrphan(db Persistence, id, reason string, resumed bool) (*Operation, error) {
 	op, err := get(db, id)
 	if errors.Is(err, ErrNotFound) || err == nil && !op.State.live() {
 		return nil, nil
@@ -250,20 +292,17 @@ func failOrphan(db Persistence, id, reason string) (*Operation, error) {
 	if err != nil {
 		return nil, err
 	}
-	failed := *op
-	if err := failed.encode(); err != nil {
+	op = op.recovered(reason, resumed && !op.Cancelling)
+	if err := op.encode(); err != nil {
 		return nil, fmt.Errorf("%s: %w", id, err)
 	}
-	failed.State = StateFailed
-	failed.Error = reason
-	failed.UpdatedAt = latest(wall(), op.UpdatedAt, op.StartedAt, op.CreatedAt)
-	stored := failed // which belongs to the store from then on
+	stored := *op // which belongs to the store from then on
 	if err := notFound(db.Update(&stored)); errors.Is(err, ErrNotFound) {
 		return nil, nil
 	} else if err != nil {
 		return nil, fmt.Errorf("%s: %w", id, err)
 	}
-	return &failed, nil
+	return op, nil
 }
 
 // A Filter says which operations a list is of.

@@ -132,19 +132,36 @@ func (s *MemoryStore) Get(id string) (*Operation, error) {
 }
 
 // Recover implements [Recoverer].
-func (s *MemoryStore) Recover(reason string) iter.Seq2[*Operation, error] {
+func (s *MemoryStore) Recover(reason string, resume func(op *Operation) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		ops, _ := s.ListFiltered(Filter{States: []State{StatePending, StateRunning}}, math.MaxInt, 0)
 		for _, op := range ops {
 			if isOpen(op.Owner) {
 				continue
 			}
-			op, err := failOrphan(s, op.ID, reason)
-			if (op != nil || err != nil) && !yield(op, err) {
+			owner, resumed := resumes(resume, op)
+			if op := s.settle(op, reason, owner, resumed); op != nil && !yield(op, nil) {
 				return
 			}
 		}
 	}
+}
+
+// settle recovers an orphan, and returns nil if another Recover was first.
+func (s *MemoryStore) settle(orphan *Operation, reason, owner string, resumed bool) *Operation {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	row := s.rows[orphan.ID]
+	if row == nil || !row.State.live() || row.Owner != orphan.Owner {
+		return nil
+	}
+	*row = *row.recovered(reason, resumed && !row.Cancelling)
+	if row.State.live() {
+		row.Owner = owner
+	}
+	s.retire(row)
+	op := *row
+	return &op
 }
 
 // Prune implements [Pruner].

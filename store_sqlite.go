@@ -10,6 +10,7 @@ import (
 	"iter"
 	"maps"
 	"math"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -89,7 +90,40 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	return nil, fmt.Errorf("task: use database: %w", err)
 }
 
-// Close ends the store, and closes the database if [OpenSQLite] opened it.
+// AttachSQLite opens the database of another program that may be running, for a
+// tool beside it. The store changes only what it is asked to: it creates no
+// file, leaves the table, its columns and the database's settings as they are,
+// recovers nothing, and has no owner file. A manager on it can do everything
+// but Submit, which returns an error that wraps [errors.ErrUnsupported], as Save
+// does. A table without the columns and indexes of this version is an error.
+func AttachSQLite(path string) (*SQLiteStore, error) {
+	s, err := attach(path)
+	if err != nil {
+		return nil, fmt.Errorf("task: attach to database %q: %w", path, err)
+	}
+	return s, nil
+}
+
+func attach(path string) (*SQLiteStore, error) {
+	file, err := sqlitefile.Resolve(path)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(cmp.Or(file, path)); err != nil { // also that of ":memory:"
+		return nil, fmt.Errorf("%w: name the file of an existing database", err)
+	}
+	db, err := sqlitefile.OpenExisting(file)
+	if err != nil {
+		return nil, err
+	}
+	s := &SQLiteStore{db: db, owner: owner.Observer(file)}
+	if err := db.Check(schema); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// Close ends the store, and closes the database if this package opened it.
 // Close the manager first: what it has not finished by then is left for the
 // next one to recover.
 func (s *SQLiteStore) Close() error {
@@ -99,7 +133,8 @@ func (s *SQLiteStore) Close() error {
 	return errors.Join(s.db.Close(), s.owner.Release())
 }
 
-// Owner returns the Owner of the operations that the store saves: a UUID.
+// Owner returns the Owner of the operations that the store saves: a UUID, or ""
+// after [AttachSQLite].
 func (s *SQLiteStore) Owner() string { return s.owner.ID }
 
 // newStore returns a store in the database at a path, which open opens. A new
@@ -362,6 +397,10 @@ func (s *SQLiteStore) Update(op *Operation) error {
 	return s.WriteBatch(nil, []*Operation{op})[0]
 }
 
+// errAttached is the error of Save after AttachSQLite: without an owner file,
+// others would take the operation for one that a dead process has left.
+var errAttached = fmt.Errorf("the store only looks on, see AttachSQLite: %w", errors.ErrUnsupported)
+
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
 // many with one statement. If a statement fails, or writes fewer rows than it
 // has (an ID may exist, and UPDATE ... FROM takes one of two for the same
@@ -381,7 +420,9 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 			}
 		}
 		var args []any
-		if args, errs[i] = cells(op, owner); errs[i] == nil {
+		if i < len(saves) && s.Owner() == "" {
+			errs[i] = errAttached
+		} else if args, errs[i] = cells(op, owner); errs[i] == nil {
 			writes = append(writes, write{stmt, args, &errs[i]})
 		}
 	}
@@ -917,15 +958,18 @@ const recoverChunk = 1000
 
 // Recover implements [Recoverer]. An operation is an orphan if its row has no
 // owner, or one whose lock nobody holds.
-func (s *SQLiteStore) Recover(reason string) iter.Seq2[*Operation, error] {
+func (s *SQLiteStore) Recover(reason string, resume func(op *Operation) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
+		if s.Owner() == "" {
+			return
+		}
 		owners, err := s.owners()
 		if err != nil {
 			yield(nil, err)
 			return
 		}
 		for _, id := range owners {
-			if !s.recoverFrom(id, reason, yield) {
+			if !s.recoverFrom(id, reason, resume, yield) {
 				return
 			}
 		}
@@ -959,17 +1003,22 @@ func (s *SQLiteStore) owners() (ids []string, err error) {
 // recoverFrom yields what it has recovered from an owner, if that is dead, and
 // reports whether to go on. If nobody knows whether it is, recoverFrom yields
 // one of its operations, the first time.
-func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, error) bool) (goOn bool) {
+func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) bool, yield func(*Operation, error) bool) (goOn bool) {
 	done, dead, unknown := s.owner.Dead(id)
 	if dead {
 		defer func() { done(goOn) }()
 	}
+	at := int64(math.MinInt64)
 	for n := recoverChunk; dead && n == recoverChunk; {
 		var ops []*Operation
-		err := s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
-			ops, err = failOrphans(c, id, reason)
-			return err
-		})
+		orphans, err := s.orphans(id, at, resume)
+		if err == nil && len(orphans) > 0 {
+			err = s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
+				ops, err = s.settle(c, orphans, id, reason)
+				return err
+			})
+			at = orphans[len(orphans)-1].rowid
+		}
 		if err != nil {
 			yield(nil, err)
 			return false
@@ -979,12 +1028,12 @@ func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, erro
 				return false
 			}
 		}
-		n = len(ops)
+		n = len(orphans)
 	}
 	if _, again := s.reported.Load(id); unknown == nil || again {
 		return true
 	}
-	ops, err := s.query(context.Background(), `SELECT `+columns+ofOwner, id, 1)
+	ops, err := s.query(context.Background(), `SELECT `+columns+ofOwner, id, math.MinInt64, 1)
 	if err != nil || len(ops) == 0 {
 		return err == nil || yield(nil, err)
 	}
@@ -993,28 +1042,57 @@ func (s *SQLiteStore) recoverFrom(id, reason string, yield func(*Operation, erro
 		"its operations stay as they are; if it is dead, remove that file", unknown))
 }
 
-// ofOwner selects unfinished operations of an owner.
-const ofOwner = ` FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished + ` AND ` + ownerText + ` = ? LIMIT ?`
+// ofOwner selects unfinished operations of an owner behind a rowid.
+const ofOwner = ` FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished + ` AND ` + ownerText + ` = ? AND rowid > ?
+	ORDER BY rowid LIMIT ?`
 
-// failOrphans marks some operations of a dead owner as failed. It touches no
-// cell that this does not concern: other code may have written it.
-func failOrphans(c *sql.Conn, id, reason string) (ops []*Operation, err error) {
-	var rows []*row
-	err = scan(c, func(r *row) { rows = append(rows, r) }, `SELECT `+columns+ofOwner, id, recoverChunk)
-	if err != nil {
-		return nil, err
+// An orphan is a row that Recover has found.
+type orphan struct {
+	row
+	resumed bool // it is to be taken over
+}
+
+// orphans returns some operations of a dead owner, those behind a rowid, and asks
+// which of them are to be taken over. Should a VACUUM give rows new rowids
+// meanwhile, some may be left for the next Recover.
+func (s *SQLiteStore) orphans(owner string, at int64, resume func(op *Operation) bool) (all []orphan, err error) {
+	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
+		all = nil
+		return scan(c, func(r *row) { all = append(all, orphan{row: *r}) }, `SELECT `+columns+ofOwner, owner, at, recoverChunk)
+	})
+	for i := range all {
+		_, all[i].resumed = resumes(resume, all[i].operation())
 	}
-	now := time.Now().UTC().Truncate(time.Microsecond)
-	for _, r := range rows {
-		op := r.operation()
-		op.State, op.Error = StateFailed, reason
-		op.UpdatedAt = latest(now, op.UpdatedAt, op.StartedAt, op.CreatedAt)
-		n, err := changes(c, `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ? WHERE rowid = ?`,
-			reason, formatTime(op.UpdatedAt), r.rowid)
+	return all, err
+}
+
+// What settle does with an orphan, unless another Recover was first.
+const (
+	whereOrphan = ` WHERE rowid = ? AND coalesce(CAST(id AS TEXT), '') = ? AND ` + ownerText + ` = ? AND ` + unfinished
+	failOrphan  = `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ?` + whereOrphan
+	takeOrphan  = `UPDATE tasks SET state = 'PENDING', owner = ?, updated_at = ?, progress = 0, message = NULL, started_at = NULL` +
+		whereOrphan + ` AND cancel_requested_at IS NULL`
+)
+
+// settle marks operations of a dead owner as failed, or takes them over. It
+// touches no cell that this does not concern: other code may have written it.
+func (s *SQLiteStore) settle(c *sql.Conn, orphans []orphan, owner, reason string) (ops []*Operation, err error) {
+	for _, o := range orphans {
+		n := 0
+		op := o.operation().recovered(reason, o.resumed)
+		if o.resumed {
+			op.Owner = s.Owner()
+			n, err = changes(c, takeOrphan, op.Owner, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+		}
+		if n == 0 && err == nil {
+			op = o.operation().recovered(reason, false)
+			n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
+			// 0 if another was first, or a trigger has ignored it
+		}
 		if err != nil {
 			return nil, err
 		}
-		if n > 0 { // else a trigger has ignored it
+		if n > 0 {
 			ops = append(ops, op)
 		}
 	}

@@ -1096,7 +1096,7 @@ func TestSQLitePlan(t *testing.T) {
 			}
 			got = plan("PENDING", func() {
 				n := 0
-				for _, err := range s.Recover("gone") {
+				for _, err := range s.Recover("gone", nil) {
 					if n++; err != nil {
 						t.Fatal(err)
 					}
@@ -1105,7 +1105,7 @@ func TestSQLitePlan(t *testing.T) {
 					t.Errorf("recovered %d operations, want 10", n)
 				}
 			})
-			if !strings.Contains(got, "INDEX tasks_unfinished (<expr>>?)") || !strings.Contains(got, "INDEX tasks_unfinished (<expr>=?)") ||
+			if !strings.Contains(got, "INDEX tasks_unfinished (<expr>>?)") || !strings.Contains(got, "INDEX tasks_unfinished (<expr>=? AND rowid>?)") ||
 				strings.Contains(got, "SCAN tasks") || strings.Contains(got, "TEMP B-TREE") {
 				t.Errorf("Recover: plan %q", got)
 			}
@@ -1237,7 +1237,7 @@ func TestSQLiteOlder(t *testing.T) {
 	sqliteMake(t, path, `DROP INDEX tasks_unfinished; INSERT INTO tasks (id, name, state) VALUES ('a', 'x', 'RUNNING')`)
 	s := sqliteOpen(t, path)
 	n := 0
-	for op, err := range s.Recover("gone") {
+	for op, err := range s.Recover("gone", nil) {
 		if n++; err != nil || op.ID != "a" {
 			t.Errorf("Recover: %v, %v", op, err)
 		}
@@ -1262,11 +1262,11 @@ func TestSQLiteRecoverMany(t *testing.T) {
 					CASE i %% 4 WHEN 0 THEN NULL WHEN 1 THEN '' WHEN 2 THEN '../../etc/passwd' ELSE '%s' END,
 					CASE WHEN i %% 8 < 4 THEN '2100-01-01T00:00:00+01:00' END, CASE WHEN i %% 8 = 4 THEN '2100-01-01 00:00:00' END FROM n`,
 				5*recoverChunk, uuid.NewString()))
-			for range s.Recover("gone") {
+			for range s.Recover("gone", nil) {
 				break // a caller may stop
 			}
 			seen := make(map[string]bool)
-			for op, err := range s.Recover("gone") {
+			for op, err := range s.Recover("gone", nil) {
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -1292,7 +1292,7 @@ func TestSQLiteRecoverIgnored(t *testing.T) {
 	sqliteExecute(t, s.db, fmt.Sprintf(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)
 		INSERT INTO tasks (id, name, state) SELECT i, 'x', 'RUNNING' FROM n;
 		CREATE TRIGGER keep BEFORE UPDATE ON tasks BEGIN SELECT RAISE(IGNORE); END`, recoverChunk+1))
-	for op, err := range s.Recover("gone") {
+	for op, err := range s.Recover("gone", nil) {
 		t.Errorf("recovered %+v, %v", op, err)
 	}
 }
@@ -1312,7 +1312,7 @@ func TestSQLiteRecoverUnknown(t *testing.T) {
 		('orphan', 'orphan', 'RUNNING', NULL)`, id))
 	for round, s := range []*SQLiteStore{s, s, sqliteOpen(t, path)} {
 		reported := 0
-		for op, err := range s.Recover("gone") {
+		for op, err := range s.Recover("gone", nil) {
 			switch {
 			case op == nil:
 				t.Fatal(err)
@@ -1407,7 +1407,7 @@ func TestSQLiteOpenedAtOnce(t *testing.T) {
 	}
 	for _, s := range stores {
 		all.Go(func() {
-			for op, err := range s.Recover("gone") {
+			for op, err := range s.Recover("gone", nil) {
 				t.Errorf("recovered %v, %v though all live", op, err)
 			}
 		})

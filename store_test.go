@@ -416,14 +416,20 @@ func TestListContext(t *testing.T) {
 // TestSubmitBesideSearches submits while many clients search a long history, some
 // of which give up.
 func TestSubmitBesideSearches(t *testing.T) {
-	r := besideSearches(t, 100_000, 100, 700*time.Millisecond)
-	t.Log(r)
-	if r.submits == 0 || r.failed != nil || r.worstSubmit > 500*time.Millisecond {
-		t.Errorf("%v, want none failed, and none to take longer than 0.5 s", r)
+	const soon = 500 * time.Millisecond
+	// A busy machine may exceed the bound in a round, a fault does so in each.
+	var r besideResult
+	for range 5 {
+		r = besideSearches(t, 100_000, 100, 700*time.Millisecond)
+		t.Log(r)
+		if r.submits == 0 || r.failed != nil {
+			t.Fatalf("%v, want none failed", r)
+		}
+		if r.worstSubmit <= soon && r.worstEnd <= soon {
+			return
+		}
 	}
-	if r.worstEnd > 500*time.Millisecond {
-		t.Errorf("%v: a search has gone on after its context", r)
-	}
+	t.Errorf("%v: in every round a Submit took longer than %v, or a search went on after its context", r, soon)
 }
 
 // TestListByStateNow: List finds an operation by its new state as soon as that

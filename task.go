@@ -42,7 +42,8 @@
 // Several managers, in one process or in several, may share one SQLite
 // database. Each runs what was submitted to it, and sees and cancels the
 // operations of all. When a process dies, the next manager to start marks what it
-// left behind as failed, and leaves the operations of the living alone.
+// left behind as failed, or resumes it (see [WithResume]), and leaves the
+// operations of the living alone.
 package task
 
 import (
@@ -124,6 +125,11 @@ var (
 	// ID that it has.
 	ErrExists = errors.New("operation exists already")
 
+	// ErrLost is wrapped by what a store returns that was taken for dead, while it
+	// could not be reached, and whose operations others have recovered: of Submit,
+	// and as the cause of the contexts of the functions that run. See [Recoverer].
+	ErrLost = errors.New("operation lost: its manager was taken for dead")
+
 	// ErrLagged is the last thing that Watch yields to a receiver that is too
 	// slow.
 	ErrLagged = errors.New("watcher too slow: events were dropped")
@@ -143,7 +149,7 @@ type options struct {
 	log       *slog.Logger
 	limit     int           // how many functions may run at once; 0 for any number
 	retention time.Duration // how long to keep the history; 0 for ever
-	recovered func(*Operation)
+	resume    func(*Operation) (Func, []SubmitOption)
 }
 
 // WithLogger makes the manager log to l instead of [slog.Default]. It logs
@@ -175,17 +181,43 @@ func WithRetention(age time.Duration) Option {
 	return func(o *options) { o.retention = max(age, 0) }
 }
 
-// WithRecovered has f called with each operation that the manager finds
-// interrupted and has marked as FAILED, metadata included, so that the program
-// can do what is left of it: by [New] before it returns, and later whenever the
-// manager notices that another process on the database has died. The calls come
-// one at a time at the start, but may overlap after it. A panic of f is logged.
-func WithRecovered(f func(op *Operation)) Option {
-	return func(o *options) { o.recovered = f }
+// WithResume has f called for each operation that the manager finds interrupted,
+// with a snapshot of it, metadata included: by [New] before it returns, and later
+// whenever the manager notices that another process on the database has died. If
+// f returns a Func, the operation is this manager's from then on. It keeps its
+// ID, CreatedAt and metadata, is PENDING again with neither progress nor message,
+// and runs the Func when its turn comes, after what was submitted before it. If f
+// returns nil, the operation is FAILED, as all are without WithResume. Of several
+// managers that recover at the same time, one gets it, although the functions of
+// all may have been asked.
+//
+// Of the options, [WithLock] and those like it count, since keys are not stored;
+// [WithMetadata] and others that set what is stored already are ignored. If an
+// option fails, or f panics, that is logged and the operation is FAILED. An
+// operation that somebody had asked to cancel is FAILED without asking f. With
+// WithResume, [Manager.Drain] leaves what is PENDING for the next start to resume.
+//
+// The calls come one at a time. f should return soon: until then New does not
+// return, nor does Close, and this manager recovers and resumes nothing else.
+func WithResume(f func(op *Operation) (Func, []SubmitOption)) Option {
+	return func(o *options) { o.resume = f }
 }
 
 // A SubmitOption configures one operation.
 type SubmitOption func(*task) error
+
+// apply applies the options of a new task.
+func (t *task) apply(opts []SubmitOption) error {
+	for _, opt := range opts {
+		if opt == nil {
+			continue
+		}
+		if err := opt(t); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // WithMetadata gives the operation metadata: any value that JSON can hold in
 // 16 MiB, such as the name of a pool, or of the user who asked. Submit returns
@@ -393,7 +425,8 @@ type task struct {
 	given    bool   // the caller gave the ID: until the first row is stored, it may be another's
 	number   uint64 // by order of submission
 	fn       Func
-	created  time.Time // with its monotonic reading
+	created  time.Time // of the task, with its monotonic reading
+	base     time.Time // of the operation, at that moment
 	unique   []string  // keys
 
 	inserted  chan struct{} // closed once the store has answered to the first row
@@ -457,11 +490,12 @@ func (t *task) change(f func(op *Operation)) {
 }
 
 // now returns the time for StartedAt and UpdatedAt: the wall clock's, or a
-// later one if that has been set back since the operation was submitted.
+// later one if that has been set back since the operation was submitted or
+// resumed.
 func (t *task) now() time.Time {
 	return latest(
 		wall(),
-		t.op.CreatedAt.Add(time.Since(t.created)).Truncate(time.Microsecond),
+		t.base.Add(time.Since(t.created)).Truncate(time.Microsecond),
 		t.op.StartedAt,
 		t.op.UpdatedAt,
 	)
@@ -492,7 +526,7 @@ func (t *task) finish(end outcome) bool {
 	final := *t.op
 	final.State, final.Cancelling = end.state, false
 	if end.state == StateDone {
-		final.Progress = 100
+		final.Progress, final.Message = 100, ""
 	}
 	final.Result = end.result
 	final.Error = validUTF8(end.err)

@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"testing"
 	"time"
 )
@@ -38,15 +39,17 @@ func TestClock(t *testing.T) {
 		name             string
 		created, updated time.Time
 		want             time.Time
+		base             time.Time // if not created
 	}{
-		{"steady", now.Add(-passed), now.Add(-passed), now},
-		{"started in 1970, then set right", time.Unix(100, 0).UTC(), time.Unix(100, 0).UTC(), now},
-		{"set back by an hour", now.Add(time.Hour - passed), now.Add(time.Hour - passed), now.Add(time.Hour)},
-		{"set back after the start", now.Add(-passed), now.Add(time.Hour), now.Add(time.Hour)},
-		{"asleep for hours", now.Add(-5 * time.Hour), now.Add(-5 * time.Hour), now},
+		{"steady", now.Add(-passed), now.Add(-passed), now, time.Time{}},
+		{"started in 1970, then set right", time.Unix(100, 0).UTC(), time.Unix(100, 0).UTC(), now, time.Time{}},
+		{"set back by an hour", now.Add(time.Hour - passed), now.Add(time.Hour - passed), now.Add(time.Hour), time.Time{}},
+		{"set back after the start", now.Add(-passed), now.Add(time.Hour), now.Add(time.Hour), time.Time{}},
+		{"asleep for hours", now.Add(-5 * time.Hour), now.Add(-5 * time.Hour), now, time.Time{}},
+		{"resumed, then set back", now.Add(-5 * time.Hour), now.Add(time.Hour - passed), now.Add(time.Hour), now.Add(time.Hour - passed)},
 	} {
 		op := &Operation{CreatedAt: tt.created, UpdatedAt: tt.updated, State: StateRunning}
-		task := &task{created: time.Now().Add(-passed), life: life{op: op}}
+		task := &task{created: time.Now().Add(-passed), base: cmp.Or(tt.base, tt.created), life: life{op: op}}
 		if !task.finish(outcome{state: StateDone}) {
 			t.Fatal("finished already")
 		}

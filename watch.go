@@ -149,7 +149,7 @@ type event struct {
 // operation was before. The caller holds m.mu.
 func (m *Manager) appendEvent(e event, soft bool) {
 	const rest = 300 // bytes, about
-	m.events.Append(e.op.ID, e, rest+len(e.op.Name)+len(e.op.Error)+e.op.valueBytes(), soft)
+	m.events.Append(e.op.ID, e, rest+len(e.op.Name)+len(e.op.Message)+len(e.op.Error)+e.op.valueBytes(), soft)
 }
 
 // emit appends the present state of a task, if it is visible. The caller holds m.mu.
@@ -229,25 +229,22 @@ func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 		w.open = make(map[string]bool, len(ids))
 	} else {
 		for _, t := range m.sorted() {
-			if m.publish(t); t.err == nil {
+			if t.err == nil {
 				lives = append(lives, &t.life)
 			}
 		}
 		for id, f := range m.foreign {
 			if m.tasks[id] == nil {
-				lives = append(lives, &f.life)
+				lives = append(lives, f.life)
 			}
 		}
 	}
 	for _, id := range ids {
 		w.open[id] = true
-		if t := m.tasks[id]; t != nil {
-			m.publish(t)
-		}
 	}
 	for _, l := range lives {
 		if l.visible() {
-			w.present = append(w.present, event{op: l.op, err: l.err})
+			w.present = append(w.present, event{op: m.present(l), err: l.err})
 		}
 	}
 	w.reader = m.events.Read(ids...)

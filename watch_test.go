@@ -642,30 +642,25 @@ func TestWatchBody(t *testing.T) {
 	}
 }
 
-// A failingSave passes on the ID of what it saves, and fails when told to.
-type failingSave struct {
-	*task.MemoryStore
-	ids  chan string
-	fail chan struct{}
-}
-
-func (s failingSave) Save(op *task.Operation) error {
-	s.ids <- op.ID
-	<-s.fail
-	return errors.New("disk full")
-}
-
 // An operation whose first row can't be stored ends the sequence of whoever has
 // named it.
 func TestWatchFailedSubmit(t *testing.T) {
-	s := failingSave{task.NewMemoryStore(), make(chan string), make(chan struct{})}
-	m := task.NewManager(s)
-	defer m.Close()
-	go m.Submit("x", func(context.Context, func(int)) (any, error) { return nil, nil })
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ids, fail := make(chan string), make(chan struct{})
+	db := testkit.NewFake(nil)
+	db.Before(func(c *testkit.Call) error {
+		if c.Method != "Save" {
+			return nil
+		}
+		ids <- c.ID
+		<-fail
+		return errDisk
+	})
+	m := newManager(t, db)
+	go m.Submit("x", nothing)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	changes := m.Watch(ctx, <-s.ids)
-	close(s.fail)
+	changes := m.Watch(ctx, <-ids)
+	close(fail)
 	var last error
 	for _, err := range changes {
 		last = err

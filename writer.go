@@ -325,7 +325,7 @@ func (w *writer) write(b *batch) {
 func (w *writer) failInsert(u record) error {
 	row, err := get(w.db, u.op.ID)
 	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
-		_, err = failOrphan(w.db, u.op.ID, u.op.Error)
+		_, err = updateOrphan(w.db, u.op.ID, u.op.Error, false)
 	}
 	if errors.Is(err, ErrNotFound) {
 		return nil
@@ -371,7 +371,7 @@ func (w *writer) resolve(u *record) {
 
 // retryable reports whether err says that a write should be tried again.
 func retryable(err error) bool {
-	return err != nil && !errors.Is(err, ErrNotFound)
+	return err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrLost)
 }
 
 // note logs when trouble with the store begins and ends. An insert with an ID that

@@ -230,7 +230,9 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	defer s.unblock()()
 	last := r.Header.Get("Last-Event-ID")
 	reader, known := rec.resume(last)
-	if !known {
+	if known {
+		s.heartbeat() // says that the stream works, although there is no snapshot
+	} else {
 		if last != "" {
 			s.reload(errExpired)
 		}
@@ -317,6 +319,10 @@ func (s *stream) event(name, id string, data []byte) {
 	s.write(data)
 	s.write([]byte("\n\n"))
 }
+
+// heartbeat writes the event "heartbeat". It has no ID, so that the client's last
+// event ID stays, and data, without which browsers ignore an event.
+func (s *stream) heartbeat() { s.write([]byte("event: heartbeat\ndata: {}\n\n")) }
 
 // reload writes the event "reload". Its empty ID resets the client's last event
 // ID.
@@ -424,7 +430,7 @@ func (s *stream) follow(r *eventlog.Reader[entry], eventID func(eventlog.Event[e
 		select {
 		case <-r.Ready():
 		case <-timer.C:
-			s.write([]byte(": still here\n\n"))
+			s.heartbeat()
 			s.flush()
 			timer.Reset(heartbeat)
 		case <-s.ctx.Done():

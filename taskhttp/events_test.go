@@ -77,7 +77,7 @@ func TestEventsHeartbeat(t *testing.T) {
 		for i := range 1000 {
 			e, err := r.any()
 			must(t, err)
-			if passed := time.Since(start).Round(time.Second); !strings.HasPrefix(e.data, ":") || passed != time.Duration(i+1)*15*time.Second {
+			if passed := time.Since(start).Round(time.Second); e != (event{"heartbeat", "", "{}"}) || passed != time.Duration(i+1)*15*time.Second {
 				t.Fatalf("event %v after %v", e, passed)
 			}
 		}
@@ -108,7 +108,15 @@ func TestEventsResume(t *testing.T) {
 		again.want("operation a RUNNING 30", "operation b PENDING 0", "operation b RUNNING 0", "operation b DONE 100", "operation a DONE 100")
 		again.body.Close()
 
-		// Nothing was missed.
+		// Nothing was missed, and a heartbeat says so at once.
+		same := s.listen(t.Context(), "/events", "Last-Event-ID", again.lastID)
+		start := time.Now()
+		e, err := same.any()
+		must(t, err)
+		if passed := time.Since(start); e.name != "heartbeat" || passed != 0 {
+			t.Errorf("event %v after %v", e, passed)
+		}
+		same.body.Close()
 		c := newControlled(t, m, "c")
 		synctest.Wait()
 		again = s.listen(t.Context(), "/events", "Last-Event-ID", again.lastID)

@@ -1,7 +1,7 @@
 // Package taskhttp serves the operations of a [task.Manager] over HTTP: as
 // JSON, as server-sent events, and as a page for the browser.
 //
-//	GET  /               lists the history, newest first, by state and name, in pages
+//	GET  /               lists the history in pages, selected by the query
 //	GET  /{id}           returns one operation
 //	GET  /{id}/result    downloads its result
 //	POST /{id}/cancel    cancels one operation
@@ -12,6 +12,12 @@
 //	GET  /openapi.json   serves the description of this interface
 //
 // Errors are problem details (RFC 9457).
+//
+// The list has the newest submission first, or, with order=finish, only finished
+// operations, the one that finished last first. The parameters state, name,
+// containing (a part of the name), metadata.KEY=VALUE, finished_after and
+// finished_before select operations, and can be combined. A response with a
+// next_cursor is not the last page.
 //
 // Cancel does not wait until the operation has ended. Its response has the status
 // 202 and the present state of the operation: a PENDING operation will not start,
@@ -29,6 +35,8 @@
 //     because the client was too slow. The client must load the list again.
 //   - "deleted": an unfinished operation was deleted from the database. It has no
 //     final state.
+//   - "heartbeat": there was no other event for 15 seconds, or the client has just
+//     reconnected. A client that receives nothing for longer has lost its connection.
 //   - "closed": the manager is closed.
 //
 // A client therefore never misses a final state without a notice. An event may come
@@ -99,6 +107,19 @@ const (
 	shutdownGrace = 500 * time.Millisecond
 )
 
+// An Option changes what a [Handler] serves.
+type Option func(*handler)
+
+// Title sets the heading of the page, with which its title in the browser begins
+// too. It is "Tasks" by default.
+func Title(text string) Option { return func(h *handler) { h.title = text } }
+
+// Home adds a link with that text to the page, to a page of the application. The
+// URL may be relative to that of the page.
+func Home(text, url string) Option {
+	return func(h *handler) { h.homeText, h.homeURL = text, url }
+}
+
 // Handler returns a handler that serves m. Mount it under any prefix, with a
 // slash at the end:
 //
@@ -113,8 +134,12 @@ const (
 //
 // The handler needs no closing: it releases the event history when m is closed,
 // or a minute after the last stream has ended.
-func Handler(m *task.Manager) http.Handler {
-	h := &handler{manager: m, servers: make(map[*http.Server]context.Context)}
+func Handler(m *task.Manager, opts ...Option) http.Handler {
+	h := &handler{manager: m, servers: make(map[*http.Server]context.Context), title: "Tasks"}
+	for _, opt := range opts {
+		opt(h)
+	}
+	h.page = h.renderPage()
 	for _, rt := range h.routes() {
 		h.mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
 			query, err := rt.parse(r.URL.RawQuery)
@@ -131,9 +156,11 @@ func Handler(m *task.Manager) http.Handler {
 
 type handler struct {
 	// Immutable.
-	manager *task.Manager
-	mux     http.ServeMux
-	guard   http.CrossOriginProtection
+	manager                  *task.Manager
+	mux                      http.ServeMux
+	guard                    http.CrossOriginProtection
+	page                     []byte // with the title and the link of the options
+	title, homeText, homeURL string
 
 	mu       sync.Mutex // guards what follows
 	recorder *recorder  // nil until the first stream
@@ -148,16 +175,22 @@ type route struct {
 	serve        func(w http.ResponseWriter, r *http.Request, query url.Values) error
 }
 
+// metadataPrefix begins the names of parameters that select by metadata.
+const metadataPrefix = "metadata."
+
+var listQuery = []string{"state", "name", "containing", metadataPrefix + "KEY",
+	"finished_after", "finished_before", "order", "limit", "cursor", "before"}
+
 func (h *handler) routes() []route {
 	return []route{
-		{"GET", "/{$}", []string{"state", "name", "limit", "cursor"}, h.list},
+		{"GET", "/{$}", listQuery, h.list},
 		{"GET", "/{id}", nil, h.get},
 		{"GET", "/{id}/result", nil, h.result},
 		{"POST", "/{id}/cancel", []string{"reason"}, h.cancel},
 		{"GET", "/{id}/wait", []string{"timeout"}, h.wait},
 		{"GET", "/events", nil, h.events},
 		{"GET", "/{id}/events", nil, h.eventsOf},
-		{"GET", "/ui", nil, serveUI},
+		{"GET", "/ui", nil, h.serveUI},
 		{"GET", "/ui/{$}", nil, redirectUI},
 		{"GET", "/openapi.json", nil, serveOpenAPI},
 	}
@@ -173,7 +206,9 @@ func (rt route) parse(query string) (url.Values, error) {
 	if err != nil {
 		return nil, badRequest{err}
 	}
-	maps.DeleteFunc(values, func(name string, _ []string) bool { return !slices.Contains(rt.query, name) })
+	maps.DeleteFunc(values, func(name string, _ []string) bool {
+		return !slices.Contains(rt.query, name) && !strings.HasPrefix(name, metadataPrefix)
+	})
 	return values, nil
 }
 
@@ -230,7 +265,7 @@ func (f *refusal) Write(p []byte) (int, error) { return len(p), nil }
 func (f *refusal) WriteHeader(int)             {}
 
 func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values) error {
-	states, err := parseStates(query["state"])
+	opts, err := listOptions(query)
 	if err != nil {
 		return err
 	}
@@ -238,13 +273,15 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 	if err != nil {
 		return err
 	}
-	cursor := query.Get("cursor")
-	next, stop := iter.Pull2(h.history(min(limit+1, listChunk), cursor,
-		task.WithContext(r.Context()), task.ByState(states...), task.ByName(query.Get("name"))))
+	from, cursor := "cursor", query.Get("cursor")
+	if cursor == "" {
+		from, cursor = "before", query.Get("before")
+	}
+	next, stop := iter.Pull2(h.history(min(limit+1, listChunk), cursor, append(opts, task.WithContext(r.Context()))...))
 	defer stop()
 	op, err, more := next()
 	if cursor != "" && errors.Is(err, task.ErrNotFound) {
-		return badParameter("cursor", "operation %.64q not found, start with the first page", cursor)
+		return badParameter(from, "operation %.64q not found in this order, start with the first page", cursor)
 	}
 	if err != nil {
 		return err
@@ -266,7 +303,43 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 	return nil
 }
 
-// history yields the operations before the one with that ID, chunk by chunk.
+// listOptions returns the options that the query of a list asks for, except those
+// of its pages.
+func listOptions(query url.Values) ([]task.ListOption, error) {
+	states, err := parseStates(query["state"])
+	if err != nil {
+		return nil, err
+	}
+	after, err := parseTime("finished_after", query)
+	if err != nil {
+		return nil, err
+	}
+	before, err := parseTime("finished_before", query)
+	if err != nil {
+		return nil, err
+	}
+	opts := []task.ListOption{task.ByState(states...), task.ByName(query.Get("name")), task.Containing(query.Get("containing")),
+		task.FinishedAfter(after), task.FinishedBefore(before)}
+	for name, values := range query {
+		key, ok := strings.CutPrefix(name, metadataPrefix)
+		if ok && len(values) > 1 && slices.Max(values) != slices.Min(values) {
+			return nil, badParameter(metadataPrefix+"KEY", "%.64q has several values, and no operation has them all", key)
+		}
+		if ok {
+			opts = append(opts, task.ByMetadata(key, values[0]))
+		}
+	}
+	switch order := query.Get("order"); order {
+	case "", "submission":
+	case "finish":
+		opts = append(opts, task.ByFinish())
+	default:
+		return nil, badParameter("order", "%.64q is not one of [submission finish]", order)
+	}
+	return opts, nil
+}
+
+// history yields the operations after the one with that ID, chunk by chunk.
 func (h *handler) history(chunk int, before string, opts ...task.ListOption) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		for more := true; more; {
@@ -365,6 +438,19 @@ func parseStates(values []string) (states []task.State, err error) {
 		states = append(states, state)
 	}
 	return states, nil
+}
+
+// parseTime parses a time. The zero time means that there is none.
+func parseTime(name string, query url.Values) (time.Time, error) {
+	value := query.Get(name)
+	if value == "" {
+		return time.Time{}, nil
+	}
+	t, err := time.Parse(time.RFC3339, value)
+	if err != nil {
+		return t, badParameter(name, "%.64q is not a time like 2026-01-02T15:04:05Z; a plus sign is written %%2B", value)
+	}
+	return t, nil
 }
 
 func parseLimit(value string) (int, error) {

@@ -38,9 +38,9 @@ var listTests = []struct {
 }{
 	{"", []string{"live", "scrub", "scrub", "task 119"}, 50, true},
 	{"?limit=1", []string{"live"}, 1, true},
-	{"?limit=123", []string{"live"}, 123, false},
-	{"?limit=122", []string{"live"}, 122, true},
-	{"?limit=500", []string{"live"}, 123, false},
+	{"?limit=124", []string{"live"}, 124, false},
+	{"?limit=123", []string{"live"}, 123, true},
+	{"?limit=500", []string{"live"}, 124, false},
 	{"?state=RUNNING", []string{"live"}, 1, false},
 	{"?state=FAILED", []string{"scrub"}, 1, false},
 	{"?state=FAILED,RUNNING", []string{"live", "scrub"}, 2, false},
@@ -51,6 +51,18 @@ var listTests = []struct {
 	{"?name=scrub&state=DONE", []string{"scrub"}, 1, false},
 	{"?name=task+7&token=x", []string{"task 7"}, 1, false},
 	{"?name=%3Cb%3E", nil, 0, false},
+	{"?containing=SCR", []string{"scrub", "scrub"}, 2, false},
+	{"?containing=sk+11&order=finish", []string{"task 119", "task 118"}, 11, false},
+	{"?metadata.pool=tank", []string{"slow"}, 1, false},
+	{"?metadata.pool=tank&metadata.disk=sda", []string{"slow"}, 1, false},
+	{"?metadata.pool=tank&metadata.disk=sdb", nil, 0, false},
+	{"?order=finish", []string{"slow", "scrub", "scrub", "task 119"}, 50, true},
+	{"?order=finish&limit=1", []string{"slow"}, 1, true},
+	{"?order=finish&state=FAILED,RUNNING", []string{"scrub"}, 1, false},
+	{"?order=submission&limit=1", []string{"live"}, 1, true},
+	{"?finished_after=2020-01-02T03:04:05.5%2B01:00&limit=1", []string{"scrub"}, 1, true},
+	{"?finished_before=2020-01-02T03:04:05Z", nil, 0, false},
+	{"?finished_after=9020-01-02T03:04:05Z", nil, 0, false},
 }
 
 func TestList(t *testing.T) {
@@ -67,11 +79,15 @@ func TestList(t *testing.T) {
 		t.Errorf("empty history: %v", raw)
 	}
 
+	slow := newControlled(t, m, "slow", task.WithMetadata(map[string]string{"pool": "tank", "disk": "sda"}))
 	for i := range 120 {
 		run(t, m, fmt.Sprint("task ", i), nil, nil)
 	}
 	run(t, m, "scrub", nil, errors.New("no"))
 	run(t, m, "scrub", nil, nil)
+	slow.end(nil, nil)
+	_, err = m.Wait(t.Context(), slow.ID)
+	must(t, err)
 	live := newControlled(t, m, "live")
 	live.update(40)
 
@@ -106,7 +122,7 @@ func listPages(t *testing.T, m *task.Manager, s *site) {
 		}
 		run(t, m, "new", nil, nil)
 	}
-	if len(names) != 121 || names[0] != "scrub" || names[1] != "task 119" || names[120] != "task 0" {
+	if len(names) != 122 || names[0] != "scrub" || names[1] != "task 119" || names[120] != "task 0" || names[121] != "slow" {
 		t.Errorf("page by page: %d names: %q", len(names), names)
 	}
 }
@@ -121,8 +137,13 @@ func TestListBadParameters(t *testing.T) {
 		"state=running":      `parameter state: "running" is not one of [PENDING`,
 		"state=DONE,%FF":     `parameter state: "\xff"`,
 		"cursor=nonsense":    `parameter cursor: operation "nonsense" not found`,
-		"state=DONE;limit=1": "semicolon",
-		"name=%zz":           "invalid URL escape",
+		"before=nonsense":    `parameter before: operation "nonsense" not found`,
+		"order=name":         `parameter order: "name" is not one of [submission finish]`,
+		"finished_after=now": `parameter finished_after: "now" is not a time like 2026-01-02T15:04:05Z; a plus sign is written %2B`,
+		"finished_before=2026-01-02T03:04:05+01:00": "parameter finished_before",
+		"metadata.pool=a&metadata.pool=b":           `parameter metadata.KEY: "pool" has several values`,
+		"state=DONE;limit=1":                        "semicolon",
+		"name=%zz":                                  "invalid URL escape",
 	} {
 		s.fails("GET", "/?"+query, 400, detail)
 	}
@@ -565,5 +586,27 @@ func TestListEndsWithClient(t *testing.T) {
 	}
 	if err := <-store.ended; err == nil {
 		t.Error("the search continued for 10 s")
+	}
+}
+
+// TestPageOptions: the heading and the link of the page are the application's, and
+// are text.
+func TestPageOptions(t *testing.T) {
+	page := func(opts ...taskhttp.Option) string {
+		w := httptest.NewRecorder()
+		taskhttp.Handler(newManager(t, nil), opts...).ServeHTTP(w, httptest.NewRequest("GET", "/ui", nil))
+		return w.Body.String()
+	}
+	if got := page(); !strings.Contains(got, "<h1>Tasks</h1><span") || !strings.Contains(got, "<title>Tasks</title>") {
+		t.Error("the default heading is missing")
+	}
+	got := page(taskhttp.Title("NAS & <b>"), taskhttp.Home("My <NAS>", `../../?a="b"&c`))
+	for _, want := range []string{
+		"<title>NAS &amp; &lt;b&gt;</title>",
+		`<h1>NAS &amp; &lt;b&gt;</h1><a class="button" href="../../?a=&#34;b&#34;&amp;c">My &lt;NAS&gt;</a>`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("the page lacks %s", want)
+		}
 	}
 }

@@ -176,7 +176,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// An event is an event of a stream, or a comment, which has only data.
+// An event is an event of a stream.
 type event struct{ name, id, data string }
 
 // A reader reads a stream of events.
@@ -200,17 +200,17 @@ func (s *site) listen(ctx context.Context, path string, header ...string) *reade
 	return &reader{t: s.t, body: answer.Body, lines: bufio.NewReader(answer.Body)}
 }
 
-// next returns the next event, skipping comments.
+// next returns the next event, skipping heartbeats.
 func (r *reader) next() (event, error) {
 	for {
 		e, err := r.any()
-		if err != nil || e.name != "" {
+		if err != nil || e.name != "heartbeat" {
 			return e, err
 		}
 	}
 }
 
-// any returns the next event or comment.
+// any returns the next event.
 func (r *reader) any() (e event, err error) {
 	hasID := false
 	for {
@@ -221,14 +221,12 @@ func (r *reader) any() (e event, err error) {
 		line = strings.TrimSuffix(line, "\n")
 		field, value, _ := strings.Cut(line, ": ")
 		switch {
-		case line == "" && (e.name != "" || e.data != ""):
+		case line == "" && e.name != "":
 			if hasID {
 				r.lastID = e.id
 			}
 			return e, nil
 		case line == "":
-		case strings.HasPrefix(line, ":"):
-			e.data = line
 		case field == "event":
 			e.name = value
 		case field == "data":
@@ -332,7 +330,21 @@ type brokenStore struct {
 	*task.MemoryStore
 	mu    sync.Mutex
 	fails bool
+	deaf  bool // passes no cancel requests on
 }
+
+// RequestCancel implements [task.Canceller].
+func (s *brokenStore) RequestCancel(id, text string) error {
+	s.mu.Lock()
+	deaf := s.deaf
+	s.mu.Unlock()
+	if deaf {
+		return errors.ErrUnsupported
+	}
+	return s.MemoryStore.RequestCancel(id, text)
+}
+
+func (s *brokenStore) setDeaf(deaf bool) { s.mu.Lock(); defer s.mu.Unlock(); s.deaf = deaf }
 
 var errBroken = errors.New("disk I/O error")
 

@@ -182,6 +182,9 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	others := newControlled(t, other, "another's").ID
 	synctest.Wait()
 
+	store.setDeaf(true)
+	a.ask("POST /{id}/cancel", others, "")
+	store.setDeaf(false)
 	a.askHealthy(done, live, others)
 	other.Close()
 	store.fail(true)

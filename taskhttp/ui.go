@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"encoding/base64"
 	"fmt"
+	"html"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -14,19 +15,26 @@ import (
 )
 
 //go:embed page.html
-var pageHTML []byte
+var pageSource []byte
 
 //go:embed openapi.json
 var openAPI []byte
 
 var (
-	pageTag    = etag(pageHTML)
+	pageHTML   = shorten(pageSource)
 	openAPITag = etag(openAPI)
 	pagePolicy = policy(pageHTML)
 )
 
 func etag(body []byte) string {
 	return fmt.Sprintf(`"%.12x"`, sha256.Sum256(body))
+}
+
+// shorten removes indentation, blank lines, and comments. The page has no texts of
+// several lines, in which they would matter. A comment after code has no quotation
+// marks, so that no text is taken for one.
+func shorten(page []byte) []byte {
+	return regexp.MustCompile("(?m)^[ \t]*(//.*)?\n|^[ \t]+|[ \t]+// [^\"'`\n]*$").ReplaceAll(page, nil)
 }
 
 // policy returns a Content-Security-Policy under which the page may use its
@@ -56,13 +64,24 @@ func hashes(page []byte, element string) string {
 	return b.String()
 }
 
-func serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+// renderPage returns the page with the title and the link that the options chose.
+// Neither changes a script or a style, and so the policy.
+func (h *handler) renderPage() []byte {
+	title := html.EscapeString(h.title)
+	heading := "<h1>" + title + "</h1>"
+	if h.homeURL != "" {
+		heading += `<a class="button" href="` + html.EscapeString(h.homeURL) + `">` + html.EscapeString(h.homeText) + "</a>"
+	}
+	return []byte(strings.NewReplacer("<title>Tasks</title>", "<title>"+title+"</title>", "<h1>Tasks</h1>", heading).Replace(string(pageHTML)))
+}
+
+func (h *handler) serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	header := w.Header()
 	header.Set("Content-Security-Policy", pagePolicy)
 	header.Set("Referrer-Policy", "no-referrer")
 	header.Set("Cross-Origin-Opener-Policy", "same-origin")
 	header.Set("X-Frame-Options", "DENY")
-	serveStatic(w, r, "text/html; charset=utf-8", pageTag, pageHTML)
+	serveStatic(w, r, "text/html; charset=utf-8", etag(h.page), h.page)
 	return nil
 }
 

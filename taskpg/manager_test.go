@@ -4,6 +4,7 @@ package taskpg
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"testing"
@@ -81,6 +82,37 @@ func TestManagerDies(t *testing.T) {
 	p.Kill()
 	if op := <-ended; op == nil || op.State != task.StateFailed || op.Error != testkit.RestartText {
 		t.Errorf("got %+v", op)
+	}
+}
+
+// TestManagerLost cuts a manager off until it is declared gone. Its function hears of
+// that, and it goes on.
+func TestManagerLost(t *testing.T) {
+	dsn := pgtest.Database(t)
+	proxy := pgtest.NewProxy(t, dsn)
+	observer := testkit.NewManager(t, open(t, dsn))
+	s := open(t, proxy.DSN())
+	m := testkit.NewManager(t, s)
+	cause := make(chan error, 1)
+	op := testkit.Submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+		<-ctx.Done()
+		cause <- context.Cause(ctx)
+		return "too late", nil
+	})
+	proxy.Cut()
+	if got := testkit.Wait(t, observer, op.ID); got.State != task.StateFailed {
+		t.Errorf("the observer sees %+v", got)
+	}
+	proxy.Resume()
+	if err := <-cause; !errors.Is(err, task.ErrLost) {
+		t.Errorf("the function's context ends with %v", err)
+	}
+	if got := testkit.Wait(t, m, op.ID); got.State != task.StateFailed || got.Result != nil {
+		t.Errorf("its manager shows %+v", got)
+	}
+	next := testkit.Submit(t, m, testkit.Nothing)
+	if got := testkit.Wait(t, m, next.ID); got.State != task.StateDone || next.Owner == op.Owner {
+		t.Errorf("the next operation: %+v", got)
 	}
 }
 

@@ -70,11 +70,16 @@ func (h *hints) written() {
 }
 
 // Changes implements [task.Notifier]. Where no notifications arrive, as behind a
-// pooler in transaction mode, it yields every second.
+// pooler in transaction mode, it yields every second. It ends with [task.ErrLost] when
+// the store was declared gone, or was so a moment before.
 func (s *Store) Changes(ctx context.Context) iter.Seq[error] {
 	return func(yield func(error) bool) {
-		for {
+		for began := time.Now(); ; {
 			changed := s.hints.wait()
+			if s.fencedAfter(began.Add(-time.Second)) {
+				yield(task.ErrLost)
+				return
+			}
 			if ctx.Err() != nil || s.ctx.Err() != nil || !yield(nil) {
 				return
 			}

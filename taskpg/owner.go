@@ -94,11 +94,7 @@ const recoverChunk = 1000
 
 // Recover implements [task.Recoverer]. An operation is an orphan if its owner was
 // declared gone, or has no row in task_owners.
-func (s *Store) Recover(reason string) iter.Seq2[*task.Operation, error] {
-	return s.recover(reason, nil)
-}
-
-func (s *Store) recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+func (s *Store) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		owners, err := s.dead()
 		if err != nil {
@@ -246,7 +242,9 @@ func (s *Store) recoverThese(owner, reason string, orphans []*task.Operation, re
 		if again {
 			b.Queue(s.sql.Replace(`SELECT `+columns+` FROM {}tasks WHERE id = ANY ($1::text[]) AND attempt = $2::uuid`), ids, token).Query(collect)
 		}
-		b.Queue(s.sql.Replace(takeOver), owner, resumed, token, now, self).Query(collect)
+		if len(resumed) > 0 {
+			b.Queue(s.sql.Replace(takeOver), owner, resumed, token, now, self).Query(collect)
+		}
 		b.Queue(s.sql.Replace(fail), owner, ids, token, now, text(reason), resumed).Query(collect)
 	}
 	for range 2 { // the second time as another owner, if this one is gone, too

@@ -59,7 +59,7 @@ func gone(t testing.TB, dsn, id string) bool {
 // recovered recovers what it can and returns the IDs.
 func recovered(t testing.TB, s *Store) (ids []string) {
 	t.Helper()
-	for op, err := range s.Recover(testkit.RestartText) {
+	for op, err := range s.Recover(testkit.RestartText, nil) {
 		testkit.Must(t, err)
 		if op.State != task.StateFailed || op.Error != testkit.RestartText {
 			t.Errorf("Recover yielded %+v", op)
@@ -192,7 +192,7 @@ func TestNetwork(t *testing.T) {
 				proxy.Resume()
 				want, state := error(nil), task.StateDone
 				if c.dies {
-					want, state = ErrLost, task.StateFailed
+					want, state = task.ErrLost, task.StateFailed
 				}
 				if err := s.Update(finished(op)); !errors.Is(err, want) {
 					t.Errorf("Update = %v, want %v", err, want)
@@ -264,7 +264,7 @@ func TestHalfSent(t *testing.T) {
 		t.Errorf("recovered after %v, want it within a lease", took)
 	}
 	proxy.CutConnections()
-	if err := <-failed; !errors.Is(err, ErrLost) {
+	if err := <-failed; !errors.Is(err, task.ErrLost) {
 		t.Errorf("Update = %v, want that it is lost", err)
 	}
 	wantState(t, observer, op.ID, task.StateFailed)
@@ -303,7 +303,7 @@ func TestResume(t *testing.T) {
 		return true
 	}
 	states := make(map[string]task.State)
-	for op, err := range s.recover(testkit.RestartText, resume) {
+	for op, err := range s.Recover(testkit.RestartText, resume) {
 		testkit.Must(t, err)
 		states[op.ID] = op.State
 		if op.State == task.StatePending && (op.Owner != s.Owner() || !op.StartedAt.IsZero()) {

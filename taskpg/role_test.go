@@ -23,7 +23,7 @@ type Reply struct {
 }
 
 func (r *role) answer(to *Reply, err error) error {
-	to.Owner, to.Lost = r.s.Owner(), errors.Is(err, ErrLost)
+	to.Owner, to.Lost = r.s.Owner(), errors.Is(err, task.ErrLost)
 	if err != nil {
 		to.Err = err.Error()
 	}

@@ -24,7 +24,7 @@
 //     unfinished operations get exactly one final state, from whoever recovers
 //     them.
 //   - A store that was declared gone learns so at its next transaction: writes of
-//     the operations that it has lost fail with [ErrLost]. The store goes on as a
+//     the operations that it has lost fail with [task.ErrLost]. The store goes on as a
 //     new owner.
 //
 // What is impossible: to tell a dead machine from one that cannot be reached, and
@@ -56,10 +56,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
-
-// ErrLost is wrapped by the error of a write for an operation that this store has
-// lost: others have declared its owner gone, and recover the operation.
-var ErrLost = errors.New("operation lost: its owner was declared gone")
 
 // callLimit is how long a call may take.
 const callLimit = 10 * time.Second
@@ -106,6 +102,7 @@ type Store struct {
 	mu     sync.Mutex      // guards what follows
 	owner  string          // the ID of the present incarnation
 	lost   map[string]bool // the IDs of those before
+	fenced time.Time       // when the last one of them was found to be gone
 	wrote  time.Time       // when the last transaction that was committed began
 	closed bool
 }

@@ -178,10 +178,18 @@ func (s *Store) look(c *pgxpool.Conn, owner string, unexpected errBeat) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.lost[owner] = true
-		s.owner, s.registered = s.newOwner(), false
+		s.owner, s.registered, s.fenced = s.newOwner(), false, time.Now()
+		s.hints.tell()
 		return errFenced
 	}
 	return err
+}
+
+// fencedAfter reports whether the store was declared gone after a time.
+func (s *Store) fencedAfter(t time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fenced.After(t)
 }
 
 func (s *Store) newOwner() string { return s.node + "/" + uuid.NewString() }

@@ -138,7 +138,7 @@ func chunk(all []*write) int {
 func (s *Store) store(deadline time.Time, all []*write) {
 	all = slices.DeleteFunc(slices.Clone(all), func(w *write) bool {
 		if s.hasLost(w.Owner) {
-			w.err = ErrLost
+			w.err = task.ErrLost
 		}
 		return w.err != nil
 	})

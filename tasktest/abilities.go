@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/mynt-nas/task"
@@ -137,6 +138,18 @@ var recoverChecks = []check{
 		has:  canRecover,
 		test: recoversNoLiving,
 	},
+	{
+		name: "recover-resume",
+		rule: "Recover asks resume, with a copy, for each orphan whose cancellation nobody has asked for, and where it returns true takes the orphan over: PENDING, with an Owner, without Progress, Message and StartedAt.",
+		has:  canRecover,
+		test: resumes,
+	},
+	{
+		name: "recover-race",
+		rule: "Recover holds no lock while it calls resume, and neither changes nor yields what another Recover has finished meanwhile.",
+		has:  canRecover,
+		test: resumesTooLate,
+	},
 }
 
 // left makes a store that is then closed leave operations in all states behind.
@@ -177,7 +190,8 @@ func recovers(s *session) {
 // recover calls Recover and checks what it yields. It breaks out of the loop
 // after most operations, unless most is negative, and returns their number.
 func (s *session) recover(reason string, most int) (n int) {
-	for op, err := range s.db.(task.Recoverer).Recover(reason) {
+	never := func(*task.Operation) bool { return false } // nil is the same: see recover-living
+	for op, err := range s.db.(task.Recoverer).Recover(reason, never) {
 		if err != nil || op == nil {
 			s.errorf("Recover yielded %s, %v, want an operation", show(op), err)
 			return n
@@ -264,7 +278,7 @@ func recoversNoLiving(s *session) {
 		return
 	}
 	<-started
-	for op, err := range s.db.(task.Recoverer).Recover("mistaken for dead") {
+	for op, err := range s.db.(task.Recoverer).Recover("mistaken for dead", nil) {
 		s.errorf("Recover yielded %s, %v, want nothing, since its manager is alive", show(op), err)
 	}
 	close(release)
@@ -272,6 +286,87 @@ func recoversNoLiving(s *session) {
 		s.errorf("after Recover, Manager.Wait = %s, %v, want it DONE", show(got), err)
 	}
 	s.answer("Manager.Close", m.Close(), nil)
+}
+
+func resumes(s *session) {
+	cancelling := in(task.StateRunning, s.saved("cancelling"))
+	cancelling.Cancelling = true
+	s.update(cancelling)
+	if !s.left(2) {
+		return
+	}
+	const reason = "it's the reason"
+	taken := make(map[string]bool) // by the IDs of those that were asked for
+	resume := func(op *task.Operation) bool {
+		if at := s.find(op.ID); at == nil || at.State.Finished() || at.Cancelling {
+			s.errorf("resume was called with %s, which is not to be resumed", show(op))
+		} else {
+			s.same("resume's operation", op, at)
+		}
+		if _, again := taken[op.ID]; again {
+			s.errorf("resume was called twice with %s", show(op))
+		}
+		taken[op.ID] = strings.HasSuffix(op.Name, "0")
+		op.Name, op.Owner = "changed by resume", "the resumer"
+		return taken[op.ID]
+	}
+	owners := make(map[string]string)
+	for op, err := range s.db.(task.Recoverer).Recover(reason, resume) {
+		if err != nil || op == nil {
+			s.errorf("Recover yielded %s, %v, want an operation", show(op), err)
+			return
+		}
+		at := s.find(op.ID)
+		if at == nil || owners[op.ID] != "" || at.State.Finished() {
+			s.errorf("Recover yielded %s, which is not an orphan", show(op))
+			continue
+		}
+		owners[op.ID] = "none"
+		if taken[op.ID] {
+			at.State, at.Progress, at.Message, at.StartedAt = task.StatePending, 0, "", time.Time{}
+			owners[op.ID] = op.Owner
+		} else {
+			at.State, at.Error = task.StateFailed, reason
+		}
+		at.UpdatedAt = later(at, op)
+		s.same("yielded by Recover", op, at)
+	}
+	if len(taken) != 4 || len(owners) != 5 {
+		s.errorf("Recover asked resume for %d operations and yielded %d, want 4 and 5", len(taken), len(owners))
+	}
+	s.verify("after Recover with resume")
+	for id, yes := range taken {
+		if got, err := s.db.Get(id); err == nil && yes && (got.Owner == "" || got.Owner != owners[id]) {
+			s.errorf("the Owner of a resumed operation is %q, yielded as %q", got.Owner, owners[id])
+		}
+	}
+}
+
+func resumesTooLate(s *session) {
+	if !s.left(1) {
+		return
+	}
+	first := make(chan struct{}) // closed when another Recover has returned
+	meanwhile := sync.OnceFunc(func() {
+		go func() {
+			defer close(first)
+			s.recover("in time", -1)
+		}()
+		select {
+		case <-first:
+		case <-time.After(patience):
+			s.errorf("another Recover does not return while resume is called, want that no lock is held")
+		}
+	})
+	for op, err := range s.db.(task.Recoverer).Recover("too late", func(*task.Operation) bool {
+		meanwhile()
+		return true
+	}) {
+		s.errorf("Recover yielded %s, %v, want nothing, since another Recover was first", show(op), err)
+	}
+	meanwhile()
+	<-first
+	s.verify("after two Recovers")
 }
 
 var filterChecks = []check{

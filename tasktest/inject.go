@@ -194,7 +194,7 @@ func (s *injected) WriteBatch(saves, updates []*task.Operation) (errs []error) {
 	return errs
 }
 
-func (s *injected) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s *injected) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		r, ok := s.db.(task.Recoverer)
 		if !ok {
@@ -204,10 +204,10 @@ func (s *injected) Recover(reason string) iter.Seq2[*task.Operation, error] {
 		pass, err := s.ask("Recover")
 		switch {
 		case err == nil:
-			r.Recover(reason)(yield)
+			r.Recover(reason, resume)(yield)
 			return
 		case pass:
-			for range r.Recover(reason) {
+			for range r.Recover(reason, resume) {
 			}
 		}
 		yield(nil, err)

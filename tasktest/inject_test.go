@@ -33,7 +33,7 @@ func (s *spy) WriteBatch(saves, updates []*task.Operation) []error {
 	return make([]error, len(saves)+len(updates))
 }
 
-func (s *spy) Recover(string) iter.Seq2[*task.Operation, error] {
+func (s *spy) Recover(string, func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		if yield(&task.Operation{}, nil) {
 			s.called = append(s.called, "Recover")
@@ -58,7 +58,7 @@ var injectedCalls = map[string]func(db task.Persistence) (errs []error, result b
 		return db.(task.BatchWriter).WriteBatch(make([]*task.Operation, 2), make([]*task.Operation, 1)), false
 	},
 	"Recover": func(db task.Persistence) (errs []error, result bool) {
-		for op, err := range db.(task.Recoverer).Recover("") {
+		for op, err := range db.(task.Recoverer).Recover("", nil) {
 			errs = append(errs, err)
 			result = result || op != nil
 		}
@@ -119,7 +119,7 @@ func TestInjectAbilities(t *testing.T) {
 		"WriteBatch":    s.(task.BatchWriter).WriteBatch(nil, []*task.Operation{{}})[0],
 		"RequestCancel": s.(task.Canceller).RequestCancel("a", ""),
 	}
-	for _, err := range s.(task.Recoverer).Recover("") {
+	for _, err := range s.(task.Recoverer).Recover("", nil) {
 		errs["Recover"] = err
 	}
 	_, errs["ListFiltered"] = s.(task.FilteredLister).ListFiltered(task.Filter{}, 1, 0)

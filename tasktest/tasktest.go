@@ -68,7 +68,7 @@ var (
 		return errors.Join(db.WriteBatch(nil, []*task.Operation{{ID: "unknown", State: task.StateRunning}})...)
 	})
 	canRecover = can(func(db task.Recoverer) error {
-		for _, err := range db.Recover("") {
+		for _, err := range db.Recover("", nil) {
 			return err
 		}
 		return nil
@@ -184,6 +184,7 @@ func in(state task.State, op task.Operation) task.Operation {
 	if state != task.StatePending {
 		op.StartedAt = op.CreatedAt.Add(time.Second)
 		op.Progress = 40
+		op.Message = "the message"
 	}
 	if state == task.StateDone {
 		op.Progress = 100
@@ -379,6 +380,7 @@ func diff(got, want *task.Operation) string {
 	field("Name", got.Name, want.Name)
 	field("State", string(got.State), string(want.State))
 	field("Progress", fmt.Sprint(got.Progress), fmt.Sprint(want.Progress))
+	field("Message", got.Message, want.Message)
 	value("Metadata", got.Metadata, want.Metadata)
 	value("Result", got.Result, want.Result)
 	field("Error", got.Error, want.Error)

@@ -69,7 +69,7 @@ var rightStores = map[string]func(dir string) (task.Persistence, error){
 	"four methods":          once(func() bare { return bare{task.NewMemoryStore()} }),
 	"a user's own":          once(newMapStore),
 	"a user's own batches":  once(func() batchStore { return batchStore{mapStore: newMapStore()} }),
-	"a user's own recovery": once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put} }),
+	"a user's own recovery": once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put, nil, take} }),
 	"nothing injected": once(func() task.Persistence {
 		return Inject(task.NewMemoryStore(), func(Call) error { return nil })
 	}),

@@ -8,7 +8,6 @@ import (
 	"iter"
 	"math"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -146,31 +145,59 @@ type recoverStore struct {
 	*mapStore
 	orphan func(op *task.Operation, left bool) bool
 	store  func(s *mapStore, op task.Operation) // stores a recovered operation; the caller holds s.mu
+
+	// For wrong stores; not nil if they replace what Recover does.
+	ask  func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool
+	take func(op *task.Operation, owner string)
 }
 
 func isOrphan(op *task.Operation, left bool) bool { return left && !op.State.Finished() }
 
-func (s recoverStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s recoverStore) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		all, _ := s.List(1<<30, 0)
 		for _, op := range all {
-			if op = s.fail(op.ID, reason); op != nil && !yield(op, nil) {
+			s.mu.Lock()
+			orphan := s.orphan(op, s.left[op.ID])
+			s.mu.Unlock()
+			if !orphan {
+				continue
+			}
+			asked, resumed := *op, false
+			switch {
+			case resume == nil:
+			case s.ask != nil:
+				resumed = s.ask(resume, s.mapStore, &asked)
+			case !op.Cancelling:
+				resumed = resume(&asked)
+			}
+			if op = s.settle(op.ID, reason, asked.Owner, resumed); op != nil && !yield(op, nil) {
 				return
 			}
 		}
 	}
 }
 
-func (s recoverStore) fail(id, reason string) *task.Operation {
+func (s recoverStore) settle(id, reason, owner string, resumed bool) *task.Operation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	op := *s.rows[id]
 	if !s.orphan(&op, s.left[id]) {
 		return nil
 	}
-	op.State, op.Error = task.StateFailed, reason
+	if resumed {
+		s.take(&op, owner)
+		delete(s.left, id)
+	} else {
+		op.State, op.Error = task.StateFailed, reason
+	}
 	s.store(s.mapStore, op)
 	return &op
+}
+
+// take takes an operation over, as Recover should.
+func take(op *task.Operation, owner string) {
+	op.State, op.Owner, op.Progress, op.Message, op.StartedAt = task.StatePending, owner, 0, "", time.Time{}
 }
 
 // wrong is a mapStore with some methods replaced.
@@ -295,15 +322,24 @@ func batching(f func(s batchStore, saves, updates []*task.Operation) []error) op
 }
 
 func recovering(orphan func(op *task.Operation, left bool) bool) openFunc {
-	return once(func() recoverStore { return recoverStore{newMapStore(), orphan, (*mapStore).put} })
+	return once(func() recoverStore { return recoverStore{newMapStore(), orphan, (*mapStore).put, nil, take} })
 }
 
-// others lets other goroutines run until they block.
-func others() {
-	for range 100 {
-		runtime.Gosched()
-	}
+type askFunc = func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool
+
+// asking opens a store that asks resume in its own way.
+func asking(ask askFunc) openFunc {
+	return once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put, ask, take} })
 }
+
+// taking opens a store that takes operations over in its own way.
+func taking(take func(op *task.Operation, owner string)) openFunc {
+	return once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put, nil, take} })
+}
+
+// others lets other goroutines run until they block: in a synctest bubble no
+// time passes before.
+func others() { time.Sleep(time.Nanosecond) }
 
 // A wrongStore breaks a rule.
 type wrongStore struct {
@@ -628,8 +664,43 @@ var wrongStores = append(wrongOthers, []wrongStore{
 	{"recovers only the running", "recover", "PENDING", recovering(func(op *task.Operation, left bool) bool {
 		return left && op.State == task.StateRunning
 	})},
+	{"asks for the cancelled", "recover-resume", "is not to be resumed", asking(
+		func(resume func(*task.Operation) bool, _ *mapStore, op *task.Operation) bool { return resume(op) })},
+	{"never asks", "recover-resume", "asked resume for 0", asking(
+		func(func(*task.Operation) bool, *mapStore, *task.Operation) bool { return false })},
+	{"asks twice", "recover-resume", "called twice", asking(
+		func(resume func(*task.Operation) bool, _ *mapStore, op *task.Operation) bool {
+			other := *op
+			return !op.Cancelling && resume(&other) && resume(op)
+		})},
+	{"asks with its own row", "recover-resume", "changed by resume", asking(
+		func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool {
+			return !op.Cancelling && resume(s.rows[op.ID])
+		})},
+	{"takes over what has finished", "recover-race", "another Recover was first", asking(
+		func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool {
+			before := *op
+			defer func() { s.left[op.ID], s.rows[op.ID] = true, &before }()
+			return resume(op)
+		})},
+	{"recovers one at a time", "recover-race", "no lock is held", asking(
+		func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool {
+			for !s.busy.TryLock() {
+				time.Sleep(time.Second)
+			}
+			defer s.busy.Unlock()
+			return resume(op)
+		})},
+	{"takes over as it was", "recover-resume", "Progress", taking(func(op *task.Operation, owner string) {
+		op.State, op.Owner, op.Message, op.StartedAt = task.StatePending, owner, "", time.Time{}
+	})},
+	{"takes over RUNNING", "recover-resume", "State", taking(func(op *task.Operation, owner string) {
+		take(op, owner)
+		op.State = task.StateRunning
+	})},
+	{"takes over without owner", "recover-resume", "Owner", taking(func(op *task.Operation, _ string) { take(op, "") })},
 	{"yields what it does not store", "recover-break", "What Recover yields is stored", once(func() recoverStore {
-		return recoverStore{newMapStore(), isOrphan, func(*mapStore, task.Operation) {}}
+		return recoverStore{newMapStore(), isOrphan, func(*mapStore, task.Operation) {}, nil, take}
 	})},
 }...)
 

@@ -5,7 +5,8 @@
 //	scrub [-db FILE] -history
 //
 // It shows its progress: a bar on a terminal, or otherwise a line every ten
-// percent. Ctrl-C cancels it, and a second Ctrl-C quits at once. Unreadable
+// percent. The history shows the file that it is at, or was at when it ended, and
+// the rate. Ctrl-C cancels it, and a second Ctrl-C quits at once. Unreadable
 // files are reported and do not make it fail.
 //
 // Every scrub is stored in an SQLite file. The next run, or -history, marks a scrub
@@ -180,9 +181,6 @@ func summarize(w io.Writer, op *task.Operation, db string) error {
 
 const maxHistory = 1000
 
-// interrupted is the error of a scrub whose process died.
-const interrupted = "Task failed due to system restart"
-
 // showHistory prints the history in the file db.
 func showHistory(w io.Writer, db string) error {
 	if _, err := os.Stat(db); errors.Is(err, fs.ErrNotExist) {
@@ -208,12 +206,16 @@ func printTable(w io.Writer, ops []*task.Operation) error {
 				end = time.Now()
 			}
 			started = op.StartedAt.Local().Format(time.DateTime)
-			if op.Error != interrupted { // otherwise the finish time is unknown
+			if !op.Interrupted() { // otherwise the finish time is unknown
 				took = end.Sub(op.StartedAt).Round(100 * time.Millisecond).String()
 			}
 		}
+		at := op.Error
+		if op.Message != "" {
+			at = strings.TrimPrefix(at+": ", ": ") + "at " + op.Message
+		}
 		fmt.Fprintf(tw, "%s\t%s\t%d%%\t%s\t%s\t%s\n",
-			oneLine(op.Name), op.State, op.Progress, started, took, oneLine(op.Error))
+			oneLine(op.Name), op.State, op.Progress, started, took, oneLine(at))
 	}
 	return tw.Flush()
 }

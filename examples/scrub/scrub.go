@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/mynt-nas/task"
 )
 
 const (
@@ -60,6 +62,17 @@ type scrub struct {
 	// For the progress bar.
 	total atomic.Int64 // bytes in the tree, as far as counted
 	done  atomic.Int64 // bytes read, 0 until all are counted
+
+	// Used by run alone, for the message.
+	reading time.Time // since when
+	said    time.Time // when the last message was set
+}
+
+// say sets the operation's message: the file that is being read, and how fast.
+func (s *scrub) say(ctx context.Context, path string) {
+	s.said = time.Now()
+	rate := float64(s.done.Load()) / max(time.Since(s.reading).Seconds(), 1e-3)
+	task.SetMessage(ctx, fmt.Sprintf("%s (%s/s)", path, size(int64(rate)))) // fails outside of an operation, in tests
 }
 
 // run is the [task.Func] of a scrub.
@@ -84,11 +97,13 @@ func (s *scrub) run(ctx context.Context, update func(progress int)) (any, error)
 // readAll reads all files of the tree.
 func (s *scrub) readAll(ctx context.Context, r *Result, update func(progress int)) error {
 	tree := sha256.New()
+	s.reading = time.Now()
 	buf := make([]byte, chunkSize)
 	err := s.walk(ctx, func(path string, info fs.FileInfo, err error) error {
 		var sum []byte
 		if err == nil {
 			before := s.done.Load()
+			s.say(ctx, path)
 			sum, err = s.sum(ctx, path, info, buf, update)
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -180,6 +195,9 @@ func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []b
 		n, err := f.Read(buf[:min(left, chunkSize)])
 		hash.Write(buf[:n])
 		left -= int64(n)
+		if time.Since(s.said) > time.Second { // a long file
+			s.say(ctx, path)
+		}
 		update(int(100 * s.done.Add(int64(n)) / max(s.total.Load(), 1)))
 		if err == io.EOF {
 			break // it has shrunk

@@ -473,7 +473,7 @@ func TestKill(t *testing.T) {
 		if code != 0 || strings.Contains(stdout, "FAILED") {
 			t.Fatalf("while it runs: exit code %d\n%s%s", code, stdout, stderr)
 		}
-		if strings.Contains(stdout, "RUNNING") {
+		if strings.Contains(stdout, "RUNNING") && strings.Contains(stdout, "at "+dir) && strings.Contains(stdout, "B/s)") {
 			break
 		}
 	}
@@ -481,7 +481,7 @@ func TestKill(t *testing.T) {
 	must(t, cmd.Process.Kill())
 	cmd.Wait() // returns that it was killed
 	stdout, stderr, code := output(t, "-db", db, "-history")
-	if code != 0 || !strings.Contains(stdout, "FAILED") || !strings.Contains(stdout, "Task failed due to system restart") {
+	if code != 0 || !strings.Contains(stdout, "FAILED") || !strings.Contains(stdout, "Task failed due to system restart: at "+dir) {
 		t.Errorf("after the kill: exit code %d\n%s%s", code, stdout, stderr)
 	}
 }

@@ -284,7 +284,7 @@ func oneOfTwoUsers(t *testing.T, path, user string) {
 		select {}
 	}
 	recovered, told, text := 0, 0, ""
-	for op, err := range store.Recover("gone") {
+	for op, err := range store.Recover("gone", nil) {
 		switch {
 		case op == nil:
 			t.Fatal(err)

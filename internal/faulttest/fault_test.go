@@ -50,26 +50,10 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	large := strings.Repeat("large ", 100_000)
 	release := make(chan struct{})
 	held := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) { <-release; return large, nil })
-	acknowledged := []string{held.ID}
 
 	fill()
-	var called atomic.Int64
-	for {
-		op, err := m.Submit("one more", func(context.Context, func(int)) (any, error) {
-			called.Add(1)
-			return nil, nil
-		}, task.WithMetadata(large[:10_000]))
-		if err != nil {
-			if !strings.Contains(err.Error(), "full") {
-				t.Errorf("Submit: %v", err)
-			}
-			break
-		}
-		acknowledged = append(acknowledged, op.ID)
-		if len(acknowledged) > 10_000 {
-			t.Fatal("the disk never gets full")
-		}
-	}
+	submitted, called := untilFull(t, m, large[:10_000])
+	acknowledged := append([]string{held.ID}, submitted...)
 	close(release)
 	testkit.Must(t, testkit.Until(func() bool {
 		op, ok := m.Get(held.ID)
@@ -100,6 +84,28 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	if called.Load() != int64(len(acknowledged)-2) {
 		t.Errorf("%d functions were called, %d acknowledged", called.Load(), len(acknowledged)-2)
 	}
+}
+
+// untilFull submits operations until the disk is full. It returns the IDs of
+// those that were acknowledged, and counts calls of their functions.
+func untilFull(t *testing.T, m *task.Manager, metadata string) (ids []string, called *atomic.Int64) {
+	t.Helper()
+	called = new(atomic.Int64)
+	for len(ids) < 10_000 {
+		op, err := m.Submit("one more", func(context.Context, func(int)) (any, error) {
+			called.Add(1)
+			return nil, nil
+		}, task.WithMetadata(metadata))
+		if err != nil {
+			if !strings.Contains(err.Error(), "full") {
+				t.Errorf("Submit: %v", err)
+			}
+			return ids, called
+		}
+		ids = append(ids, op.ID)
+	}
+	t.Fatal("the disk never gets full")
+	return nil, nil
 }
 
 // TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be

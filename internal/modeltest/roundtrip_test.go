@@ -289,6 +289,14 @@ func (r *byteReader) value(depth int) any {
 		return &v
 	case valueNilPointer:
 		return (*int)(nil)
+	default:
+		return r.oddValue(kind)
+	}
+}
+
+// oddValue makes values of the kinds that encode themselves or can't be encoded.
+func (r *byteReader) oddValue(kind byte) any {
+	switch kind {
 	case valueRaw:
 		return json.RawMessage(r.bytes())
 	case valueNumber:

@@ -301,7 +301,7 @@ func TestWatchAtAnyTime(t *testing.T) {
 		var watches []*watch
 		since := make(map[*watch]int) // how many of all were submitted before
 		var waiters sync.WaitGroup
-		for i := range 300 {
+		for i := range 160 {
 			m := []*task.Manager{a, b}[i%2]
 			op := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) {
 				time.Sleep(time.Duration(i%7) * 10 * time.Millisecond)

@@ -65,9 +65,13 @@ func New(database string) (*Owner, error) {
 	}
 }
 
-// Path returns the path of the owner's file, "" for a sole owner.
+// Observer returns one that is no owner of the database in the file with that
+// path: it has no ID and no file, and looks at the owners with Dead.
+func Observer(database string) *Owner { return &Owner{prefix: database + "-owner-"} }
+
+// Path returns the path of the owner's file, "" without one.
 func (o *Owner) Path() string {
-	if o.prefix == "" {
+	if o.prefix == "" || o.ID == "" {
 		return ""
 	}
 	return o.prefix + o.ID
@@ -112,9 +116,13 @@ func (o *Owner) Others() []string {
 // time. None of them may take another one's lock for the owner's.
 //
 // Whatever is no ID of an owner is dead; o itself is not. An owner whose file
-// can't be looked at counts as alive; err names the file.
+// can't be looked at counts as alive; err names the file. So does any owner
+// that an observer asks for on a system that can't lock files.
 func (o *Owner) Dead(id string) (done func(forget bool), dead bool, err error) {
-	if id == o.ID {
+	if o.ID == "" && !canLock {
+		return nil, false, errors.ErrUnsupported
+	}
+	if id == o.ID && id != "" {
 		return nil, false, nil
 	}
 	nothing := func(bool) {}

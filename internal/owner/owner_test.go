@@ -447,3 +447,23 @@ func TestReleaseReportsErrors(t *testing.T) {
 	}
 	wantDead(t, other, o.ID, true)
 }
+
+// An observer has no file, and tells the living from the dead.
+func TestObserver(t *testing.T) {
+	needLocks(t)
+	database := filepath.Join(t.TempDir(), "x.db")
+	living, o := newOwner(t, database), Observer(database)
+	if o.Path() != "" || len(o.Others()) != 1 {
+		t.Errorf("Path() = %q, Others() = %q", o.Path(), o.Others())
+	}
+	wantDead(t, o, living.ID, false)
+	for _, id := range []string{"", "x", uuid.NewString(), leave(t, database)} {
+		wantDead(t, o, id, true)
+	}
+	if err := o.Release(); err != nil {
+		t.Error(err)
+	}
+	if !exists(living.Path()) {
+		t.Error("the file of an owner that lives is gone")
+	}
+}

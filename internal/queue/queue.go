@@ -71,6 +71,17 @@ func (q *Queue[T]) Next() (item T, ok bool) {
 	return t.Item, true
 }
 
+// Holder returns the item that holds the first key for which a ticket waits, and
+// reports whether there is one.
+func (q *Queue[T]) Holder(t *Ticket[T]) (item T, ok bool) {
+	for _, key := range t.keys {
+		if t.blocked > 0 && q.waiters[key][0] != t {
+			return q.waiters[key][0].Item, true
+		}
+	}
+	return item, false
+}
+
 // Done frees the slot and the keys of an item that has run.
 func (q *Queue[T]) Done(t *Ticket[T]) {
 	q.running--

@@ -62,7 +62,13 @@ func Open(path, modeOf string) (*DB, error) {
 			return nil, err
 		}
 	}
-	existing := dsn(path, "rw", "") // a file that is deleted later is not created again unnoticed
+	return OpenExisting(path)
+}
+
+// OpenExisting is Open for a file that is there. A file that is deleted later is
+// not created again unnoticed.
+func OpenExisting(path string) (*DB, error) {
+	existing := dsn(path, "rw", "")
 	writes, err := open(existing, 1)
 	if err != nil {
 		return nil, err

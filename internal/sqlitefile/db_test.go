@@ -101,7 +101,9 @@ func TestWrite(t *testing.T) {
 							}
 							return run()
 						})
+						start := time.Now()
 						err := d.Write(d.Deadline(), insert)
+						slow := time.Since(start) > d.Timeout // the first attempt alone may have taken that long
 						set(hookdriver.Run)
 						if times == 3 && fault.lock {
 							if err != nil {
@@ -113,7 +115,7 @@ func TestWrite(t *testing.T) {
 						if err == nil || err.Error() != fault.err.Error() {
 							t.Errorf("error %v, want %v", err, fault.err)
 						}
-						if fault.lock != (failed > 1) {
+						if fault.lock != (failed > 1) && !(fault.lock && slow) {
 							t.Errorf("%d statements failed", failed)
 						}
 						usable(t, d, 0)

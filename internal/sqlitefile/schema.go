@@ -52,6 +52,36 @@ func (d *DB) Migrate(s Schema) error {
 	return fmt.Errorf("can't be written: %w: make sure that it is an SQLite database, that you may write it, and that no other program has it locked", err)
 }
 
+// Check returns an error that says what to do if the database lacks the table
+// or something of it. It changes nothing.
+func (d *DB) Check(s Schema) error {
+	return d.Read(context.Background(), func(c *sql.Conn) error {
+		if err := s.check(c); err != nil {
+			return err
+		}
+		has, err := Strings(c, `SELECT lower(name) FROM sqlite_master WHERE lower(tbl_name) = ?1
+			UNION ALL SELECT lower(name) FROM pragma_table_info(?1)`, s.Table)
+		switch {
+		case err != nil:
+			return err
+		case len(has) == 0:
+			return refusal(fmt.Sprintf("there is no table %s in it: name the database of a program that uses this package, "+
+				"and start that program once", s.Table))
+		}
+		for _, def := range slices.Concat(s.Added, s.Create) {
+			name := strings.Fields(def)[0]
+			if name == "CREATE" { // CREATE INDEX IF NOT EXISTS NAME
+				name = strings.Fields(def)[5]
+			}
+			if !slices.Contains(has, name) {
+				return refusal(fmt.Sprintf("its table %s was made by an older version and lacks %s: "+
+					"start its program once with this version, or use the older version of this one", s.Table, name))
+			}
+		}
+		return nil
+	})
+}
+
 // A refusal is an error that says why a table is unfit.
 type refusal string
 

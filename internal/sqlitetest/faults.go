@@ -122,7 +122,7 @@ func testRealErrors(t *testing.T, open Opener) {
 		{"List, no table", drop, func(s *task.SQLiteStore) error { _, err := s.List(10, 0); return err }},
 		{"Get, no table", drop, func(s *task.SQLiteStore) error { _, err := s.Get("old"); return err }},
 		{"Prune, no table", drop, func(s *task.SQLiteStore) error { return first(s.Prune(time.Now())) }},
-		{"Recover, no table", drop, func(s *task.SQLiteStore) error { return first(s.Recover("")) }},
+		{"Recover, no table", drop, func(s *task.SQLiteStore) error { return first(s.Recover("", nil)) }},
 		{"Save twice", func(*testing.T, *sql.DB) {}, save},
 		{"Save, trigger", func(t *testing.T, db *sql.DB) {
 			Execute(t, db, "CREATE TRIGGER no BEFORE INSERT ON tasks BEGIN SELECT RAISE(ROLLBACK, 'no'); END")

@@ -53,13 +53,30 @@ const (
 // FuzzRow reads a row that other code has written, every cell of it arbitrary:
 // it spoils nothing but itself.
 func FuzzRow(f *testing.F) {
-	type row struct {
-		classes uint64
-		cells   [11]string
+	for _, r := range fuzzSeeds() {
+		c := r.cells
+		f.Add(r.classes, []byte(c[0]), []byte(c[1]), []byte(c[2]), []byte(c[3]), []byte(c[4]), []byte(c[5]),
+			[]byte(c[6]), []byte(c[7]), []byte(c[8]), []byte(c[9]), []byte(c[10]))
 	}
-	good := row{0, [11]string{"bad", "other code", "RUNNING", "42", `{"a":1}`, `[2]`, "oops",
+
+	db := newFuzzRowDB(f)
+	f.Fuzz(func(t *testing.T, classes uint64, id, name, state, progress, metadata, result, err, created, updated, started, owner []byte) {
+		cells := [][]byte{id, name, state, progress, metadata, result, err, created, updated, started, owner}
+		db.check(t, classes, cells)
+	})
+}
+
+// A fuzzRow is what FuzzRow writes: see fuzzColumns and the storage classes.
+type fuzzRow struct {
+	classes uint64
+	cells   [11]string
+}
+
+// fuzzSeeds returns rows that spoil one cell, and some that spoil all.
+func fuzzSeeds() []fuzzRow {
+	good := fuzzRow{0, [11]string{"bad", "other code", "RUNNING", "42", `{"a":1}`, `[2]`, "oops",
 		"2024-05-06 07:08:09.123456", "2024-05-06 07:08:09.123456", "2024-05-06 07:08:09.123456", fuzzDead}}
-	with := func(column string, class uint64, cell string) row {
+	with := func(column string, class uint64, cell string) fuzzRow {
 		r := good
 		i := slices.Index(fuzzColumns, column)
 		r.classes |= class << (4 * i)
@@ -67,7 +84,7 @@ func FuzzRow(f *testing.F) {
 		return r
 	}
 	number := func(n uint64) string { return string(binary.LittleEndian.AppendUint64(nil, n)) }
-	seeds := []row{good, {0x22222222222, good.cells}, {0x33333333333, good.cells}, {0x44444444444, good.cells},
+	seeds := []fuzzRow{good, {0x22222222222, good.cells}, {0x33333333333, good.cells}, {0x44444444444, good.cells},
 		{0x11111111111, good.cells}, {}, {0x11111111111, [11]string{}}}
 	for _, id := range []string{"", "done", "orphan", "a\x00b", "\xff", "'; DROP TABLE tasks; --"} {
 		seeds = append(seeds, with("id", fuzzText, id))
@@ -94,17 +111,7 @@ func FuzzRow(f *testing.F) {
 		"canary", "/canary", "/../canary", "../canary", "\x00", "a\x00b", "\xff"} {
 		seeds = append(seeds, with("owner", fuzzText, owner), with("owner", fuzzBlob, owner))
 	}
-	for _, r := range seeds {
-		c := r.cells
-		f.Add(r.classes, []byte(c[0]), []byte(c[1]), []byte(c[2]), []byte(c[3]), []byte(c[4]), []byte(c[5]),
-			[]byte(c[6]), []byte(c[7]), []byte(c[8]), []byte(c[9]), []byte(c[10]))
-	}
-
-	db := newFuzzRowDB(f)
-	f.Fuzz(func(t *testing.T, classes uint64, id, name, state, progress, metadata, result, err, created, updated, started, owner []byte) {
-		cells := [][]byte{id, name, state, progress, metadata, result, err, created, updated, started, owner}
-		db.check(t, classes, cells)
-	})
+	return seeds
 }
 
 // fuzzDead is the ID of an owner that never was.
@@ -192,6 +199,16 @@ func (d *fuzzRowDB) check(t *testing.T, classes uint64, cells [][]byte) {
 	if alone {
 		d.asked(t, m, got)
 	}
+	d.changed(t, before, recovered)
+	if now := fuzzTree(t, d.dir); !slices.Equal(now, files) {
+		t.Errorf("files: %q, were %q", now, files)
+	}
+}
+
+// changed checks that recovery has changed nothing but the orphan and, if it is
+// one as well, the row itself.
+func (d *fuzzRowDB) changed(t *testing.T, before []map[string]string, recovered bool) {
+	t.Helper()
 	for i, row := range d.dump(t) {
 		for column, cell := range row {
 			own := i == 3 && recovered || row["id"] == before[2]["id"] // the row itself, and the orphan
@@ -202,9 +219,6 @@ func (d *fuzzRowDB) check(t *testing.T, classes uint64, cells [][]byte) {
 				t.Errorf("row %d: %s was %s and is %s", i, column, before[i][column], cell)
 			}
 		}
-	}
-	if now := fuzzTree(t, d.dir); !slices.Equal(now, files) {
-		t.Errorf("files: %q, were %q", now, files)
 	}
 }
 
@@ -530,13 +544,9 @@ func fuzzPath(t *testing.T, path string, mode byte) {
 	if path == ":memory:" {
 		return
 	}
-	s, err = task.OpenSQLite(path)
-	testkit.Must(t, err)
-	if got, err := s.Get(op.ID); err != nil || got.State != task.StateDone {
+	if got, err := testkit.OpenSQLite(t, path).Get(op.ID); err != nil || got.State != task.StateDone {
 		t.Errorf("opened again: %+v, %v", got, err)
 	}
-	testkit.Must(t, s.Close())
-	testkit.Must(t, os.RemoveAll(filepath.Join(root, "in")))
 }
 
 // fuzzModes checks that all the files of an open database are its owner's only.

@@ -28,7 +28,7 @@ func TestSharedCache(t *testing.T, open Opener) {
 	list := func(s *task.SQLiteStore) error { _, err := s.List(10, 0); return err }
 	get := func(s *task.SQLiteStore) error { _, err := s.Get("early"); return err }
 	prune := func(s *task.SQLiteStore) error { return first(s.Prune(time.Now().Add(time.Hour))) }
-	recover := func(s *task.SQLiteStore) error { return first(s.Recover("gone")) }
+	recover := func(s *task.SQLiteStore) error { return first(s.Recover("gone", nil)) }
 	const (
 		reading  = "BEGIN; SELECT * FROM tasks"
 		writing  = "BEGIN IMMEDIATE; UPDATE tasks SET metadata = 1 WHERE id = 'early'"

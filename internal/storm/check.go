@@ -29,6 +29,7 @@ type row struct {
 	id, name, state, progress, metadata, result, err string
 	created, updated, started                        string
 	owner                                            string
+	cancelling                                       bool // somebody has asked for its cancellation
 }
 
 func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNNING" }
@@ -41,10 +42,13 @@ type checker struct {
 	readers  map[process]*reader
 	statuses map[process]*status
 
-	rows       map[string]row    // as of the last check
-	unfinished map[string]bool   // the IDs of those that were unfinished
-	owners     map[string]string // the session of each owner, as a prefix of names
-	closed     map[string]bool   // the prefixes of the closed sessions
+	rows       map[string]row      // as of the last check
+	unfinished map[string]bool     // the IDs of those that were unfinished
+	owners     map[string]string   // the session of each owner, as a prefix of names
+	closed     map[string]bool     // the prefixes of the closed sessions
+	resume     bool                // the workers resume what the dead have left
+	over       bool                // the last manager, which resumes nothing, has been here
+	resumers   map[string][]string // by the ID of an operation: the sessions that have resumed it
 
 	acks tally // acknowledgements
 	bad  []string
@@ -52,7 +56,7 @@ type checker struct {
 
 // A tally holds the counts of the summary.
 type tally struct {
-	kills, restarts, submitted, finished, recovered, checks, databases, violations int
+	kills, restarts, submitted, finished, recovered, resumed, checks, databases, violations int
 }
 
 func (t *tally) add(u tally) {
@@ -61,14 +65,15 @@ func (t *tally) add(u tally) {
 	t.submitted += u.submitted
 	t.finished += u.finished
 	t.recovered += u.recovered
+	t.resumed += u.resumed
 	t.checks += u.checks
 	t.databases += u.databases
 	t.violations += u.violations
 }
 
 func (t tally) String() string {
-	return fmt.Sprintf("%d kills, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d checks, %d databases, violations = %d",
-		t.kills, t.restarts, t.submitted, t.finished, t.recovered, t.checks, t.databases, t.violations)
+	return fmt.Sprintf("%d kills, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d resumed, %d checks, %d databases, violations = %d",
+		t.kills, t.restarts, t.submitted, t.finished, t.recovered, t.resumed, t.checks, t.databases, t.violations)
 }
 
 func newChecker(dir string) *checker {
@@ -80,6 +85,7 @@ func newChecker(dir string) *checker {
 		unfinished: make(map[string]bool),
 		owners:     make(map[string]string),
 		closed:     make(map[string]bool),
+		resumers:   make(map[string][]string),
 	}
 }
 
@@ -115,8 +121,11 @@ func (c *checker) check() error {
 		}
 	}
 	for _, r := range added {
-		if r.Kind == closed {
+		switch r.Kind {
+		case closed:
 			c.closed[r.Name] = true
+		case opened:
+			c.owners[r.ID] = r.Name
 		}
 	}
 	if err := c.readRows(); err != nil {
@@ -165,7 +174,7 @@ func (c *checker) readRows() error {
 func (c *checker) query(tx *sql.Tx) (n int, err error) {
 	rows, err := tx.Query(`SELECT id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
 		coalesce(error, ''), CAST(created_at AS TEXT), CAST(updated_at AS TEXT), coalesce(CAST(started_at AS TEXT), ''),
-		coalesce(owner, '') FROM tasks`)
+		coalesce(owner, ''), cancel_requested_at IS NOT NULL FROM tasks`)
 	if err != nil {
 		return 0, err
 	}
@@ -173,7 +182,7 @@ func (c *checker) query(tx *sql.Tx) (n int, err error) {
 	for rows.Next() {
 		var r row
 		if err := rows.Scan(&r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result,
-			&r.err, &r.created, &r.updated, &r.started, &r.owner); err != nil {
+			&r.err, &r.created, &r.updated, &r.started, &r.owner, &r.cancelling); err != nil {
 			return n, err
 		}
 		c.checkRow(r)
@@ -190,7 +199,8 @@ func (c *checker) checkRow(r row) {
 		if !before.unfinished() && before != r {
 			c.violation("a finished row has changed:\n\t%+v\n\t%+v", before, r)
 		}
-		if before.name != r.name || before.created != r.created || before.owner != r.owner || before.state == "RUNNING" && r.state == "PENDING" {
+		if before.name != r.name || before.created != r.created || before.owner != r.owner && c.alive(c.owners[before.owner]) ||
+			before.owner == r.owner && before.state == "RUNNING" && r.state == "PENDING" {
 			c.violation("a row has changed in a forbidden way:\n\t%+v\n\t%+v", before, r)
 		}
 	}
@@ -213,10 +223,14 @@ func (c *checker) checkRow(r row) {
 
 // checkRecovered checks a row that has been marked as interrupted.
 func (c *checker) checkRecovered(r row) {
-	p, session := submitter(r.name)
+	p, session, known := c.runs(r)
 	switch status := c.statuses[p]; {
+	case !known:
 	case status == nil:
 		c.violation("no worker has submitted %+v", r)
+	case c.resume && !c.over && !declined(r.id) && !r.cancelling:
+		c.violation("an interrupted operation was not resumed: %+v", r)
+	case c.resume && c.closed[session]: // it was taken over while that manager was closing
 	case !status.killed:
 		c.violation("an operation of a live process was marked as interrupted: %+v", r)
 	case c.closed[session]:
@@ -229,20 +243,54 @@ func (c *checker) checkRecovered(r row) {
 
 // checkUnfinished checks an unfinished row.
 func (c *checker) checkUnfinished(r row) {
-	p, session := submitter(r.name)
+	p, session, known := c.runs(r)
 	switch status := c.statuses[p]; {
+	case !known:
 	case status == nil:
 		c.violation("no worker has submitted %+v", r)
+	case c.resume && c.closed[session] && r.state == "PENDING": // it was taken over while that manager was closing
 	case status.recovered:
 		c.violation("an unfinished operation belongs to a dead process: %+v", r)
 	case c.closed[session]:
 		c.violation("an unfinished operation belongs to a closed manager: %+v", r)
 	}
-	if c.owners[r.owner] == "" {
-		c.owners[r.owner] = session
-	}
-	if r.owner == "" || c.owners[r.owner] != session {
+	if owner := c.owners[r.owner]; r.owner == "" || owner != "" && owner != session {
 		c.violation("an operation has the owner of another manager: %+v", r)
+	}
+}
+
+// runs returns the process and the session that run an operation, or have left it.
+// They are not known yet if that session has begun after the journals were read.
+func (c *checker) runs(r row) (p process, session string, known bool) {
+	if !c.resume {
+		p, session = submitter(r.name)
+		return p, session, true
+	}
+	session = c.owners[r.owner]
+	p, _ = submitter(session + "x")
+	return p, session, session != ""
+}
+
+// alive reports whether a session has been neither closed nor killed.
+func (c *checker) alive(session string) bool {
+	p, _ := submitter(session + "x")
+	status := c.statuses[p]
+	return status != nil && !status.killed && !c.closed[session]
+}
+
+// resumedBy checks that of the sessions that have resumed an operation, one is
+// alive.
+func (c *checker) resumedBy(id, session string) {
+	c.acks.resumed++
+	alive := 0
+	c.resumers[id] = append(c.resumers[id], session)
+	for _, session := range c.resumers[id] {
+		if c.alive(session) {
+			alive++
+		}
+	}
+	if got := c.rows[id]; alive > 1 || got.id == "" {
+		c.violation("resumed by %q: %+v", c.resumers[id], got)
 	}
 }
 
@@ -261,6 +309,8 @@ func (c *checker) compare(r record) {
 	switch r.Kind {
 	case violation:
 		c.violation("%s", r.Text)
+	case resumed:
+		c.resumedBy(r.ID, r.Name)
 	case submitted:
 		c.acks.submitted++
 		if got, ok := c.rows[r.ID]; !ok {
@@ -272,7 +322,7 @@ func (c *checker) compare(r record) {
 		c.acks.finished++
 		want, err := rowOf(r.Op)
 		got, ok := c.rows[r.Op.ID]
-		want.owner = got.owner
+		want.owner, want.cancelling = got.owner, got.cancelling
 		if err != nil || !ok || want != got {
 			c.violation("shown as finished (%v):\n\t%+v\nstored (%v):\n\t%+v", err, want, ok, got)
 		}

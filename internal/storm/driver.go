@@ -32,6 +32,7 @@ type storm struct {
 	kills int       // ends the storm, once reached
 	until time.Time // ends the storm
 
+	resume bool                 // the workers use WithResume
 	faulty string               // for the workers' config
 	tamper func(*checker) error // called between a kill and the check; may be nil
 
@@ -68,6 +69,7 @@ func (s *storm) run() error {
 			return err
 		}
 		s.checker = newChecker(dir)
+		s.checker.resume = s.resume
 		s.total.databases++
 		err := s.history()
 		for _, c := range s.workers {
@@ -184,7 +186,7 @@ func (s *storm) restart(targets []int) error {
 func (s *storm) start(slot int) error {
 	s.gen++
 	p := process{slot, s.gen}
-	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Faulty: s.faulty})
+	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Faulty: s.faulty, Resume: s.resume})
 	if err != nil {
 		return err
 	}
@@ -353,6 +355,7 @@ func (s *storm) end() error {
 	if err := s.openAndClose(); err != nil {
 		s.checker.violation("the last manager: %v", err)
 	}
+	s.checker.over = true
 	s.markRecovered(len(s.dead))
 	if files := s.checker.ownerFiles(); len(files) > 0 {
 		s.checker.violation("owner files are left: %q", files)

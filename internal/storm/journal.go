@@ -18,8 +18,8 @@ import (
 // journal.
 type record struct {
 	Kind string          // one of the kinds below
-	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a closed session
-	ID   string          `json:",omitempty"` // of the submitted operation
+	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a session
+	ID   string          `json:",omitempty"` // of the operation
 	Op   *task.Operation `json:",omitempty"` // as it was shown
 	Text string          `json:",omitempty"` // what the violation is
 }
@@ -28,6 +28,8 @@ type record struct {
 const (
 	submitted = "submitted" // Submit has returned an operation
 	finished  = "finished"  // an operation was shown in a final state
+	opened    = "opened"    // a session has begun, of the owner that ID has
+	resumed   = "resumed"   // this session runs an operation that another has left
 	closed    = "closed"    // Close has returned: nothing of this session is unfinished
 	violation = "violation" // the worker itself has found a violation
 )

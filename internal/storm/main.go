@@ -10,6 +10,9 @@
 //	go run ./internal/storm -for 30s
 //	go run ./internal/storm -for 15m -kills 1000
 //
+// With -resume, the workers resume most of what dead processes have left, and storm
+// checks that each operation is resumed by one process at a time.
+//
 // At the end it prints a line of figures. If it has found violations, it prints
 // them, exits with status 1 and does not delete the database and the journals. It
 // needs cgo, and a system with file locks.
@@ -31,6 +34,7 @@ func main() {
 	var s storm
 	length := flag.Duration("for", 30*time.Second, "run for this time at most")
 	flag.IntVar(&s.kills, "kills", math.MaxInt, "kill this many processes at most")
+	flag.BoolVar(&s.resume, "resume", false, "let the workers resume what the dead have left")
 	flag.Uint64Var(&s.seed, "seed", rand.Uint64(), "seed of the random choice of targets and moments")
 	flag.StringVar(&s.dir, "dir", "", "put the databases into this `directory` (default a temporary one)")
 	flag.Parse()

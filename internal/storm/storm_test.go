@@ -23,6 +23,7 @@ func TestMain(m *testing.M) {
 		faultyStores["early"] = newEarlyStore
 		faultyStores["lossy"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &lossyStore{SQLiteStore: s} }
 		faultyStores["no recovery"] = func(_ string, s *task.SQLiteStore) task.Persistence { return nonRecoveringStore{s} }
+		faultyStores["takes over all"] = func(path string, s *task.SQLiteStore) task.Persistence { return grabbingStore{s, path} }
 		faultyStores["recovers all"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
 		os.Exit(work(text))
 	}
@@ -50,6 +51,12 @@ func testDir(t *testing.T) string {
 const stormVar = "TASK_STORM"
 
 func TestStorm(t *testing.T) {
+	for name, resume := range map[string]bool{"failing": false, "resuming": true} {
+		t.Run(name, func(t *testing.T) { testStorm(t, resume) })
+	}
+}
+
+func testStorm(t *testing.T, resume bool) {
 	duration := 3 * time.Second
 	if text := os.Getenv(stormVar); text != "" {
 		var err error
@@ -57,7 +64,7 @@ func TestStorm(t *testing.T) {
 			t.Fatalf("%s: %v", stormVar, err)
 		}
 	}
-	s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(duration)}
+	s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(duration), resume: resume}
 	if err := s.run(); err != nil {
 		t.Error(err)
 	}
@@ -65,7 +72,7 @@ func TestStorm(t *testing.T) {
 	for _, text := range s.bad {
 		t.Error(text)
 	}
-	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 {
+	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 || resume != (s.total.resumed > 0) {
 		t.Error("the storm has done nothing")
 	}
 }
@@ -84,6 +91,7 @@ func TestViolations(t *testing.T) {
 		{name: "final state not stored", store: "lossy", want: "shown as finished"},
 		{name: "no recovery", store: "no recovery", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
 		{name: "recovery of live operations", store: "recovers all", want: "Task failed due to system restart"},
+		{name: "take-over of live operations", store: "takes over all", want: "forbidden way|resumed by|has the owner of another|shown as finished|ended as|dead process"},
 		{
 			name:   "row deleted",
 			change: `DELETE FROM tasks WHERE rowid = (SELECT min(rowid) FROM tasks WHERE state = 'DONE')`,
@@ -119,7 +127,8 @@ func TestViolations(t *testing.T) {
 		{name: "owner files accumulate", tamper: leaveOwners, want: "owner files"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), faulty: test.store}
+			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), faulty: test.store,
+				resume: test.store == "takes over all"}
 			done := false
 			s.tamper = func(c *checker) error {
 				if test.change != "" && !done {
@@ -226,7 +235,7 @@ func (s *lossyStore) WriteBatch(saves, updates []*task.Operation) []error {
 // A nonRecoveringStore recovers nothing.
 type nonRecoveringStore struct{ *task.SQLiteStore }
 
-func (nonRecoveringStore) Recover(string) iter.Seq2[*task.Operation, error] {
+func (nonRecoveringStore) Recover(string, func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(func(*task.Operation, error) bool) {}
 }
 
@@ -236,7 +245,7 @@ type overeagerStore struct {
 	path string
 }
 
-func (s overeagerStore) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (s overeagerStore) Recover(reason string, _ func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		db, err := sql.Open("sqlite3", s.path+"?_busy_timeout=8000")
 		if err == nil {
@@ -245,6 +254,37 @@ func (s overeagerStore) Recover(reason string) iter.Seq2[*task.Operation, error]
 		}
 		if err != nil {
 			yield(nil, err)
+		}
+	}
+}
+
+// A grabbingStore takes over operations of live processes.
+type grabbingStore struct {
+	*task.SQLiteStore
+	path string
+}
+
+func (s grabbingStore) Recover(_ string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		db, err := sql.Open("sqlite3", s.path+"?_busy_timeout=8000")
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		defer db.Close()
+		ops, _ := s.ListFiltered(task.Filter{States: []task.State{task.StatePending, task.StateRunning}}, 10, 0)
+		for _, op := range ops {
+			if !resume(op) {
+				continue
+			}
+			if _, err := db.Exec(`UPDATE tasks SET state = 'PENDING', owner = ? WHERE id = ?`, s.Owner(), op.ID); err != nil {
+				yield(nil, err)
+				return
+			}
+			op.State, op.Owner = task.StatePending, s.Owner()
+			if !yield(op, nil) {
+				return
+			}
 		}
 	}
 }

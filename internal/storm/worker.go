@@ -30,6 +30,7 @@ type config struct {
 	Gen    int    // counts the processes in that slot
 	Seed   uint64
 	Faulty string // the store of faultyStores to use; "" for none
+	Resume bool   // resume what the dead have left
 }
 
 func databasePath(dir string) string { return filepath.Join(dir, "tasks.db") }
@@ -98,10 +99,13 @@ type session struct {
 	manager *task.Manager
 	closing atomic.Bool // Close may have been called
 	quit    atomic.Bool // submit no more operations
+
+	mu      sync.Mutex      // guards what follows
+	resumed map[string]*job // by ID
 }
 
 func (w *worker) run(n int) error {
-	l := &session{worker: w, prefix: fmt.Sprintf("%d.%d.%d.", w.Slot, w.Gen, n)}
+	l := &session{worker: w, prefix: fmt.Sprintf("%d.%d.%d.", w.Slot, w.Gen, n), resumed: make(map[string]*job)}
 	store, err := task.OpenSQLite(databasePath(w.Dir))
 	if err != nil {
 		return err
@@ -110,7 +114,12 @@ func (w *worker) run(n int) error {
 	if w.Faulty != "" {
 		db = faultyStores[w.Faulty](databasePath(w.Dir), store)
 	}
-	l.manager, err = task.New(db, task.WithLogger(slog.New(slog.DiscardHandler)))
+	w.journal.add(record{Kind: opened, ID: store.Owner(), Name: l.prefix})
+	opts := []task.Option{task.WithLogger(slog.New(slog.DiscardHandler))}
+	if w.Resume {
+		opts = append(opts, task.WithResume(l.resume))
+	}
+	l.manager, err = task.New(db, opts...)
 	if err != nil {
 		return err
 	}
@@ -135,7 +144,41 @@ func (w *worker) run(n int) error {
 	w.journal.add(record{Kind: closed, Name: l.prefix})
 	l.quit.Store(true)
 	all.Wait()
+	l.waitAll(l.ran())
 	return store.Close()
+}
+
+// declined reports whether no worker resumes the operation with that ID.
+func declined(id string) bool { return strings.HasSuffix(id, "0") }
+
+// resume is the function of WithResume.
+func (l *session) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
+	if declined(op.ID) {
+		return nil, nil
+	}
+	j := &job{session: l, name: op.Name, kind: "value", sleep: 5 * time.Millisecond, id: op.ID}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.resumed[op.ID] = j
+	return func(ctx context.Context, update func(int)) (any, error) {
+		l.journal.add(record{Kind: resumed, ID: op.ID, Name: l.prefix})
+		if now, ok := task.FromContext(ctx); !ok || now.ID != op.ID || now.Name != op.Name || !sameJSON(now.Metadata, op.Metadata) {
+			l.violation("%+v was resumed as %+v", op, now)
+		}
+		return j.run(ctx, update)
+	}, []task.SubmitOption{task.WithLock(op.ID[len(op.ID)-1:])}
+}
+
+// ran returns the resumed jobs that have run. Of the others, another may have.
+func (l *session) ran() (jobs []*job) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, j := range l.resumed {
+		if j.began.Load() {
+			jobs = append(jobs, j)
+		}
+	}
+	return jobs
 }
 
 func (l *session) violation(format string, args ...any) {

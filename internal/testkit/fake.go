@@ -202,7 +202,7 @@ func (f *Fake) WriteBatch(saves, updates []*task.Operation) []error {
 }
 
 // Recover implements [task.Recoverer].
-func (f *Fake) Recover(reason string) iter.Seq2[*task.Operation, error] {
+func (f *Fake) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		c := &Call{Method: "Recover"}
 		db, after, err := f.enter(c)
@@ -214,7 +214,7 @@ func (f *Fake) Recover(reason string) iter.Seq2[*task.Operation, error] {
 			yield(nil, err)
 			return
 		}
-		for op, err := range r.Recover(reason) {
+		for op, err := range r.Recover(reason, resume) {
 			c.Ops, c.Err = []*task.Operation{op}, err
 			if after(c); !yield(c.Ops[0], c.Err) {
 				return

@@ -37,7 +37,7 @@ func call(f *testkit.Fake, id string) map[string]error {
 	_, errs["List"] = f.List(10, 0)
 	_, errs["Get"] = f.Get(id)
 	_, errs["ListFiltered"] = f.ListFiltered(task.Filter{}, 10, 0)
-	for _, err := range f.Recover("x") {
+	for _, err := range f.Recover("x", nil) {
 		errs["Recover"] = err
 	}
 	for _, err := range f.Prune(time.Time{}) {
@@ -120,7 +120,7 @@ func TestFakeChangesAnswers(t *testing.T) {
 	if ops, err := f.List(10, 0); err != nil || len(ops) != 1 || ops[0].ID != "other" {
 		t.Errorf("List: %v, %v", ops, err)
 	}
-	for op, err := range f.Recover("x") {
+	for op, err := range f.Recover("x", nil) {
 		if err != nil || op.ID != "other" {
 			t.Errorf("Recover: %v, %v", op, err)
 		}

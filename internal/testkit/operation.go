@@ -10,11 +10,12 @@ import (
 )
 
 // JSON returns an operation as JSON, or the error's text. Two operations with
-// the same JSON show the same. It leaves out the Owner: in front of a store of
-// four methods, a manager does not know what that stores.
+// the same JSON show the same. It leaves out the Owner, because in front of a store
+// of four methods a manager does not know what that stores, and WaitsFor, which is
+// not stored.
 func JSON(op *task.Operation) string {
 	c := *op
-	c.Owner = ""
+	c.Owner, c.WaitsFor = "", ""
 	raw, err := json.Marshal(&c)
 	if err != nil {
 		return err.Error()

@@ -1,0 +1,384 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/signal"
+	"os/user"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+func follow(t *tool, _ *flag.FlagSet) func(context.Context, []string) (int, error) {
+	return func(ctx context.Context, ids []string) (int, error) {
+		all, exit, err := t.findAll(ids)
+		if err != nil {
+			return exit, err
+		}
+		return t.follow(ctx, all, followStatus)
+	}
+}
+
+func cancel(t *tool, flags *flag.FlagSet) func(context.Context, []string) (int, error) {
+	reason := flags.String("reason", "", "")
+	noWait := flags.Bool("no-wait", false, "")
+	return func(ctx context.Context, ids []string) (int, error) {
+		if len(ids) == 0 {
+			return 0, fmt.Errorf("cancel takes the IDs of operations: %w", errUsage)
+		}
+		all, exit, err := t.findAll(ids)
+		if err != nil {
+			return exit, err
+		}
+		text := "cancelled by " + caller()
+		if *reason != "" {
+			text += ": " + *reason
+		}
+		var asked []string
+		for _, id := range all {
+			switch err := t.m.CancelCause(id, text); {
+			case err == nil:
+				asked = append(asked, id)
+			case !errors.Is(err, task.ErrNotFound):
+				return 0, err
+			default:
+				exit = exitNotFound
+				t.warn(id + ": has finished already")
+			}
+		}
+		if len(asked) == 0 {
+			return exit, nil
+		}
+		end := t.asked
+		if !*noWait {
+			end = func(ids []string) (int, error) { return t.follow(ctx, ids, cancelStatus) }
+		}
+		last, err := end(asked)
+		return max(exit, last), err
+	}
+}
+
+// cancelStatus returns the exit status for how a cancelled operation has finished.
+func cancelStatus(s task.State) int {
+	if s == task.StateCancelled {
+		return 0
+	}
+	return exitFailed
+}
+
+// followStatus returns the exit status for how an operation has finished.
+func followStatus(s task.State) int {
+	switch s {
+	case task.StateDone:
+		return 0
+	case task.StateCancelled:
+		return exitCancelled
+	}
+	return exitFailed
+}
+
+// caller returns who runs this command, as USER@HOST.
+func caller() string {
+	name, host := "unknown", "localhost"
+	if u, err := user.Current(); err == nil {
+		name = u.Username
+	}
+	if h, err := os.Hostname(); err == nil {
+		host = h
+	}
+	return name + "@" + host
+}
+
+// asked says which operations nobody is there to cancel.
+func (t *tool) asked(ids []string) (exit int, err error) {
+	for _, id := range ids {
+		op, err := t.store.Get(id)
+		if err != nil {
+			return exitOf(err), fmt.Errorf("%s: %w", id, err)
+		}
+		if t.json {
+			if err := t.writeJSON(op); err != nil {
+				return 0, err
+			}
+		}
+		if dead, _ := t.process(op); dead && !op.State.Finished() {
+			exit = exitDead
+			t.warn(deadText(op))
+		}
+	}
+	return exit, nil
+}
+
+func deadText(op *task.Operation) string {
+	return fmt.Sprintf("%s (%s): the process that ran it is dead: it finishes when its program starts again", op.ID, op.Name)
+}
+
+// A follower shows what becomes of operations.
+type follower struct {
+	*tool
+	all    bool                       // without IDs
+	status func(task.State) int       // the exit status for a final state
+	open   map[string]*task.Operation // what has not finished, by ID
+	dead   map[string]string          // by ID, the owner that was found dead
+	asked  map[string]bool            // by owner, whether errs says that nobody knows about it
+	done   []*task.Operation          // what has finished, and is to be drawn
+	notes  []string                   // what is to be drawn
+	drawn  []string                   // the lines on the terminal that are drawn anew
+	exit   int
+}
+
+// A change is what Watch yields.
+type change struct {
+	op  *task.Operation
+	err error
+}
+
+// follow shows operations until they have finished, or, if there are no IDs, all
+// operations until ctx is done or the command interrupted.
+func (t *tool) follow(ctx context.Context, ids []string, status func(task.State) int) (exit int, err error) {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // the next signal ends it at once
+	f := &follower{tool: t, all: len(ids) == 0, status: status, open: make(map[string]*task.Operation),
+		dead: make(map[string]string), asked: make(map[string]bool)}
+	for _, id := range ids {
+		f.open[id] = &task.Operation{ID: id}
+	}
+	for f.all || len(f.open) > 0 {
+		if err = f.watch(ctx); err != nil || ctx.Err() != nil {
+			break
+		}
+	}
+	if drawErr := f.draw(); err == nil {
+		err = drawErr
+	}
+	switch {
+	case err != nil:
+		return 0, err
+	case f.all:
+		return 0, nil
+	case len(f.open) > 0:
+		return exitInterrupted, nil
+	}
+	return f.exit, nil
+}
+
+// watch watches the operations until they have finished, an error occurs, or what
+// has changed must be read again.
+func (f *follower) watch(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	changes := f.changes(ctx)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for n := 0; f.all || len(f.open) > 0; {
+		var err error
+		select {
+		case c, ok := <-changes:
+			switch {
+			case !ok:
+				return nil
+			case errors.Is(c.err, task.ErrNotFound), errors.Is(c.err, task.ErrLagged):
+				return f.reread()
+			case c.err != nil:
+				return c.err
+			}
+			err = f.take(c.op)
+		case <-tick.C:
+			if n%10 == 0 {
+				err = f.look()
+			}
+			n++
+			err = cmp.Or(err, f.draw())
+		case <-ctx.Done():
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// changes passes on what Watch yields, until ctx is done.
+func (f *follower) changes(ctx context.Context) <-chan change {
+	var ids []string // nil for all
+	if !f.all {
+		ids = slices.Collect(maps.Keys(f.open))
+	}
+	changes := make(chan change)
+	go func() {
+		defer close(changes)
+		for op, err := range f.m.Watch(ctx, ids...) {
+			select {
+			case changes <- change{op, err}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return changes
+}
+
+// take shows the new state of an operation.
+func (f *follower) take(op *task.Operation) error {
+	owner, lost := f.dead[op.ID]
+	if f.open[op.ID] == nil && !f.all || lost && owner == op.Owner && !op.State.Finished() {
+		return nil
+	}
+	f.open[op.ID] = op
+	if op.State.Finished() {
+		delete(f.open, op.ID)
+		delete(f.dead, op.ID)
+		f.done = append(f.done, op)
+		f.exit = max(f.exit, f.status(op.State))
+	}
+	if f.live() {
+		return nil // draw shows it
+	}
+	return f.writeLine(op)
+}
+
+// live reports whether the output is drawn anew again and again.
+func (f *follower) live() bool { return f.out.size != nil && !f.json }
+
+// reread reads anew what has not finished.
+func (f *follower) reread() error {
+	for id := range f.open {
+		op, err := f.store.Get(id)
+		switch {
+		case errors.Is(err, task.ErrNotFound):
+			f.end(id, exitNotFound, id+": was deleted")
+		case err != nil:
+			return err
+		default:
+			if err := f.take(op); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// end ends following an operation that has not finished.
+func (f *follower) end(id string, exit int, note string) {
+	delete(f.open, id)
+	f.exit = max(f.exit, exit)
+	f.note(note)
+}
+
+func (f *follower) note(text string) {
+	if f.live() {
+		f.notes = append(f.notes, escape(text))
+	} else {
+		f.warn(text)
+	}
+}
+
+// look looks at whether the database can be read, and whether the processes
+// live that run the operations.
+func (f *follower) look() error {
+	if _, err := f.store.Get(""); err != nil && !errors.Is(err, task.ErrNotFound) {
+		return err
+	}
+	owners := make(map[string]bool) // whether they are dead
+	for _, op := range f.open {
+		if op.State == "" { // not yet told
+			continue
+		}
+		dead, known := owners[op.Owner]
+		if !known {
+			var unknown error
+			if dead, unknown = f.process(op); unknown != nil && !f.asked[op.Owner] {
+				f.asked[op.Owner] = true
+				f.note(unknown.Error())
+			}
+			owners[op.Owner] = dead
+		}
+		if dead {
+			if err := f.orphan(op); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// orphan ends following an operation of a dead process, unless it has finished or
+// another process has taken it over.
+func (f *follower) orphan(op *task.Operation) error {
+	now, err := f.store.Get(op.ID)
+	switch {
+	case errors.Is(err, task.ErrNotFound):
+		f.end(op.ID, exitNotFound, op.ID+": was deleted")
+		return nil
+	case err != nil:
+		return err
+	case now.State.Finished():
+		return f.take(now)
+	case now.Owner != op.Owner:
+		return nil // a change is under way
+	}
+	f.dead[op.ID] = op.Owner
+	f.end(op.ID, exitDead, deadText(now))
+	return nil
+}
+
+// draw replaces the lines that were drawn last: by what has ended since, which
+// stays, and the table of what has not.
+func (f *follower) draw() error {
+	if !f.live() {
+		return nil
+	}
+	open, more := f.shown()
+	table := f.table(slices.Concat(f.done, open)) // a header first
+	ended := table[1 : 1+len(f.done)]
+	stay := slices.Concat(ended, f.notes)
+	var lines []string // that are drawn anew next time
+	switch {
+	case len(open) > 0:
+		lines = append(table[:1:1], table[1+len(f.done):]...)
+	case f.all:
+		lines = []string{"No operation is unfinished. Ctrl-C ends."}
+	}
+	if more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more", more))
+	}
+	if len(stay) == 0 && slices.Equal(lines, f.drawn) {
+		return nil
+	}
+	text := ""
+	if len(f.drawn) > 0 {
+		text = fmt.Sprintf("\r\x1b[%dA\x1b[J", len(f.drawn)) // from below them; after Ctrl-C not from the line's start
+	}
+	for _, line := range slices.Concat(stay, lines) {
+		text += line + "\n"
+	}
+	f.done, f.notes, f.drawn = nil, nil, lines
+	_, err := io.WriteString(f.out, text)
+	return err
+}
+
+// shown returns the operations that have not finished, the oldest first, as many
+// as the terminal has room for, and how many more there are.
+func (f *follower) shown() (ops []*task.Operation, more int) {
+	for _, op := range f.open {
+		if op.State != "" { // else Watch has yet to yield it
+			ops = append(ops, op)
+		}
+	}
+	slices.SortFunc(ops, func(a, b *task.Operation) int { return strings.Compare(a.ID, b.ID) })
+	_, height := f.out.size()
+	n := min(len(ops), max(height-4, 1))
+	return ops[:n], len(ops) - n
+}

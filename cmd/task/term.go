@@ -1,0 +1,232 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/mynt-nas/task"
+)
+
+// A screen is where the output goes.
+type screen struct {
+	io.Writer
+	size func() (width, height int) // nil unless it is a terminal
+}
+
+// lines writes lines, at once.
+func (s screen) lines(lines []string) error {
+	if len(lines) == 0 {
+		return nil
+	}
+	_, err := io.WriteString(s, strings.Join(lines, "\n")+"\n")
+	return err
+}
+
+// escape returns a text that takes one line and can't make a terminal do
+// anything but show it: control characters, those that change the direction of
+// text, and invalid UTF-8 are written as Go does in its literals.
+func escape(text string) string {
+	var b strings.Builder
+	for i, r := range text {
+		switch _, size := utf8.DecodeRuneInString(text[i:]); {
+		case r == utf8.RuneError && size == 1:
+			fmt.Fprintf(&b, `\x%02x`, text[i])
+		case strconv.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			quoted := strconv.QuoteRune(r)
+			b.WriteString(quoted[1 : len(quoted)-1])
+		}
+	}
+	return b.String()
+}
+
+// escapeJSON does so within JSON, where such characters occur in strings only.
+func escapeJSON(text string) string {
+	var b strings.Builder
+	for _, r := range text { // U+FFFD for invalid UTF-8
+		switch {
+		case strconv.IsPrint(r):
+			b.WriteRune(r)
+		case r > 0xffff:
+			fmt.Fprintf(&b, `\u%04x\u%04x`, 0xd800+(r-0x10000)>>10, 0xdc00+(r-0x10000)&0x3ff)
+		default:
+			fmt.Fprintf(&b, `\u%04x`, r)
+		}
+	}
+	return b.String()
+}
+
+// wide are the ranges of characters that take two cells of a terminal.
+var wide = &unicode.RangeTable{
+	R16: []unicode.Range16{{0x1100, 0x115f, 1}, {0x2e80, 0x303e, 1}, {0x3041, 0xa4cf, 1}, {0xac00, 0xd7a3, 1},
+		{0xf900, 0xfaff, 1}, {0xfe30, 0xfe6f, 1}, {0xff00, 0xff60, 1}, {0xffe0, 0xffe6, 1}},
+	R32: []unicode.Range32{{0x1f300, 0x1faff, 1}, {0x20000, 0x3fffd, 1}},
+}
+
+func cells(r rune) int {
+	switch {
+	case unicode.In(r, unicode.Mn, unicode.Me):
+		return 0
+	case unicode.Is(wide, r):
+		return 2
+	}
+	return 1
+}
+
+// width returns how many cells of a terminal an escaped text takes.
+func width(text string) (n int) {
+	for _, r := range text {
+		n += cells(r)
+	}
+	return n
+}
+
+// cut cuts an escaped text down to n cells.
+func cut(text string, n int) string {
+	if width(text) <= n {
+		return text
+	}
+	used := 1 // for the ellipsis
+	for i, r := range text {
+		if used += cells(r); used > n {
+			return text[:i] + "…"[:min(n, 1)*len("…")]
+		}
+	}
+	return text
+}
+
+// Columns of the table, those whose texts may be cut, and those that are left out
+// where the terminal is too narrow.
+var (
+	header  = []string{"ID", "STATE", "PROGRESS", "MESSAGE", "NAME", "STARTED", "TOOK", "ERROR"}
+	elastic = []int{3, 4, 7}
+	minor   = []int{5, 6, 3}
+)
+
+const minColumn = 8 // what is left of an elastic column
+
+// table returns operations as lines that fit the terminal, a header first.
+func (t *tool) table(ops []*task.Operation) []string {
+	columns, _ := t.out.size()
+	rows := [][]string{header}
+	short := shortID(ops)
+	for _, op := range ops {
+		rows = append(rows, []string{op.ID[:min(short, len(op.ID))], state(op), progress(op),
+			op.Message, op.Name, started(op), took(op), t.errorText(op)})
+	}
+	widths := make([]int, len(header))
+	for _, row := range rows {
+		for i, cell := range row {
+			row[i] = escape(cell)
+		}
+	}
+	for i := range header {
+		for _, row := range rows[1:] {
+			widths[i] = max(widths[i], width(row[i]))
+		}
+		if widths[i] > 0 { // else the column is left out
+			widths[i] = max(widths[i], len(header[i]))
+		}
+	}
+	widths = fit(widths, columns-1) // the last cell would make some terminals go on to the next line
+	var lines []string
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			if widths[i] > 0 {
+				cell = cut(cell, widths[i])
+				line += cell + strings.Repeat(" ", widths[i]-width(cell)+gap)
+			}
+		}
+		lines = append(lines, cut(strings.TrimRight(line, " "), columns-1))
+	}
+	return lines
+}
+
+const gap = 2 // between columns
+
+// fit makes the elastic columns narrower, the widest one first, until all take no
+// more than limit cells. If that is not enough it leaves out minor ones.
+func fit(natural []int, limit int) []int {
+	for dropped := 0; ; dropped++ {
+		widths := slices.Clone(natural)
+		for _, i := range minor[:dropped] {
+			widths[i] = 0
+		}
+		for total(widths) > limit {
+			widest := slices.MaxFunc(elastic, func(a, b int) int { return widths[a] - widths[b] })
+			if widths[widest] <= minColumn {
+				break
+			}
+			widths[widest]--
+		}
+		if total(widths) <= limit || dropped == len(minor) {
+			return widths
+		}
+	}
+}
+
+// total returns how many cells columns take.
+func total(widths []int) int {
+	n := -gap
+	for _, w := range widths {
+		if w > 0 {
+			n += w + gap
+		}
+	}
+	return n
+}
+
+// shortID returns how many characters of their IDs tell operations apart, and
+// have the whole time of a UUIDv7.
+func shortID(ops []*task.Operation) int {
+	for n := 13; ; n++ {
+		seen := make(map[string]bool, len(ops))
+		for _, op := range ops {
+			seen[op.ID[:min(n, len(op.ID))]] = true
+		}
+		if n >= 200 || len(seen) == len(ops) {
+			return n
+		}
+	}
+}
+
+// progress returns a bar for an operation that is not finished.
+func progress(op *task.Operation) string {
+	percent := fmt.Sprintf("%3d%%", op.Progress)
+	if op.State.Finished() {
+		return percent
+	}
+	done := op.Progress / 10
+	return "[" + strings.Repeat("#", done) + strings.Repeat(".", 10-done) + "] " + percent
+}
+
+// started returns the time at which an operation has started, and the date
+// unless that is today.
+func started(op *task.Operation) string {
+	at := op.StartedAt.Local()
+	switch {
+	case op.StartedAt.IsZero():
+		return ""
+	case at.Format(time.DateOnly) == time.Now().Format(time.DateOnly):
+		return at.Format(time.TimeOnly)
+	}
+	return at.Format("2006-01-02 15:04")
+}
+
+// errorText returns the error of an operation, or that its process is dead.
+func (t *tool) errorText(op *task.Operation) string {
+	if !op.State.Finished() {
+		if dead, _ := t.process(op); dead {
+			return "its process is dead"
+		}
+	}
+	return op.Error
+}

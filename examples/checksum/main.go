@@ -1,0 +1,109 @@
+// Checksum computes one SHA-256 of all regular files in a directory tree, as one
+// operation of package task that survives its process.
+//
+//	checksum [-db FILE] DIR
+//
+// Kill it, and run it again: it continues behind the last file that it had read,
+// with the same ID. The tree should not change meanwhile.
+package main
+
+import (
+	"context"
+	"encoding"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/mynt-nas/task"
+)
+
+func main() {
+	db := flag.String("db", "checksum.db", "keep the operations in this SQLite `FILE`, outside of DIR")
+	flag.Usage = func() {
+		fmt.Fprint(flag.CommandLine.Output(), "usage: checksum [-db FILE] DIR\n")
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	if flag.NArg() != 1 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	if err := checksum(*db, flag.Arg(0)); err != nil {
+		fmt.Fprintln(os.Stderr, "checksum:", err)
+		os.Exit(1)
+	}
+}
+
+// checksum runs the operation for a directory, or the one that was interrupted,
+// and prints its result.
+func checksum(db, dir string) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	store, err := task.OpenSQLite(db)
+	if err != nil {
+		return err
+	}
+	m, err := task.New(store, task.WithResume(resume))
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
+	err = wait(m, dir)
+	// Operations for other directories may have been resumed: they end, too.
+	return errors.Join(err, m.Shutdown(context.Background()), store.Close())
+}
+
+// resume goes on with an operation that was interrupted.
+func resume(op *task.Operation) (task.Func, []task.SubmitOption) {
+	var s sum
+	if op.DecodeMetadata(&s) != nil || s.Dir == "" {
+		return nil, nil
+	}
+	return s.run, nil
+}
+
+func wait(m *task.Manager, dir string) error {
+	op, err := unfinished(m, "checksum "+dir)
+	if err != nil {
+		return err
+	}
+	if op == nil {
+		s := sum{Dir: dir}
+		if op, err = m.Submit("checksum "+dir, s.run, task.WithMetadata(s)); err != nil {
+			return err
+		}
+	}
+	if op, err = m.Wait(context.Background(), op.ID); err != nil {
+		return err
+	}
+	if op.State != task.StateDone {
+		return fmt.Errorf("%s: %s: %s", op.ID, op.State, op.Error)
+	}
+	var s sum
+	if err := op.DecodeMetadata(&s); err != nil {
+		return err
+	}
+	fmt.Printf("%s  %s: %d files, %d bytes, in %d runs, operation %s\n", op.Result, s.Dir, s.Files, s.Bytes, s.Runs, op.ID)
+	return nil
+}
+
+// unfinished returns the operation with that name that this process has resumed,
+// or that another one runs, or nil.
+func unfinished(m *task.Manager, name string) (*task.Operation, error) {
+	ops, err := m.List(1, 0, task.ByName(name), task.ByState(task.StatePending, task.StateRunning))
+	if err != nil || len(ops) == 0 {
+		return nil, err
+	}
+	return ops[0], nil
+}
+
+// A hasher is what crypto/sha256 returns: its state can be stored.
+type hasher interface {
+	Write(p []byte) (int, error)
+	Sum(b []byte) []byte
+	encoding.BinaryMarshaler
+	encoding.BinaryUnmarshaler
+}

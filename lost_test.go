@@ -1,0 +1,194 @@
+package task_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// A leaseStore is a store that others may take for dead: fence does that.
+type leaseStore struct {
+	*task.MemoryStore
+	mu    sync.Mutex
+	n     int             // of the present owner
+	gone  map[string]bool // the earlier ones
+	quiet bool            // Changes does not notice
+}
+
+func newLeaseStore() *leaseStore {
+	return &leaseStore{MemoryStore: task.NewMemoryStore(), gone: make(map[string]bool)}
+}
+
+func (s *leaseStore) Owner() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return fmt.Sprint("owner ", s.n)
+}
+
+// fence makes the present owner a dead one, and recovers what it has run.
+func (s *leaseStore) fence() {
+	old := s.Owner()
+	s.mu.Lock()
+	s.gone[old] = true
+	s.n++
+	s.mu.Unlock()
+	for range s.Recover("taken for dead", nil) {
+	}
+}
+
+func (s *leaseStore) fenced(op *task.Operation) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.gone[op.Owner]
+}
+
+func (s *leaseStore) Save(op *task.Operation) error {
+	if s.fenced(op) {
+		return fmt.Errorf("save: %w", task.ErrLost)
+	}
+	return s.MemoryStore.Save(op)
+}
+
+func (s *leaseStore) Update(op *task.Operation) error {
+	if s.fenced(op) {
+		return fmt.Errorf("update: %w", task.ErrLost)
+	}
+	return s.MemoryStore.Update(op)
+}
+
+func (s *leaseStore) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		ops, err := s.MemoryStore.ListFiltered(task.Filter{States: []task.State{task.StatePending, task.StateRunning}}, 1000, 0)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for _, op := range ops {
+			if !s.fenced(op) {
+				continue
+			}
+			op.State, op.Error, op.UpdatedAt = task.StateFailed, reason, time.Now()
+			if err := s.MemoryStore.Update(op); err == nil && !yield(op, nil) {
+				return
+			}
+		}
+	}
+}
+
+// Changes yields ErrLost after each fence.
+func (s *leaseStore) Changes(ctx context.Context) iter.Seq[error] {
+	return func(yield func(error) bool) {
+		for owner := s.Owner(); ctx.Err() == nil && yield(nil); {
+			select {
+			case <-ctx.Done():
+			case <-time.After(100 * time.Millisecond):
+			}
+			if !s.quiet && s.Owner() != owner {
+				yield(fmt.Errorf("changes: %w", task.ErrLost))
+				return
+			}
+		}
+	}
+}
+
+// A manager whose store was fenced gives up what it ran, and goes on.
+func TestLost(t *testing.T) {
+	for name, report := range map[string]bool{"noticed by a write": true, "noticed by Changes": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newLeaseStore()
+				s.quiet = report
+				m, err := task.New(s, task.WithLimit(1))
+				must(t, err)
+				causes, end := make(chan error, 1), make(chan struct{})
+				running, err := m.Submit("running", func(ctx context.Context, update func(int)) (any, error) {
+					for i := 0; ctx.Err() == nil; i++ {
+						if report {
+							update(i % 100)
+						}
+						time.Sleep(time.Millisecond)
+					}
+					causes <- context.Cause(ctx)
+					<-end
+					return "too late", nil
+				}, task.WithUnique("pool"))
+				must(t, err)
+				waiting, err := m.Submit("waiting", func(context.Context, func(int)) (any, error) {
+					t.Error("a lost operation has started")
+					return nil, nil
+				})
+				must(t, err)
+				results := make(chan *task.Operation, 2)
+				for _, op := range []*task.Operation{running, waiting} {
+					go func() {
+						op, err := m.Wait(t.Context(), op.ID)
+						if err != nil {
+							t.Error(err)
+						}
+						results <- op
+					}()
+				}
+				time.Sleep(time.Second)
+
+				s.fence()
+				if err := <-causes; !errors.Is(err, task.ErrLost) {
+					t.Errorf("cause %v", err)
+				}
+				for range 2 {
+					if op := <-results; op.State != task.StateFailed || op.Error != "taken for dead" {
+						t.Errorf("Wait: %+v", op)
+					}
+				}
+				if op, err := m.Submit("same key", nothing, task.WithUnique("pool")); !errors.Is(err, task.ErrExists) || op.ID != running.ID {
+					t.Errorf("a lost operation that still runs has no key: %v, %v", op, err)
+				}
+				next, err := m.Submit("next", nothing)
+				must(t, err)
+				synctest.Wait()
+				if op, _ := m.Get(next.ID); op.State != task.StatePending || op.Owner != "owner 1" {
+					t.Errorf("while a lost function runs: %+v", op)
+				}
+				close(end)
+				if op, err := m.Wait(t.Context(), next.ID); err != nil || op.State != task.StateDone {
+					t.Errorf("after it has returned: %+v, %v", op, err)
+				}
+				if _, err := m.Submit("same key", nothing, task.WithUnique("pool")); err != nil {
+					t.Error(err)
+				}
+				must(t, m.Close())
+				if op, _ := m.Get(running.ID); op.State != task.StateFailed || op.Result != nil {
+					t.Errorf("in the end: %+v", op)
+				}
+			})
+		})
+	}
+}
+
+// A Submit whose commit is fenced fails, and its function never runs.
+func TestLostSubmit(t *testing.T) {
+	s := newLeaseStore()
+	s.gone["owner 0"] = true
+	m, err := task.New(s)
+	must(t, err)
+	_, err = m.Submit("work", func(context.Context, func(int)) (any, error) {
+		t.Error("it has run")
+		return nil, nil
+	})
+	if !errors.Is(err, task.ErrLost) {
+		t.Errorf("Submit: %v", err)
+	}
+	s.fence()
+	op, err := m.Submit("work", nothing)
+	must(t, err)
+	if op, err = m.Wait(t.Context(), op.ID); err != nil || op.State != task.StateDone {
+		t.Errorf("after it: %+v, %v", op, err)
+	}
+	must(t, m.Close())
+}

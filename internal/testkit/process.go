@@ -141,3 +141,9 @@ func OwnerFiles(t testing.TB, path string) int {
 	Must(t, err)
 	return len(files)
 }
+
+// Signal sends a signal to the process.
+func (p *Process) Signal(signal os.Signal) {
+	p.t.Helper()
+	Must(p.t, p.cmd.Process.Signal(signal))
+}

@@ -1,0 +1,13 @@
+//go:build unix
+
+package taskpg
+
+import (
+	"testing"
+
+	"github.com/mynt-nas/task/internal/testkit"
+)
+
+func TestMain(m *testing.M) {
+	testkit.Main(m, map[string]func() any{"store": func() any { return new(role) }})
+}

@@ -1,0 +1,157 @@
+//go:build unix
+
+package taskpg
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/taskpg/internal/pgtest"
+)
+
+// TestOpenErrors shows that each error of Open is one line that says what to do,
+// and has no password in it.
+func TestOpenErrors(t *testing.T) {
+	const secret = "hunter2"
+	server := pgtest.New(t, "max_connections=10")
+	dsn := server.Database("tasks")
+	pgtest.Exec(t, dsn, `CREATE ROLE guest LOGIN PASSWORD '`+secret+`'`, `REVOKE CREATE ON SCHEMA public FROM PUBLIC`)
+	guest := strings.Replace(dsn, "user=postgres", "user=guest password="+secret, 1)
+	latin := server.Database("latin", "ENCODING 'LATIN1' TEMPLATE template0")
+	full := server.Database("crowded")
+	pgtest.Exec(t, full, `ALTER DATABASE crowded CONNECTION LIMIT 0`)
+	for name, c := range map[string]struct {
+		dsn  string
+		opts []Option
+		want string
+	}{
+		"no connection string":     {"postgres://user:" + secret + "@host:port/db", nil, "should look like postgres://"},
+		"nobody there":             {"host=/nowhere user=a password=" + secret, nil, "failed to connect"},
+		"no such database":         {server.DSN("nothing") + " password=" + secret, nil, "createdb"},
+		"no such user":             {strings.Replace(dsn, "postgres", "nobody", 1), nil, "role \"nobody\" does not exist"},
+		"no privilege":             {guest, nil, "taskpg.Schema"},
+		"no privilege for schemas": {guest, []Option{WithSchema("other")}, "taskpg.Schema"},
+		"encoding":                 {latin, nil, "ENCODING 'UTF8'"},
+		"too many connections":     {strings.Replace(guest, "dbname=tasks", "dbname=crowded", 1), nil, "pool_max_conns"},
+		"short lease":              {dsn, []Option{WithLease(time.Millisecond)}, "at least 1s"},
+		"node":                     {dsn, []Option{WithNode("a b")}, "without spaces"},
+		"schema":                   {dsn, []Option{WithSchema("\x00")}, "1 to 63 bytes"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, err := Open(t.Context(), c.dsn, c.opts...)
+			if err == nil {
+				s.Close()
+				t.Fatal("Open succeeds")
+			}
+			t.Log(err)
+			text := err.Error()
+			if !strings.HasPrefix(text, "taskpg: open: ") || !strings.Contains(text, c.want) || strings.ContainsAny(text, "\n\t") || strings.Contains(text, secret) {
+				t.Errorf("the error is %q, want %q in it", text, c.want)
+			}
+		})
+	}
+}
+
+func TestSuits(t *testing.T) {
+	for _, c := range []struct {
+		version  int
+		encoding string
+		want     bool
+	}{{120022, "UTF8", false}, {130000, "UTF8", true}, {180001, "UTF8", true}, {180001, "SQL_ASCII", false}} {
+		if err := suits(c.version, c.encoding); (err == nil) != c.want {
+			t.Errorf("suits(%d, %s) = %v", c.version, c.encoding, err)
+		}
+	}
+}
+
+// TestSchemaByOthers has an administrator make the tables.
+func TestSchemaByOthers(t *testing.T) {
+	dsn := pgtest.Database(t)
+	name := "guest_" + pgtest.Value[string](t, dsn, `SELECT current_database()`)
+	pgtest.Exec(t, dsn, Schema, Schema, `REVOKE CREATE ON SCHEMA public FROM PUBLIC`, `CREATE ROLE `+name+` LOGIN`,
+		`GRANT SELECT, INSERT, UPDATE, DELETE ON tasks, task_owners TO `+name)
+	s := open(t, strings.Replace(dsn, "user=postgres", "user="+name, 1))
+	save(t, s, task.StateDone)
+	for n := range s.Prune(time.Now().Add(time.Hour)) {
+		if n != 1 {
+			t.Errorf("pruned %d operations, want 1", n)
+		}
+	}
+}
+
+// TestOlderSchema opens tables that lack what was added to SPEC.md's columns.
+func TestOlderSchema(t *testing.T) {
+	dsn := pgtest.Database(t)
+	pgtest.Exec(t, dsn, `CREATE TABLE tasks (id text COLLATE "C" PRIMARY KEY, name text NOT NULL, state text NOT NULL, progress integer DEFAULT 0,
+		metadata text, result text, error text, created_at timestamptz DEFAULT now(), updated_at timestamptz DEFAULT now())`,
+		`INSERT INTO tasks (id, name, state) VALUES ('a', 'scrub', 'DONE'), ('b', 'scrub', 'RUNNING')`)
+	s := open(t, dsn)
+	wantState(t, s, "a", task.StateDone)
+	if got := recovered(t, s); len(got) != 1 || got[0] != "b" {
+		t.Errorf("recovered %v, want b", got)
+	}
+	n := 0
+	for some, err := range s.Prune(time.Now().Add(time.Hour)) {
+		testkit.Must(t, err)
+		n += some
+	}
+	if n != 2 {
+		t.Errorf("pruned %d operations, want 2", n)
+	}
+}
+
+// TestOpenAtOnce opens many stores in an empty database at the same time.
+func TestOpenAtOnce(t *testing.T) {
+	dsn := pgtest.Database(t)
+	errs := make(chan error)
+	for i := range 10 {
+		go func() {
+			s, err := Open(context.Background(), dsn, WithSchema("My \"schema\""), WithNode(fmt.Sprint("node", i)))
+			if err == nil {
+				if !strings.HasPrefix(s.Owner(), fmt.Sprintf("node%d/", i)) {
+					t.Errorf("the owner is %q", s.Owner())
+				}
+				err = s.Close()
+			}
+			errs <- err
+		}()
+	}
+	for range 10 {
+		testkit.Must(t, <-errs)
+	}
+}
+
+// TestOpenPool uses an application's pool, with its own way to execute queries.
+func TestOpenPool(t *testing.T) {
+	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
+		t.Run(mode, func(t *testing.T) {
+			pool, err := pgxpool.New(t.Context(), pgtest.Database(t)+" default_query_exec_mode="+mode)
+			testkit.Must(t, err)
+			defer pool.Close()
+			s, err := OpenPool(t.Context(), pool)
+			testkit.Must(t, err)
+			m, err := task.New(s, testkit.Quiet)
+			testkit.Must(t, err)
+			op, err := m.Submit("a\x00b", func(ctx context.Context, update func(int)) (any, error) { update(40); return "\x00\uFFFF0", nil },
+				task.WithMetadata(map[string]any{"pool": "tank\uFFFF"}))
+			testkit.Must(t, err)
+			op = testkit.Wait(t, m, op.ID)
+			if op.State != task.StateDone || op.Result != "\x00\uFFFF0" || op.Name != "a\x00b" {
+				t.Errorf("got %+v", op)
+			}
+			page, err := m.List(10, 0, task.ByState(task.StateDone, task.StateFailed))
+			if err != nil || len(page) != 1 || testkit.JSON(page[0]) != testkit.JSON(op) {
+				t.Errorf("List = %v, %v", page, err)
+			}
+			testkit.Must(t, m.Close())
+			testkit.Must(t, s.Close())
+			testkit.Must(t, pool.Ping(t.Context()))
+		})
+	}
+}

@@ -1,0 +1,279 @@
+package taskpg
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/mynt-nas/task"
+)
+
+// renew writes the owner's row in each third of a lease in which nothing else is
+// written, until the store is closed.
+func (s *Store) renew() {
+	for {
+		wait := time.Duration((0.8+0.2*rand.Float64())*float64(s.lease/3)) - s.idle()
+		if wait <= 0 {
+			s.transact(time.Now().Add(s.lease/3), transaction{}) // tries again until then
+			wait = s.lease / 100
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+// observe watches the other owners, until the store is closed. It reads them in
+// each sixth of a lease, and when the lease of one is over.
+func (s *Store) observe() {
+	o := &observer{lease: s.lease}
+	for wait := time.Duration(0); ; {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		wait = time.Duration((0.8 + 0.2*rand.Float64()) * float64(s.lease/6))
+		began, idle := s.clock(), s.idle()
+		owners, err := s.owners()
+		if err != nil {
+			continue
+		}
+		o.commit(instant{began.mono - idle, began.wall - idle})
+		s.hints.others.Store(slices.ContainsFunc(owners, func(o sighting) bool { return !o.gone }))
+		dead, next := o.observe(began, s.clock(), owners)
+		for _, owner := range dead {
+			if s.declareGone(owner) == nil {
+				s.hints.written()
+			}
+		}
+		wait = min(wait, next)
+	}
+}
+
+// idle returns for how long the store has written nothing.
+func (s *Store) idle() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.wrote)
+}
+
+// owners reads the rows of the owners that are not this store's.
+func (s *Store) owners() ([]sighting, error) {
+	ctx, cancel := s.limited()
+	defer cancel()
+	rows, err := s.pool.Query(ctx, s.sql.Replace(`SELECT id, beat, lease_ms, gone FROM {}task_owners WHERE id <> $1::text`), s.Owner())
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (o sighting, err error) {
+		var ms int64
+		err = row.Scan(&o.id, &o.beat, &ms, &o.gone)
+		o.lease = time.Duration(ms) * time.Millisecond
+		return o, err
+	})
+}
+
+// declareGone declares an owner gone unless its beat has changed. What it has left
+// is then recovered by whoever calls Recover.
+func (s *Store) declareGone(owner sighting) error {
+	return s.transact(time.Now().Add(s.lease/3), transaction{victim: owner.id, queue: func(b *pgx.Batch, _ string, _ bool) {
+		b.Queue(s.sql.Replace(`UPDATE {}task_owners SET gone = true WHERE id = $1::text AND beat = $2::bigint`), owner.id, owner.beat)
+	}})
+}
+
+// recoverChunk is how many operations one transaction of Recover changes.
+const recoverChunk = 1000
+
+// Recover implements [task.Recoverer]. An operation is an orphan if its owner was
+// declared gone, or has no row in task_owners.
+func (s *Store) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		owners, err := s.dead()
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for _, owner := range owners {
+			if !s.recoverFrom(owner, reason, resume, yield) {
+				return
+			}
+		}
+	}
+}
+
+// dead returns the owners that are gone. It steps through the index from one owner
+// of unfinished operations to the next, however many each has.
+func (s *Store) dead() ([]string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	const next = `SELECT min(owner) FROM {}tasks WHERE ` + unfinished
+	rows, err := s.pool.Query(ctx, s.sql.Replace(`WITH RECURSIVE owners (id) AS (`+next+` UNION ALL
+		SELECT (`+next+` AND owner > owners.id) FROM owners WHERE id IS NOT NULL)
+		SELECT id FROM owners LEFT JOIN {}task_owners o USING (id) WHERE id IS NOT NULL AND coalesce(o.gone, true)
+		UNION SELECT id FROM {}task_owners WHERE gone`))
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// recoverFrom recovers what a dead owner has left, and reports whether to go on.
+// Rows that others recover at the moment, or that are locked by what the dead owner
+// has half sent, are tried again, for up to a lease.
+func (s *Store) recoverFrom(owner, reason string, resume func(*task.Operation) bool, yield func(*task.Operation, error) bool) bool {
+	asked := make(map[string]bool) // by the IDs of those that resume was called with
+	last := int64(0)
+	for patience := time.Now().Add(s.lease); ; {
+		orphans, next, err := s.orphans(owner, last)
+		if err == nil && len(orphans) == 0 && last == 0 {
+			break
+		}
+		if err == nil && len(orphans) == 0 {
+			last = 0 // to look for what is left
+			err = s.unlock(owner)
+			if time.Now().After(patience) {
+				break
+			}
+			time.Sleep(s.lease / 100)
+		}
+		var ops []*task.Operation
+		if err == nil && len(orphans) > 0 {
+			last = next
+			ops, err = s.recoverThese(owner, reason, orphans, ask(orphans, asked, resume))
+		}
+		for _, op := range ops {
+			patience = time.Now().Add(s.lease)
+			s.hints.written()
+			if !yield(op, nil) {
+				return false
+			}
+		}
+		if err != nil {
+			yield(nil, err)
+			return false
+		}
+	}
+	err := s.transact(time.Now().Add(callLimit), transaction{queue: func(b *pgx.Batch, _ string, _ bool) {
+		b.Queue(s.sql.Replace(forget), owner)
+	}})
+	if err != nil && !errors.Is(err, errFenced) {
+		yield(nil, err)
+		return false
+	}
+	return true
+}
+
+// ask calls resume with a copy of each orphan, once, and returns the IDs of those
+// to resume.
+func ask(orphans []*task.Operation, asked map[string]bool, resume func(*task.Operation) bool) (ids []string) {
+	for _, op := range orphans {
+		if resume == nil || op.Cancelling {
+			continue
+		}
+		if _, again := asked[op.ID]; !again {
+			c := *op
+			asked[op.ID] = resume(&c)
+		}
+		if asked[op.ID] {
+			ids = append(ids, escape(op.ID))
+		}
+	}
+	return ids
+}
+
+// orphans returns the next unfinished operations of an owner, and the place of the
+// last one.
+func (s *Store) orphans(owner string, after int64) (ops []*task.Operation, last int64, err error) {
+	const from = ` FROM {}tasks WHERE owner = $1::text AND ` + unfinished + ` AND seq > $2::bigint ORDER BY seq LIMIT $3::bigint`
+	ops, err = s.query(context.Background(), `SELECT `+columns+from, owner, after, recoverChunk)
+	if err != nil || len(ops) == 0 {
+		return nil, 0, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	err = s.pool.QueryRow(ctx, s.sql.Replace(`SELECT seq FROM {}tasks WHERE id = $1::text`), escape(ops[len(ops)-1].ID)).Scan(&last)
+	if errors.Is(err, pgx.ErrNoRows) { // it was recovered and pruned meanwhile: the others may be, too
+		return s.orphans(owner, after)
+	}
+	return ops, last, err
+}
+
+// unlock ends transactions of which the server has received half, and that have
+// locked operations of a dead owner for a lease: the process that sends them may be
+// stopped for hours. It needs no privilege for the transactions of its own user;
+// those of others stay.
+func (s *Store) unlock(owner string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	_, err := s.pool.Exec(ctx, s.sql.Replace(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity a WHERE usename = current_user
+		AND wait_event = 'ClientRead' AND xact_start < clock_timestamp() - $2::bigint * interval '1 millisecond'
+		AND pid IN (SELECT l.pid FROM {}tasks t JOIN pg_locks l ON l.transactionid = t.xmax AND l.granted
+			WHERE t.owner = $1::text AND t.state IN ('PENDING', 'RUNNING'))`), owner, s.lease.Milliseconds())
+	return err
+}
+
+// recoverThese marks operations of a dead owner as failed, or takes those over that
+// are to be resumed, and returns them: without those that somebody else recovers
+// at this moment.
+func (s *Store) recoverThese(owner, reason string, orphans []*task.Operation, resumed []string) (ops []*task.Operation, err error) {
+	ids := make([]string, len(orphans))
+	for i, op := range orphans {
+		ids[i] = escape(op.ID)
+	}
+	if resumed == nil {
+		resumed = []string{}
+	}
+	token, now := uuid.NewString(), timeCell(time.Now())
+	queue := func(b *pgx.Batch, self string, again bool) {
+		ops = nil
+		collect := func(rows pgx.Rows) error {
+			found, err := pgx.CollectRows(rows, scan)
+			ops = append(ops, found...)
+			return err
+		}
+		if again {
+			b.Queue(s.sql.Replace(`SELECT `+columns+` FROM {}tasks WHERE id = ANY ($1::text[]) AND attempt = $2::uuid`), ids, token).Query(collect)
+		}
+		if len(resumed) > 0 {
+			b.Queue(s.sql.Replace(takeOver), owner, resumed, token, now, self).Query(collect)
+		}
+		b.Queue(s.sql.Replace(fail), owner, ids, token, now, text(reason), resumed).Query(collect)
+	}
+	for range 2 { // the second time as another owner, if this one is gone, too
+		if err = s.transact(time.Now().Add(callLimit), transaction{queue: queue}); !errors.Is(err, errFenced) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	place := make(map[string]int, len(orphans))
+	for i, op := range orphans {
+		place[op.ID] = i
+	}
+	slices.SortFunc(ops, func(a, b *task.Operation) int { return place[a.ID] - place[b.ID] })
+	return ops, nil
+}
+
+// The statements that recover. An operation to resume whose cancellation was asked
+// for meanwhile fails.
+const (
+	ofDead = `WHERE id IN (SELECT id FROM {}tasks WHERE owner = $1::text AND ` + unfinished + ` AND id = ANY ($2::text[])
+		ORDER BY id FOR UPDATE SKIP LOCKED)`
+	recoveredAt = `greatest($4::text::timestamptz, updated_at, started_at, created_at)`
+
+	takeOver = `UPDATE {}tasks SET state = 'PENDING', owner = $5::text, progress = 0, message = NULL, started_at = NULL,
+		attempt = $3::uuid, updated_at = ` + recoveredAt + ` ` + ofDead + ` AND cancel_requested_at IS NULL RETURNING ` + columns
+
+	fail = `UPDATE {}tasks SET state = 'FAILED', error = $5::text, attempt = $3::uuid,
+		updated_at = ` + recoveredAt + `, finished_at = ` + recoveredAt + ` ` + ofDead + `
+		AND (id <> ALL ($6::text[]) OR cancel_requested_at IS NOT NULL) RETURNING ` + columns
+)

@@ -80,7 +80,7 @@ type Manager struct {
 	deadline time.Time       // when it won't
 }
 
-// closeGrace is how long Close goes on without progress in storing the rest.
+// closeGrace is how long Close retries without progress in storing the rest.
 const closeGrace = 5 * time.Second
 
 // openManagers has the IDs of the managers of this process that may still store
@@ -92,7 +92,7 @@ func isOpen(id string) bool {
 	return ok
 }
 
-// New returns a manager that keeps its operations in db, or in a
+// New returns a manager that stores its operations in db, or in a
 // [NewMemoryStore] of its own if db is nil.
 //
 // Before it returns, every PENDING or RUNNING operation in db whose process is
@@ -249,7 +249,7 @@ func (m *Manager) claim(t *task) (holder *task, err error) {
 		t.id = id.String()
 		t.op.ID = t.id
 	}
-	// It is live before it is stored: whoever finds its row finds the task.
+	// It is live before it is stored: a reader that finds the row also finds the task.
 	if holder = m.enter(t); holder == t {
 		m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
 		m.writer.signal()
@@ -783,7 +783,7 @@ func (m *Manager) refresh(row *Operation) *Operation {
 // error, and DONE if it returns none. Until then it is Cancelling.
 //
 // Cancel returns at once. If the process dies before the next commit, the request
-// is lost: whoever must know waits for the operation.
+// is lost: to be certain, call Wait.
 //
 // If another manager runs it, Cancel returns once the request is stored, and that
 // manager acts on it as if it had been asked itself: within 200 milliseconds with

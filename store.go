@@ -84,8 +84,7 @@ func (s noStore) Update(*Operation) error             { return s.err }
 func (s noStore) List(int, int) ([]*Operation, error) { return nil, s.err }
 func (s noStore) Get(string) (*Operation, error)      { return nil, s.err }
 
-// notFound makes an error that says in the words of database/sql that there is
-// no such operation one that wraps ErrNotFound.
+// notFound makes an error that wraps sql.ErrNoRows also wrap ErrNotFound.
 func notFound(err error) error {
 	if errors.Is(err, sql.ErrNoRows) && !errors.Is(err, ErrNotFound) {
 		return fmt.Errorf("%w: %w", ErrNotFound, err)
@@ -196,8 +195,8 @@ func history(db Persistence) iter.Seq2[*Operation, error] {
 type Recoverer interface {
 	Persistence
 
-	// Recover finishes every PENDING or RUNNING operation whose process is
-	// gone: its State becomes FAILED and its Error reason. It yields each once
+	// Recover finishes every PENDING or RUNNING operation whose process has
+	// ended: its State becomes FAILED and its Error reason. It yields each once
 	// that is stored, and ends with a nil operation and an error if it can't go
 	// on. It leaves alone what a manager on this store, or on another that is
 	// alive, runs. If the caller stops early, more may be finished than was
@@ -321,8 +320,8 @@ type Filter struct {
 	// the order of List.
 	ByFinish bool
 
-	// Context is that of who asks, or nil. Once it is done nobody wants the answer:
-	// a store that would go on for long should return its error.
+	// Context is the caller's, or nil. Once it is done, the result is not needed: a
+	// store that would go on for long should return its error.
 	Context context.Context
 
 	// With States or Metadata: the IDs, sorted, of operations whose state or metadata
@@ -555,7 +554,7 @@ type Pruner interface {
 	Persistence
 
 	// Prune deletes the operations that have finished before that time. It does
-	// so in steps that keep nobody else waiting for long, and yields how many
+	// so in steps that do not delay other calls for long, and yields how many
 	// operations each has deleted. What is not finished, or has no UpdatedAt,
 	// stays.
 	Prune(before time.Time) iter.Seq2[int, error]

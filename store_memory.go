@@ -65,7 +65,7 @@ func (s *MemoryStore) Update(op *Operation) error {
 	return nil
 }
 
-// retire makes room for a row if it is finished. The caller holds s.mu.
+// retire drops the oldest finished row beyond the limit, if a row has finished. The caller holds s.mu.
 func (s *MemoryStore) retire(row *Operation) {
 	if !row.State.Finished() {
 		return

@@ -37,7 +37,7 @@ type SQLiteStore struct {
 // The database is put into WAL mode and written with synchronous=FULL: what
 // the store has confirmed survives a crash of the program, of the system, and
 // a loss of power. New files get the mode 0600. A table tasks that other code
-// has made, with the columns that the README lists, is taken over; one that is
+// has made, with the columns that docs/schema.md lists, is taken over; one that is
 // something else is refused and left as it is.
 //
 // While the store is open, a locked file PATH-owner-UUID beside the database

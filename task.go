@@ -3,7 +3,7 @@
 //
 // A [Manager] takes functions and runs each in a goroutine of its own, as an
 // [Operation] with an ID, a state, a progress in percent, a result and an
-// error. Operations are kept in a [Persistence], by default in memory, usually
+// error. Operations are stored in a [Persistence], by default in memory, usually
 // in an SQLite file ([OpenSQLite]) or in the application's own SQLite database
 // ([NewSQLiteStore]). What the manager has acknowledged is stored: Submit
 // returns once the operation's row is committed, and a final state is shown
@@ -95,7 +95,7 @@ func (s State) live() bool {
 //
 // The returned value becomes [Operation.Result] by way of JSON. A value that
 // JSON can't hold, or that takes more than 16 MiB as JSON, is dropped, and
-// [Operation.Error] says why. A value returned with an error is kept beside it.
+// [Operation.Error] says why. A value returned with an error is stored with it.
 // A panic fails the operation, not the program.
 //
 // A Func must not call [Manager.Close], [Manager.Shutdown] or [Manager.Drain] of
@@ -153,7 +153,7 @@ type options struct {
 }
 
 // WithLogger makes the manager log to l instead of [slog.Default]. It logs
-// what nobody else reports: recovered operations, panics with their stacks,
+// events that no method reports: recovered operations, panics with their stacks,
 // results that could not be kept, and the beginning and end of trouble with
 // the database. The handler of l is called from a goroutine of its own, one
 // record at a time. If it blocks or panics, only records are lost: beyond 1,000
@@ -390,7 +390,7 @@ func Before(id string) ListOption {
 }
 
 // WithContext makes List return ctx's error once ctx is done, so that a search of a
-// long history ends when nobody waits for it any more. An SQLite store notices that
+// long history ends when its caller no longer needs it. An SQLite store notices that
 // after some thousand rows, other stores at the latest when they have answered.
 func WithContext(ctx context.Context) ListOption {
 	return func(f *Filter) { f.Context = ctx }

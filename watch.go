@@ -43,7 +43,7 @@ import (
 // operation ever waits for it. But once there are unread events of more than
 // 10,000 operations, or of 64 MiB, the sequence ends with ErrLagged. Watch
 // again, and look for what was missed in List. Events of operations that
-// somebody has named are dropped last, and only their loss ends the sequence of
+// any watcher has named are dropped last, and only their loss ends the sequence of
 // a watcher that has named them.
 //
 // Nothing is missed between the call of Watch and the loop. The caller must
@@ -69,10 +69,10 @@ func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation
 	}
 }
 
-// Raw is a manager's view for those who pass operations on, as a server does.
+// Raw is a manager's view for servers.
 // Metadata and Result of the operations that it returns are nil or valid JSON as
-// a [json.RawMessage] (or an [Omitted], see [MaxValue]). Nobody may modify its
-// bytes, which others hold, too: nothing is decoded or copied.
+// a [json.RawMessage] (or an [Omitted], see [MaxValue]). The bytes are
+// shared: do not modify them.
 type Raw struct{ m *Manager }
 
 // Raw returns the manager's view without decoded values.

@@ -12,7 +12,7 @@ import (
 // The write path. Its invariants:
 //
 //  1. One goroutine writes, so the writes of an operation reach the store in
-//     the order of its life: first row, changes, final state.
+//     the order of its states: first row, changes, final state.
 //  2. First rows and final states that arrive while a write is under way go
 //     together into the next one. No timer delays them.
 //  3. Nothing is shown before the store has answered: Submit returns, and the
@@ -37,7 +37,7 @@ const (
 	maxUnknownValue = 4 << 10 // bytes of metadata that are remembered of each
 )
 
-// A record is one row to store, and what has become of it.
+// A record is one row to store, and the outcome.
 type record struct {
 	t     *task      // nil for an insert of unknown outcome, which is to be FAILED
 	op    *Operation // the row, which never changes
@@ -237,7 +237,7 @@ type source interface {
 	// again at the latest, zero for never, and whether to stop asking.
 	next(now time.Time) (b batch, at time.Time, done bool)
 
-	// written takes in what has become of a batch, and reports whether anything
+	// written takes in the outcome of a batch, and reports whether anything
 	// has to be tried again.
 	written(b batch) (more bool)
 }
@@ -345,7 +345,7 @@ func rows(records []record) []*Operation {
 }
 
 // resolve takes what the database says of an operation that it will not
-// update, because it is gone or has finished already.
+// update, because it was deleted or has finished already.
 func (w *writer) resolve(u *record) {
 	if !u.final { // no row, as expected; or the final state will find out
 		return
@@ -374,7 +374,7 @@ func retryable(err error) bool {
 	return err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrLost)
 }
 
-// note logs when trouble with the store begins and ends. An insert with an ID that
+// note logs when writes start and stop failing. An insert with an ID that
 // the caller gave may have failed because that exists.
 func (w *writer) note(b batch, more bool) {
 	all := slices.Concat(b.updates, b.inserts, b.unknown)

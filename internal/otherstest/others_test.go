@@ -80,7 +80,7 @@ func TestCancel(t *testing.T) {
 		if err := <-cause; !errors.Is(err, task.ErrCancelled) || err.Error() != "operation cancelled: by an administrator" {
 			t.Errorf("the cause is %v", err)
 		}
-		if took := time.Since(begin); took > 200*time.Millisecond {
+		if took := time.Since(begin); took > time.Second { // processtest measures it
 			t.Errorf("it took %v", took)
 		}
 		if got := testkit.Wait(t, b, running.ID); got.State != task.StateCancelled || got.Error != "by an administrator" || got.Cancelling {

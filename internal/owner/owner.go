@@ -1,4 +1,4 @@
-// Package owner tells which of the processes that share a database are alive.
+// Package owner determines which of the processes that share a database are alive.
 //
 // Each opener of the database is an [Owner]: it has an ID and holds an
 // operating-system lock on a file beside the database that is named after that

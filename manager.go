@@ -106,6 +106,7 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 	m := newManager(db, opts)
 	resumed, err := m.recover()
 	if err != nil {
+		m.giveUp(resumed)
 		m.Close()
 		return nil, fmt.Errorf("task: recovery: %w", err)
 	}
@@ -355,8 +356,8 @@ func (m *Manager) written(b batch) (more bool) {
 	for _, w := range b.updates {
 		more = more || retryable(w.err)
 		switch {
-		case errors.Is(w.err, ErrLost): // see lose
-			answer(w.checkpoints, w.err)
+		case errors.Is(w.err, ErrLost), w.t != nil && m.tasks[w.t.id] != w.t: // see lose
+			answer(w.checkpoints, cmp.Or(w.err, ErrLost))
 		case w.final:
 			m.afterFinal(w, now)
 		case retryable(w.err):
@@ -397,7 +398,9 @@ func (m *Manager) enqueue(t *task) {
 	if t.given {
 		m.backlog.forget(t.id)
 	}
-	m.emit(t, false)
+	if f := m.foreign[t.id]; f == nil || f.op == nil || later(t.op, f.op) { // else a look has told of the take-over
+		m.emit(t, false)
+	}
 	switch {
 	case t.final != nil: // cancelled by someone who has found its row
 		m.storeFinal(t)
@@ -448,11 +451,11 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 	t.op, t.err = cmp.Or(op, t.op), err
 	m.emit(t, false)
 	m.leave(t)
-	if m.all > 0 {
+	if m.all > 0 && t.insertErr == nil {
 		m.settled[t.id] = m.looks
 	}
-	m.lookOut()
 	m.release(t)
+	m.lookOut()
 	if m.stopping {
 		m.deadline = time.Now().Add(closeGrace)
 	}
@@ -919,10 +922,13 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		leave = func() { m.unfollow(id, f) }
 		row, err = get(m.db, id) // again: only what happens from now on gets a look
 		m.mu.Lock()
-		if err == nil && row.State.live() {
+		if err == nil && row.State.live() && m.foreign[id] == f { // else the row is older than the end
 			m.take(id, row, nil, false)
 		}
-		known := f.op != nil || f.err != nil
+		known := f.op != nil
+		if !known && f.err != nil {
+			err = f.err
+		}
 		m.mu.Unlock()
 		if known {
 			return f.life, leave, nil

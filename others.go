@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -152,7 +153,9 @@ func (m *Manager) look(full bool) error {
 func (m *Manager) hear() error {
 	requests, err := cancelRequests(m.db)
 	for id, text := range requests {
-		m.cancelLive(id, text)
+		if !m.cancelLive(id, text) && m.liveRow(id) != nil { // its row was stored just now
+			m.cancelLive(id, text)
+		}
 	}
 	return err
 }
@@ -168,20 +171,26 @@ func (m *Manager) readNewest(look int) error {
 	if err != nil {
 		return err
 	}
+	for i, row := range slices.Backward(rows) {
+		old := seen == nil || lost && row.CreatedAt.Before(since)
+		if err = m.found(row, look, !old); err != nil {
+			if seen == nil {
+				return err
+			}
+			rows = rows[i+1:] // the others are not to be told again
+			break
+		}
+	}
 	ids := make([]string, 0, maxSeen)
 	for _, row := range rows[:min(len(rows), maxSeen)] {
 		ids = append(ids, row.ID)
 	}
-	for _, row := range slices.Backward(rows) {
-		old := seen == nil || lost && row.CreatedAt.Before(since)
-		if err := m.found(row, look, !old); err != nil {
-			return err
-		}
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.seen, m.seenAt = append(ids, seen[:min(len(seen), maxSeen-len(ids))]...), now
-	return nil
+	if m.all > 0 {
+		m.seen, m.seenAt = append(ids, seen[:min(len(seen), maxSeen-len(ids))]...), now
+	}
+	return err
 }
 
 // rowsBefore returns the newest rows up to the first one seen, the newest first, or
@@ -275,7 +284,7 @@ func (m *Manager) readRest(look int) error {
 func (m *Manager) found(row *Operation, look int, fresh bool) error {
 	m.mu.Lock()
 	f := m.foreign[row.ID]
-	matters := f != nil || m.all > 0 && !m.own(row.ID) && (fresh || row.State.live())
+	matters := f != nil || m.all > 0 && !m.own(row, row.ID) && (fresh || row.State.live())
 	if f != nil && row.State.live() {
 		f.look = look
 		matters = f.op == nil || later(row, f.op)
@@ -302,9 +311,10 @@ func (m *Manager) found(row *Operation, look int, fresh bool) error {
 
 // own reports whether this manager has told of an operation itself. The caller
 // holds m.mu.
-func (m *Manager) own(id string) bool {
+func (m *Manager) own(row *Operation, id string) bool {
 	_, settled := m.settled[id]
-	return settled || m.tasks[id] != nil
+	t := m.tasks[id]
+	return settled || t != nil && (!t.hidden() || row != nil && t.op.saved(row))
 }
 
 // later reports whether a row is a later state of an operation than another one.
@@ -317,7 +327,7 @@ func later(row, known *Operation) bool {
 // which watchers have not been told is told only if it is fresh: else a look has
 // told it before, or will. The caller holds m.mu.
 func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
-	f, own := m.foreign[id], m.own(id)
+	f, own := m.foreign[id], m.own(row, id)
 	told := f != nil && f.op != nil
 	switch {
 	case f == nil && (m.all == 0 || m.stopping || own), err == nil && told && !later(row, f.op):
@@ -434,6 +444,7 @@ func (m *Manager) lose(owner string) {
 		t.checkpoints = nil
 		m.followLost(t)
 	}
+	m.startNext()
 	m.lookOut()
 	if m.draining && len(m.tasks) == 0 {
 		m.drain()
@@ -452,7 +463,7 @@ func (m *Manager) followLost(t *task) {
 			<-f.done
 			m.mu.Lock()
 			defer m.mu.Unlock()
-			t.op, t.err = f.op, f.err
+			t.op, t.err = cmp.Or(f.op, t.op), f.err
 			close(t.done)
 		}()
 	}

@@ -44,8 +44,9 @@ func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err e
 			m.log.Error("task: not known whether an operation's process is alive", "id", op.ID, "name", op.Name, "err", err)
 		case op.State.live():
 			t := asked[op.ID]
-			if t == nil {
-				return resumed, nil // the manager is closing
+			if t == nil { // the manager is closing: see start
+				t = taskOf(op)
+				close(t.inserted)
 			}
 			t.id, t.name, t.op, t.given = op.ID, op.Name, op, false
 			t.created, t.base = time.Now(), op.UpdatedAt
@@ -132,6 +133,28 @@ func (m *Manager) start(resumed []*task) {
 			m.admit(t)
 		}
 		m.mu.Unlock()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(resumed) > 0 && m.endLook != nil { // look again: requests to cancel came before they were live
+		m.endLook()
+		m.endLook = nil
+		m.lookOut()
+	}
+}
+
+// giveUp has operations FAILED that were taken over, if the store is their owner:
+// nobody else will run them, as long as it is open.
+func (m *Manager) giveUp(resumed []*task) {
+	if m.owner() == m.id {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, t := range resumed {
+		m.enter(t)
+		m.finish(t, outcome{state: StateFailed, err: errTextRestart})
+		m.enqueue(t)
 	}
 }
 

@@ -88,7 +88,7 @@ func (s State) live() bool {
 // A Func is the work of one operation.
 //
 // It should return soon after ctx is done; [context.Cause] then says why: it
-// wraps [ErrCancelled] or [ErrClosed]. It reports progress in percent by calling
+// wraps [ErrCancelled], [ErrClosed] or [ErrLost]. It reports progress in percent by calling
 // update, from any goroutine and as often as it likes: a call takes some
 // nanoseconds, never waits for the database and never fails. Values outside
 // 0..100 are clamped, and calls after the function has returned do nothing.

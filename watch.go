@@ -225,7 +225,7 @@ func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 			}
 		}
 		for id, f := range m.foreign {
-			if m.tasks[id] == nil {
+			if t := m.tasks[id]; t == nil || t.hidden() {
 				lives = append(lives, f.life)
 			}
 		}

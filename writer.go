@@ -377,8 +377,13 @@ func retryable(err error) bool {
 // note logs when writes start and stop failing. An insert with an ID that
 // the caller gave may have failed because that exists.
 func (w *writer) note(b batch, more bool) {
-	all := slices.Concat(b.updates, b.inserts, b.unknown)
-	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) && (w.t == nil || !w.t.hidden()) })
+	all := slices.Concat(b.updates, b.unknown)
+	for _, w := range b.inserts {
+		if !w.t.given { // else the ID may exist
+			all = append(all, w)
+		}
+	}
+	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) })
 	switch {
 	case failed >= 0 && !w.trouble:
 		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", all[failed].err)

@@ -1,0 +1,484 @@
+package task_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mynt-nas/task"
+)
+
+// The final state of another manager's operation is told although somebody submits
+// its ID again here.
+func TestWatchBesideSubmit(t *testing.T) {
+	for _, named := range []bool{false, true} {
+		for _, during := range []bool{false, true} {
+			t.Run(fmt.Sprint("named=", named, " during=", during), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := &slowSave{MemoryStore: task.NewMemoryStore()}
+					a, err := task.New(s)
+					must(t, err)
+					b, err := task.New(s)
+					must(t, err)
+					defer a.Close()
+					defer b.Close()
+					end := make(chan struct{})
+					_, err = a.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil }, task.WithID("x"))
+					must(t, err)
+					ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+					defer cancel()
+					var ids []string
+					if named {
+						ids = []string{"x"}
+					}
+					finals := 0
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						for op, err := range b.Watch(ctx, ids...) {
+							if err == nil && op.ID == "x" && op.State.Finished() {
+								finals++
+							}
+						}
+					}()
+					time.Sleep(time.Second)
+					if during {
+						s.mu.Lock()
+						s.delay = time.Second
+						s.mu.Unlock()
+					}
+					again := make(chan error, 1)
+					go func() {
+						_, err := b.Submit("x", nothing, task.WithID("x"))
+						again <- err
+					}()
+					if !during {
+						if err := <-again; !errors.Is(err, task.ErrExists) {
+							t.Error(err)
+						}
+					}
+					time.Sleep(10 * time.Millisecond)
+					close(end)
+					if during {
+						<-again
+					}
+					<-done
+					if finals != 1 {
+						t.Errorf("the final state was told %d times", finals)
+					}
+				})
+			})
+		}
+	}
+}
+
+// A slowSave is a store whose Save takes its time.
+type slowSave struct {
+	*task.MemoryStore
+	mu    sync.Mutex
+	delay time.Duration
+}
+
+func (s *slowSave) Save(op *task.Operation) error {
+	s.mu.Lock()
+	d := s.delay
+	s.mu.Unlock()
+	time.Sleep(d)
+	return s.MemoryStore.Save(op)
+}
+
+// A fenceAfterFinal is fenced once it has stored a final state.
+type fenceAfterFinal struct{ *leaseStore }
+
+func (s fenceAfterFinal) Update(op *task.Operation) error {
+	err := s.leaseStore.Update(op)
+	if err == nil && op.State.Finished() && op.Owner == "owner 0" {
+		s.fence() // right after the commit
+	}
+	return err
+}
+
+// A store is fenced right after it has stored a final state.
+func TestLostAfterFinal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := fenceAfterFinal{newLeaseStore()}
+		s.quiet = true
+		m, err := task.New(s)
+		must(t, err)
+		end := make(chan struct{})
+		for range 2 {
+			_, err = m.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
+			must(t, err)
+		}
+		time.Sleep(time.Second)
+		close(end)
+		time.Sleep(time.Second)
+		must(t, m.Close())
+	})
+}
+
+// The first Recover of a failingRecover fails after one operation.
+type failingRecover struct {
+	*task.SQLiteStore
+	fail bool
+}
+
+func (s *failingRecover) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		for op, err := range s.SQLiteStore.Recover(reason, resume) {
+			if !yield(op, err) {
+				return
+			}
+			if s.fail {
+				s.fail = false
+				yield(nil, errors.New("database is locked"))
+				return
+			}
+		}
+	}
+}
+
+// What a New has taken over that failed then does not stay unfinished.
+func TestNewAfterFailedNew(t *testing.T) {
+	path := t.TempDir() + "/t.db"
+	s, err := task.OpenSQLite(path)
+	must(t, err)
+	must(t, s.Save(&task.Operation{ID: "x", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	must(t, s.Close())
+	s, err = task.OpenSQLite(path)
+	must(t, err)
+	defer s.Close()
+	f := &failingRecover{s, true}
+	resume := task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) { return nothing, nil })
+	if _, err = task.New(f, resume); err == nil {
+		t.Fatal("no error")
+	}
+	m, err := task.New(f, resume)
+	must(t, err)
+	defer m.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	if op, err := m.Wait(ctx, "x"); err != nil {
+		t.Errorf("%+v %v", op, err)
+	}
+}
+
+// A cancel request is heard that comes while the recovery asks about others.
+func TestCancelDuringRecovery(t *testing.T) {
+	path := t.TempDir() + "/t.db"
+	dead, err := task.OpenSQLite(path)
+	must(t, err)
+	must(t, dead.Save(&task.Operation{ID: "x1", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	other, err := task.OpenSQLite(path)
+	must(t, err)
+	must(t, other.Save(&task.Operation{ID: "x2", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	s, err := task.OpenSQLite(path)
+	must(t, err)
+	defer s.Close()
+	asked, gate := make(chan string, 10), make(chan bool)
+	n := 0
+	m, err := task.New(s, task.WithLimit(1), task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		asked <- op.ID
+		if n++; n == 2 {
+			<-gate
+		}
+		return nothing, nil
+	}))
+	must(t, err)
+	defer m.Close()
+	end := make(chan struct{})
+	defer close(end)
+	_, err = m.Submit("busy", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Second)
+	defer cancel()
+	go m.Wait(ctx, "x1")
+	time.Sleep(300 * time.Millisecond)
+	must(t, dead.Close())
+	must(t, other.Close())
+	first := <-asked
+	<-asked // the second is being asked about: the first is ours by now
+	b, err := task.AttachSQLite(path)
+	must(t, err)
+	defer b.Close()
+	mb, err := task.New(b)
+	must(t, err)
+	defer mb.Close()
+	must(t, mb.Cancel(first))
+	third, err := task.OpenSQLite(path)
+	must(t, err)
+	defer third.Close()
+	for range third.Recover("restart", nil) {
+	}
+	time.Sleep(500 * time.Millisecond)
+	close(gate)
+	ctx2, cancel2 := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel2()
+	if op, err := mb.Wait(ctx2, first); err != nil || op.State != task.StateCancelled {
+		t.Errorf("%+v %v", op, err)
+	}
+}
+
+// A failingGet can't read the operation b at first.
+type failingGet struct {
+	*task.MemoryStore
+	mu   sync.Mutex
+	fail int
+}
+
+func (s *failingGet) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
+	ops, err := s.MemoryStore.ListFiltered(f, limit, offset)
+	for _, op := range ops {
+		if op.ID == "b" && f.MaxValue > 0 {
+			op.Metadata = task.Omitted(5000)
+		}
+	}
+	return ops, err
+}
+
+func (s *failingGet) Get(id string) (*task.Operation, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id == "b" && s.fail > 0 {
+		s.fail--
+		return nil, errors.New("database is locked")
+	}
+	return s.MemoryStore.Get(id)
+}
+
+// A read that fails in the middle of a look has nothing told twice.
+func TestWatchAfterFailedRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &failingGet{MemoryStore: task.NewMemoryStore(), fail: 1}
+		m, err := task.New(s)
+		must(t, err)
+		defer m.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		told := map[string]int{}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for op, err := range m.Watch(ctx) {
+				if err == nil && op.State.Finished() {
+					told[op.ID]++
+				}
+			}
+		}()
+		time.Sleep(150 * time.Millisecond)
+		for _, id := range []string{"a", "b"} {
+			must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateDone, CreatedAt: time.Now(), UpdatedAt: time.Now()}))
+		}
+		<-done
+		if told["a"] != 1 || told["b"] != 1 {
+			t.Errorf("told %v", told)
+		}
+	})
+}
+
+// What waits for a key behind a lost operation that has not started starts.
+func TestLostKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newLeaseStore()
+		m, err := task.New(s)
+		must(t, err)
+		end := make(chan struct{})
+		_, err = m.Submit("running", func(context.Context, func(int)) (any, error) { <-end; return nil, nil }, task.WithLock("J"))
+		must(t, err)
+		_, err = m.Submit("lost, first for K", nothing, task.WithLock("J"), task.WithLock("K"))
+		must(t, err)
+		time.Sleep(time.Second)
+		s.fence()
+		next, err := m.Submit("next for K", nothing, task.WithLock("K"))
+		must(t, err)
+		time.Sleep(2 * time.Second)
+		if op, _ := m.Get(next.ID); op.State != task.StateDone {
+			t.Errorf("%+v", op)
+		}
+		close(end)
+		must(t, m.Close())
+	})
+}
+
+// A hookGet has a hook decide what Get returns.
+type hookGet struct {
+	*task.MemoryStore
+	mu   sync.Mutex
+	n    int
+	hook func(n int, op *task.Operation, err error) (*task.Operation, error)
+}
+
+func (s *hookGet) Get(id string) (*task.Operation, error) {
+	op, err := s.MemoryStore.Get(id)
+	s.mu.Lock()
+	hook := s.hook
+	s.n++
+	n := s.n
+	s.mu.Unlock()
+	if hook != nil {
+		return hook(n, op, err)
+	}
+	return op, err
+}
+
+// A row that was read before the end of an operation is not told after it.
+func TestWatchStaleRow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &hookGet{MemoryStore: task.NewMemoryStore()}
+		a, err := task.New(s)
+		must(t, err)
+		defer a.Close()
+		b, err := task.New(s)
+		must(t, err)
+		defer b.Close()
+		end := make(chan struct{})
+		op, err := a.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
+		must(t, err)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		var states []task.State
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for op, err := range b.Watch(ctx) {
+				if err == nil {
+					states = append(states, op.State)
+				}
+			}
+		}()
+		time.Sleep(time.Second)
+		s.mu.Lock()
+		s.n, s.hook = 0, func(n int, op *task.Operation, err error) (*task.Operation, error) {
+			if n == 2 {
+				time.Sleep(time.Second)
+			}
+			return op, err
+		}
+		s.mu.Unlock()
+		go b.Wait(ctx, op.ID)
+		time.Sleep(10 * time.Millisecond)
+		close(end)
+		<-done
+		finals := 0
+		for _, s := range states {
+			if s.Finished() {
+				finals++
+			}
+		}
+		if finals != 1 {
+			t.Errorf("told %v", states)
+		}
+	})
+}
+
+// An operation is deleted between two reads of Watch.
+func TestWatchDeletedMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &hookGet{MemoryStore: task.NewMemoryStore()}
+		b, err := task.New(s)
+		must(t, err)
+		defer b.Close()
+		must(t, s.Save(&task.Operation{ID: "x", Name: "x", State: task.StateRunning}))
+		s.mu.Lock()
+		s.n, s.hook = 0, func(n int, op *task.Operation, err error) (*task.Operation, error) {
+			if n == 1 {
+				return op, err
+			}
+			if n == 2 {
+				time.Sleep(time.Second)
+			}
+			return nil, task.ErrNotFound
+		}
+		s.mu.Unlock()
+		for op, err := range b.Watch(t.Context(), "x") {
+			t.Log(op, err)
+		}
+	})
+}
+
+// Wait ends for what is taken over while the manager closes.
+func TestDrainDuringRecovery(t *testing.T) {
+	path := t.TempDir() + "/t.db"
+	dead, err := task.OpenSQLite(path)
+	must(t, err)
+	for _, id := range []string{"x1", "x2"} {
+		must(t, dead.Save(&task.Operation{ID: id, Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	}
+	s, err := task.OpenSQLite(path)
+	must(t, err)
+	defer s.Close()
+	asked, gate := make(chan string, 10), make(chan bool)
+	m, err := task.New(s, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		asked <- op.ID
+		<-gate
+		return nothing, nil
+	}))
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	results := make(chan error, 3)
+	for _, id := range []string{"x1", "x2"} {
+		go func() { _, err := m.Wait(ctx, id); results <- err }()
+	}
+	time.Sleep(200 * time.Millisecond)
+	must(t, dead.Close())
+	<-asked
+	go func() { time.Sleep(200 * time.Millisecond); close(gate) }()
+	must(t, m.Drain(ctx))
+	for range 2 {
+		if err := <-results; err == nil || err == context.DeadlineExceeded {
+			t.Error("waits for ever:", err)
+		}
+	}
+}
+
+// A take-over is told once.
+func TestWatchTakeOver(t *testing.T) {
+	path := t.TempDir() + "/t.db"
+	var dead []*task.SQLiteStore
+	for _, id := range []string{"x1", "x2"} {
+		s, err := task.OpenSQLite(path)
+		must(t, err)
+		must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning, CreatedAt: time.Now()}))
+		dead = append(dead, s)
+	}
+	s, err := task.OpenSQLite(path)
+	must(t, err)
+	defer s.Close()
+	n := 0
+	m, err := task.New(s, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		if n++; n == 2 {
+			time.Sleep(400 * time.Millisecond)
+		}
+		return nothing, nil
+	}))
+	must(t, err)
+	defer m.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	go func() {
+		time.Sleep(200 * time.Millisecond)
+		for _, s := range dead {
+			s.Close()
+		}
+	}()
+	states := map[string][]task.State{}
+	for op, err := range m.Watch(ctx) {
+		if err == nil {
+			states[op.ID] = append(states[op.ID], op.State)
+		}
+	}
+	for id, told := range states {
+		t.Log(id, told)
+		for i := range told[1:] {
+			if told[i] == told[i+1] {
+				t.Errorf("%s: %v", id, told)
+			}
+		}
+	}
+}

@@ -335,6 +335,12 @@ func resumes(s *session) {
 		s.errorf("Recover asked resume for %d operations and yielded %d, want 4 and 5", len(taken), len(owners))
 	}
 	s.verify("after Recover with resume")
+	s.resumedBy(taken, owners)
+}
+
+// resumedBy checks that the operations that were taken over have the Owner with
+// which they were yielded.
+func (s *session) resumedBy(taken map[string]bool, owners map[string]string) {
 	for id, yes := range taken {
 		if got, err := s.db.Get(id); err == nil && yes && (got.Owner == "" || got.Owner != owners[id]) {
 			s.errorf("the Owner of a resumed operation is %q, yielded as %q", got.Owner, owners[id])

@@ -32,7 +32,6 @@ func TestFinishOrder(t *testing.T) {
 		_, end := s.start(fmt.Sprint("short ", i))
 		end(nil, nil)
 	}
-	time.Sleep(5 * time.Millisecond) // the page knows milliseconds
 	end(nil, nil)
 	b.open(s.url)
 	b.until(`document.querySelectorAll("#history li").length === 50`)

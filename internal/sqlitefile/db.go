@@ -29,7 +29,10 @@ type DB struct {
 	path string      // of the database file; "" if there is none
 	info os.FileInfo // of the file when it was opened
 	owns bool        // Close closes the pools
-	kept sync.Map    // the connections of Changes
+
+	mu     sync.Mutex         // guards what follows, and every use of the connections
+	kept   map[*sql.Conn]bool // the connections of Changes
+	closed bool               // Close was called
 }
 
 const (
@@ -155,10 +158,12 @@ func (d *DB) Close() error {
 	if !d.owns {
 		return nil
 	}
-	d.kept.Range(func(c, _ any) bool {
-		c.(*sql.Conn).Close() // which Changes notices
-		return true
-	})
+	d.mu.Lock()
+	d.closed = true
+	for c := range d.kept {
+		c.Close() // which Changes notices
+	}
+	d.mu.Unlock()
 	return errors.Join(d.reads.Close(), d.DB.Close()) // which may be the same, closed already
 }
 
@@ -321,21 +326,39 @@ func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
 			}
 			return
 		}
-		d.kept.Store(c, nil)
-		defer func() {
-			d.kept.Delete(c)
-			c.Close()
-		}()
+		defer d.drop(c)
 		for last := int64(-1); ; {
-			// The number is that of the connection: its own commits do not change it.
-			var version int64
-			err := c.QueryRowContext(context.Background(), "PRAGMA data_version").Scan(&version)
+			version, err := d.version(c)
 			if changed := err != nil || version != last; changed && !yield(err) || err != nil || !pause(ctx, every) {
 				return
 			}
 			last = version
 		}
 	}
+}
+
+// version returns the number that changes with each commit of another connection
+// than c. It keeps c until drop. A sql.Conn must not be closed while it is used:
+// database/sql would dereference nil.
+func (d *DB) version(c *sql.Conn) (n int64, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return 0, sql.ErrConnDone
+	}
+	if d.kept == nil {
+		d.kept = make(map[*sql.Conn]bool)
+	}
+	d.kept[c] = true
+	err = c.QueryRowContext(context.Background(), "PRAGMA data_version").Scan(&n)
+	return n, err
+}
+
+func (d *DB) drop(c *sql.Conn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.kept, c)
+	c.Close()
 }
 
 // pause waits for so long, and reports whether ctx is not done meanwhile.

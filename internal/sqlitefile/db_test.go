@@ -618,3 +618,28 @@ func TestResolve(t *testing.T) {
 		}
 	}
 }
+
+// Changes may be asking for the version when the database is closed.
+func TestCloseDuringChanges(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "test.db")
+	for range 300 {
+		d, err := Open(path, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all sync.WaitGroup
+		started := make(chan struct{}, 4)
+		for range cap(started) - 1 {
+			all.Go(func() {
+				for range d.Changes(t.Context(), 0) {
+					started <- struct{}{}
+				}
+			})
+			<-started
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		all.Wait() // Changes ends
+	}
+}

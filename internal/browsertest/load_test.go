@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"testing"
 	"time"
 
@@ -123,14 +124,17 @@ func TestFlatHeap(t *testing.T) {
 		return b.heap()
 	}
 	pass(0, 8000) // fills what is bounded
-	var most [2]float64
+	// A leak raises the smallest heap too; the largest depends on when the browser
+	// collects what is left of earlier drawings. 10,000 operations that are kept have
+	// 10 MB and more.
+	least := [2]float64{math.Inf(1), math.Inf(1)}
 	for i := range 20 {
 		from := 8000 + 1000*i
-		most[i/10] = max(most[i/10], pass(from, from+1000))
+		least[i/10] = min(least[i/10], pass(from, from+1000))
 	}
-	t.Logf("the largest heap up to 18,000 operations: %.1f MB, up to 28,000: %.1f MB", most[0]/1e6, most[1]/1e6)
-	if most[1] > most[0]+2e6 {
-		t.Errorf("the heap grew from %.0f to %.0f bytes", most[0], most[1])
+	t.Logf("the smallest heap up to 18,000 operations: %.1f MB, up to 28,000: %.1f MB", least[0]/1e6, least[1]/1e6)
+	if least[1] > least[0]+4e6 {
+		t.Errorf("the heap grew from %.0f to %.0f bytes", least[0], least[1])
 	}
 }
 

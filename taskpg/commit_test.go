@@ -111,8 +111,8 @@ func TestLarge(t *testing.T) {
 	for range 2500 {
 		saves = append(saves, newOp(s, task.StatePending))
 	}
-	for i := range 5 {
-		saves[i].Metadata = strings.Repeat("x", 15<<20)
+	for i := range 3 {
+		saves[i].Metadata = strings.Repeat("x", 12<<20)
 	}
 	for i, err := range s.WriteBatch(saves, nil) {
 		if err != nil {

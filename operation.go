@@ -261,7 +261,7 @@ func inFunc(ctx context.Context, what string, f func(r running) error) error {
 }
 
 // errReturned is why a function's context is of no use any more.
-var errReturned = errors.New("its function has returned, or it is lost")
+var errReturned = errors.New("its function has returned")
 
 // Checkpoint stores the progress, message and metadata of the operation whose [Func] was
 // given ctx, as they are now, and returns once they are committed: a function

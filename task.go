@@ -127,7 +127,8 @@ var (
 
 	// ErrLost is wrapped by what a store returns that was taken for dead, while it
 	// could not be reached, and whose operations others have recovered: of Submit,
-	// and as the cause of the contexts of the functions that run. See [Recoverer].
+	// as the cause of the contexts of the functions that run, and of Checkpoint,
+	// SetMessage and SetMetadata in these. See [Recoverer].
 	ErrLost = errors.New("operation lost: its manager was taken for dead")
 
 	// ErrLagged is the last thing that Watch yields to a receiver that is too

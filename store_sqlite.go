@@ -605,7 +605,9 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	}
 	ops, err := s.read(ctx, columnsFor(f), selection(f, where, limit, offset))
 	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
-		_, err = s.Get(f.Before)
+		if _, err = s.Get(f.Before); err != nil {
+			err = fmt.Errorf("%s: %w", f.Before, err)
+		}
 	}
 	return ops, err
 }
@@ -775,7 +777,7 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 		var below sql.NullInt64
 		err = sqlText(`SELECT `).with(placeOf(f.Before)).row(c, &below)
 		if at.rowid = below.Int64; err == nil && !below.Valid {
-			err = ErrNotFound
+			err = fmt.Errorf("%s: %w", f.Before, ErrNotFound)
 		}
 	}
 	return &at, err

@@ -294,8 +294,9 @@ func formatTime(t time.Time) string {
 func cellTime(cell string) time.Time {
 	// time.Time's String, as modernc.org/sqlite writes it, has a zone name and
 	// a monotonic clock reading after the first three fields.
-	if f := strings.Fields(cell); len(f) > 3 {
-		cell = strings.Join(f[:3], " ")
+	if len(cell) > len(timeFormat) {
+		f := strings.Fields(cell)
+		cell = strings.Join(f[:min(len(f), 3)], " ")
 	}
 	for _, layout := range []string{
 		"2006-01-02 15:04:05",       // ours and CURRENT_TIMESTAMP; Parse takes fractions anyway

@@ -190,7 +190,7 @@ func WithRetention(age time.Duration) Option {
 // and runs the Func when its turn comes, after what was submitted before it. If f
 // returns nil, the operation is FAILED, as all are without WithResume. Of several
 // managers that recover at the same time, one gets it, although the functions of
-// all may have been asked.
+// all may have been asked: if that one is without WithResume, it is FAILED.
 //
 // Of the options, [WithLock] and those like it count, since keys are not stored;
 // [WithMetadata] and others that set what is stored already are ignored. If an

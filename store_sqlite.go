@@ -1071,7 +1071,9 @@ func (s *SQLiteStore) orphans(owner string, at int64, resume func(op *Operation)
 		return eachRow(c, columns, sqlText(ofOwner, owner, at, recoverChunk), func(r *row) { all = append(all, orphan{row: *r}) })
 	})
 	for i := range all {
-		_, all[i].resumed = resumes(resume, all[i].operation())
+		if all[i].id != "" { // or NULL, of which there may be many
+			_, all[i].resumed = resumes(resume, all[i].operation())
+		}
 	}
 	return all, err
 }
@@ -1081,7 +1083,7 @@ const (
 	whereOrphan = ` WHERE rowid = ? AND coalesce(CAST(id AS TEXT), '') = ? AND ` + ownerText + ` = ? AND ` + unfinished
 	failOrphan  = `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ?` + whereOrphan
 	takeOrphan  = `UPDATE tasks SET state = 'PENDING', owner = ?, updated_at = ?, progress = 0, message = NULL, started_at = NULL` +
-		whereOrphan + ` AND cancel_requested_at IS NULL`
+		whereOrphan + ` AND cancel_requested_at IS NULL AND typeof(id) = 'text'` // which Update finds
 )
 
 // settle marks operations of a dead owner as failed, or takes them over. It

@@ -171,6 +171,32 @@ func TestLost(t *testing.T) {
 	}
 }
 
+// A lost operation tells its function so, whatever that does with its context.
+func TestLostContext(t *testing.T) {
+	s := newLeaseStore()
+	m, err := task.New(s)
+	must(t, err)
+	errs := make(map[string]error)
+	op, err := m.Submit("work", func(ctx context.Context, _ func(int)) (any, error) {
+		s.fence()
+		<-ctx.Done()
+		ctx = context.WithoutCancel(ctx)
+		errs["SetMessage"] = task.SetMessage(ctx, "here")
+		errs["SetMetadata"] = task.SetMetadata(ctx, 1)
+		errs["Checkpoint"] = task.Checkpoint(ctx)
+		return nil, nil
+	})
+	must(t, err)
+	_, err = m.Wait(t.Context(), op.ID)
+	must(t, err)
+	must(t, m.Close())
+	for _, what := range []string{"SetMessage", "SetMetadata", "Checkpoint"} {
+		if !errors.Is(errs[what], task.ErrLost) {
+			t.Errorf("%s: %v", what, errs[what])
+		}
+	}
+}
+
 // A Submit whose commit is fenced fails, and its function never runs.
 func TestLostSubmit(t *testing.T) {
 	s := newLeaseStore()

@@ -557,12 +557,24 @@ type running struct {
 
 func (r running) snapshot() *Operation { return r.m.copyOut(r.m.snapshot(&r.t.life)) }
 
+// ended returns why the context of a task's function is of no use any more, or nil.
+// The caller holds m.mu.
+func (m *Manager) ended(t *task) error {
+	switch {
+	case m.lost[t]:
+		return ErrLost
+	case t.word.Load()&wordReturned != 0:
+		return errReturned
+	}
+	return nil
+}
+
 // change changes what is shown, unless f reports that it has changed nothing.
 func (r running) change(f func(op *Operation) (changed bool)) error {
 	r.m.mu.Lock()
 	defer r.m.mu.Unlock()
-	if r.t.word.Load()&wordReturned != 0 {
-		return errReturned
+	if err := r.m.ended(r.t); err != nil {
+		return err
 	}
 	if op := *r.t.op; !f(&op) {
 		return nil
@@ -579,8 +591,8 @@ func (r running) checkpoint() <-chan error {
 	done := make(chan error, 1)
 	r.m.mu.Lock()
 	defer r.m.mu.Unlock()
-	if r.t.final != nil || r.t.word.Load()&wordReturned != 0 {
-		done <- errReturned
+	if err := r.m.ended(r.t); err != nil {
+		done <- err
 		return done
 	}
 	r.t.checkpoints = append(r.t.checkpoints, done)

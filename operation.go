@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -145,11 +144,14 @@ func marshal(v any) (value any, err error) {
 
 // decode is the other half of the round trip. Invalid JSON decodes as nil: a
 // bad cell in a database must not hide the rest of the row.
-func decode(raw json.RawMessage) any {
+func decode(raw json.RawMessage) (v any) {
+	if !bytes.ContainsAny(raw, "0123456789") { // no numbers: twice as fast
+		_ = json.Unmarshal(raw, &v)
+		return v
+	}
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.UseNumber()
-	var v any
-	if d.Decode(&v) != nil || d.Decode(new(any)) != io.EOF {
+	if d.Decode(&v) != nil || len(bytes.TrimLeft(raw[d.InputOffset():], " \t\r\n")) > 0 {
 		return nil
 	}
 	return v
@@ -261,7 +263,7 @@ func inFunc(ctx context.Context, what string, f func(r running) error) error {
 }
 
 // errReturned is why a function's context is of no use any more.
-var errReturned = errors.New("its function has returned, or it is lost")
+var errReturned = errors.New("its function has returned")
 
 // Checkpoint stores the progress, message and metadata of the operation whose [Func] was
 // given ctx, as they are now, and returns once they are committed: a function

@@ -467,5 +467,5 @@ func (m *Manager) followLost(t *task) {
 			close(t.done)
 		}()
 	}
-	f.waiters++ // until its end
+	f.waiters++ // until its end: this manager recovers it, should those die that took it over
 }

@@ -166,6 +166,26 @@ func TestResumeRefused(t *testing.T) {
 	}
 }
 
+// Of orphans that other code has made, with IDs that no query finds again, none is
+// resumed: all are FAILED, and hold up no other.
+func TestResumeOddIDs(t *testing.T) {
+	path := testkit.Path(t)
+	leaveOrphans(t, path, orphan("good"))
+	testkit.Exec(t, path, `INSERT INTO tasks (id, name, state) VALUES (NULL, 'odd', 'RUNNING'), (NULL, 'odd', 'PENDING'),
+		('', 'odd', 'RUNNING'), (x'ff', 'odd', 'RUNNING')`)
+	m := make(chan *task.Manager)
+	go func() { m <- newManager(t, openSQLite(t, path), quiet, resuming(nothing)) }()
+	select {
+	case m := <-m:
+		wantListed(t, m, 4, task.ByName("odd"), task.ByState(task.StateFailed))
+		if op := wait(t, m, "good"); op.State != task.StateDone {
+			t.Errorf("good is %+v", op)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("New does not return")
+	}
+}
+
 // TestResumeOrder has operations resumed in the order of their submission,
 // whoever has left them, and those of one key one at a time.
 func TestResumeOrder(t *testing.T) {

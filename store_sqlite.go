@@ -294,8 +294,9 @@ func formatTime(t time.Time) string {
 func cellTime(cell string) time.Time {
 	// time.Time's String, as modernc.org/sqlite writes it, has a zone name and
 	// a monotonic clock reading after the first three fields.
-	if f := strings.Fields(cell); len(f) > 3 {
-		cell = strings.Join(f[:3], " ")
+	if len(cell) > len(timeFormat) {
+		f := strings.Fields(cell)
+		cell = strings.Join(f[:min(len(f), 3)], " ")
 	}
 	for _, layout := range []string{
 		"2006-01-02 15:04:05",       // ours and CURRENT_TIMESTAMP; Parse takes fractions anyway
@@ -605,7 +606,9 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	}
 	ops, err := s.read(ctx, columnsFor(f), selection(f, where, limit, offset))
 	if err == nil && len(ops) == 0 && f.Before != "" && !isTimed(f.Before) {
-		_, err = s.Get(f.Before)
+		if _, err = s.Get(f.Before); err != nil {
+			err = fmt.Errorf("%s: %w", f.Before, err)
+		}
 	}
 	return ops, err
 }
@@ -775,7 +778,7 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 		var below sql.NullInt64
 		err = sqlText(`SELECT `).with(placeOf(f.Before)).row(c, &below)
 		if at.rowid = below.Int64; err == nil && !below.Valid {
-			err = ErrNotFound
+			err = fmt.Errorf("%s: %w", f.Before, ErrNotFound)
 		}
 	}
 	return &at, err
@@ -1068,7 +1071,9 @@ func (s *SQLiteStore) orphans(owner string, at int64, resume func(op *Operation)
 		return eachRow(c, columns, sqlText(ofOwner, owner, at, recoverChunk), func(r *row) { all = append(all, orphan{row: *r}) })
 	})
 	for i := range all {
-		_, all[i].resumed = resumes(resume, all[i].operation())
+		if all[i].id != "" { // or NULL, of which there may be many
+			_, all[i].resumed = resumes(resume, all[i].operation())
+		}
 	}
 	return all, err
 }
@@ -1078,7 +1083,7 @@ const (
 	whereOrphan = ` WHERE rowid = ? AND coalesce(CAST(id AS TEXT), '') = ? AND ` + ownerText + ` = ? AND ` + unfinished
 	failOrphan  = `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ?` + whereOrphan
 	takeOrphan  = `UPDATE tasks SET state = 'PENDING', owner = ?, updated_at = ?, progress = 0, message = NULL, started_at = NULL` +
-		whereOrphan + ` AND cancel_requested_at IS NULL`
+		whereOrphan + ` AND cancel_requested_at IS NULL AND typeof(id) = 'text'` // which Update finds
 )
 
 // settle marks operations of a dead owner as failed, or takes them over. It

@@ -258,9 +258,10 @@ func TestListBeforeUnknown(t *testing.T) {
 		for _, opts := range [][]task.ListOption{
 			{task.Before("unknown")},
 			{task.Before("unknown"), task.ByState(task.StateDone), task.ByName("D1")},
+			{task.Before("unknown"), task.ByFinish()},
 		} {
-			if got, err := m.List(10, 0, opts...); !errors.Is(err, task.ErrNotFound) {
-				t.Errorf("Before an unknown operation: %v, %v, want ErrNotFound", got, err)
+			if got, err := m.List(10, 0, opts...); !errors.Is(err, task.ErrNotFound) || !strings.Contains(err.Error(), "unknown") {
+				t.Errorf("Before an unknown operation: %v, %v, want ErrNotFound with its ID", got, err)
 			}
 		}
 	})

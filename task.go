@@ -127,7 +127,8 @@ var (
 
 	// ErrLost is wrapped by what a store returns that was taken for dead, while it
 	// could not be reached, and whose operations others have recovered: of Submit,
-	// and as the cause of the contexts of the functions that run. See [Recoverer].
+	// as the cause of the contexts of the functions that run, and of Checkpoint,
+	// SetMessage and SetMetadata in these. See [Recoverer].
 	ErrLost = errors.New("operation lost: its manager was taken for dead")
 
 	// ErrLagged is the last thing that Watch yields to a receiver that is too
@@ -189,7 +190,7 @@ func WithRetention(age time.Duration) Option {
 // and runs the Func when its turn comes, after what was submitted before it. If f
 // returns nil, the operation is FAILED, as all are without WithResume. Of several
 // managers that recover at the same time, one gets it, although the functions of
-// all may have been asked.
+// all may have been asked: if that one is without WithResume, it is FAILED.
 //
 // Of the options, [WithLock] and those like it count, since keys are not stored;
 // [WithMetadata] and others that set what is stored already are ignored. If an

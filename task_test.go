@@ -2,6 +2,8 @@ package task
 
 import (
 	"cmp"
+	"encoding/json"
+	"reflect"
 	"testing"
 	"time"
 )
@@ -119,5 +121,18 @@ func TestReport(t *testing.T) {
 	task.finish(outcome{state: StateFailed})
 	if task.report(40) || task.final.Progress != 30 {
 		t.Errorf("finished at %d %%, and a late report counts", task.final.Progress)
+	}
+}
+
+// A value of a store is decoded if it is JSON, and nothing but one value.
+func TestDecode(t *testing.T) {
+	for raw, want := range map[string]any{
+		``: nil, ` `: nil, `null`: nil, `{`: nil, `[1`: nil,
+		`"a"`: "a", ` ["a"] `: []any{"a"}, `"a" "b"`: nil, `["a"]]`: nil,
+		`1`: json.Number("1"), " [1]\r\n\t ": []any{json.Number("1")}, `1 2`: nil, `[1]]`: nil, "[1]\u00a0": nil, "[1]\x00": nil,
+	} {
+		if got := decode(json.RawMessage(raw)); !reflect.DeepEqual(got, want) {
+			t.Errorf("decode(%q) = %#v, want %#v", raw, got, want)
+		}
 	}
 }

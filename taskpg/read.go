@@ -181,7 +181,7 @@ func (s *Store) condition(ctx context.Context, f task.Filter) (*condition, error
 	if f.Before != "" && f.ByFinish {
 		before, err := s.Get(f.Before)
 		if err != nil || !before.State.Finished() {
-			return nil, cmp.Or(err, wrap(f.Before+", finished", task.ErrNotFound))
+			return nil, wrap(f.Before+", finished", cmp.Or(err, task.ErrNotFound))
 		}
 		c.add(`(finished_at, seq) < (SELECT finished_at, seq FROM {}tasks WHERE id = ?::text)`, escape(f.Before))
 	} else if f.Before != "" {

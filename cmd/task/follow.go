@@ -137,7 +137,7 @@ type follower struct {
 	exit   int
 }
 
-// A change is what Watch yields.
+// A change is what Subscribe yields.
 type change struct {
 	op  *task.Operation
 	err error
@@ -188,6 +188,9 @@ func (f *follower) watch(ctx context.Context) error {
 			switch {
 			case !ok:
 				return nil
+			case c.op != nil && c.err != nil: // without IDs
+				f.end(c.op.ID, exitNotFound, c.op.ID+": was deleted")
+				continue
 			case errors.Is(c.err, task.ErrNotFound), errors.Is(c.err, task.ErrLagged):
 				return f.reread()
 			case c.err != nil:
@@ -210,7 +213,7 @@ func (f *follower) watch(ctx context.Context) error {
 	return nil
 }
 
-// changes passes on what Watch yields, until ctx is done.
+// changes passes on what Subscribe yields, until ctx is done.
 func (f *follower) changes(ctx context.Context) <-chan change {
 	var ids []string // nil for all
 	if !f.all {
@@ -219,13 +222,23 @@ func (f *follower) changes(ctx context.Context) <-chan change {
 	changes := make(chan change)
 	go func() {
 		defer close(changes)
-		for op, err := range f.m.Watch(ctx, ids...) {
+		pass := func(op *task.Operation, err error) bool {
 			select {
 			case changes <- change{op, err}:
+				return true
 			case <-ctx.Done():
-				return
+				return false
 			}
 		}
+		present, later, err := f.m.Raw().Subscribe(ctx, ids...)
+		if err != nil {
+			pass(nil, err)
+			return
+		}
+		for _, op := range present {
+			pass(op, nil)
+		}
+		later(pass)
 	}()
 	return changes
 }
@@ -373,7 +386,7 @@ func (f *follower) draw() error {
 // as the terminal has room for, and how many more there are.
 func (f *follower) shown() (ops []*task.Operation, more int) {
 	for _, op := range f.open {
-		if op.State != "" { // else Watch has yet to yield it
+		if op.State != "" { // else it is yet to be told
 			ops = append(ops, op)
 		}
 	}

@@ -419,6 +419,10 @@ func TestFollowAll(t *testing.T) {
 	f.until(t, second)
 	end(q, second, "")
 	f.until(t, `"DONE"`)
+	deleted := submit(q, "deleted", 1)
+	f.until(t, deleted)
+	testkit.Exec(t, path, `DELETE FROM tasks WHERE id = ?`, deleted)
+	f.until(t, deleted+": was deleted")
 	p.Kill()
 	f.until(t, "the process that ran it is dead")
 	start(t, path) // recovers

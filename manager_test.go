@@ -38,6 +38,8 @@ var (
 	nothing        = testkit.Nothing
 	untilCancelled = testkit.UntilCancelled
 	errDisk        = testkit.ErrDisk
+	historyOf      = testkit.History
+	names          = testkit.Names
 )
 
 func cancelSelf(ctx context.Context) {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -171,6 +172,40 @@ func Nothing(context.Context, func(int)) (any, error) { return nil, nil }
 func UntilCancelled(ctx context.Context, _ func(int)) (any, error) {
 	<-ctx.Done()
 	return nil, context.Cause(ctx)
+}
+
+// History submits operations with those names, one after the other. The first
+// letter of a name is that of the state in which the operation stays.
+func History(t testing.TB, m *task.Manager, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		op, err := m.Submit(name, func(ctx context.Context, _ func(int)) (any, error) {
+			switch name[0] {
+			case 'D':
+				return nil, nil
+			case 'F':
+				return nil, errors.New("broken")
+			case 'C':
+				op, _ := task.FromContext(ctx)
+				op.Cancel()
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		Must(t, err)
+		if strings.ContainsAny(name[:1], "DFC") {
+			Wait(t, m, op.ID)
+		}
+	}
+}
+
+// Names returns the names of operations, with a space between them.
+func Names(ops []*task.Operation) string {
+	var names []string
+	for _, op := range ops {
+		names = append(names, op.Name)
+	}
+	return strings.Join(names, " ")
 }
 
 // Blocker returns a Func that returns err once it is released, and a channel

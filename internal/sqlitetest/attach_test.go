@@ -1,4 +1,6 @@
-package task_test
+//go:build cgo && !task_nosqlite3
+
+package sqlitetest
 
 import (
 	"context"

@@ -20,9 +20,13 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
-func TestMain(m *testing.M) { testkit.Main(m, nil) }
+func TestMain(m *testing.M) {
+	testos.UseMemory()
+	testkit.Main(m, nil)
+}
 
 // Short names of what most tests here use.
 var (

@@ -13,6 +13,7 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 var finishStart = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -131,9 +132,9 @@ func randomFilter(r *rand.Rand, all []*task.Operation) (f task.Filter) {
 func TestListCombined(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
-			n, rounds := 400, 2000
+			n, rounds := 400, testos.Size(700, 2000)
 			if name == "sqlite" {
-				n, rounds = 12_000, 300
+				n, rounds = 12_000, testos.Size(100, 300)
 			}
 			db := open(t)
 			m := testkit.NewManager(t, db)

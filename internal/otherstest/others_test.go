@@ -13,9 +13,13 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
-func TestMain(m *testing.M) { testkit.Main(m, nil) }
+func TestMain(m *testing.M) {
+	testos.UseMemory()
+	testkit.Main(m, nil)
+}
 
 // pairs are the ways in which two managers share a database.
 var pairs = map[string]func(t *testing.T) (a, b task.Persistence){

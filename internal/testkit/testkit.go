@@ -73,15 +73,6 @@ func FastPath(t testing.TB) string {
 	return filepath.Join(dir, "tasks.db")
 }
 
-// FastTemp has the TempDir of a test and its subtests be in memory, as
-// [FastPath] is.
-func FastTemp(t testing.TB) {
-	t.Helper()
-	if _, err := os.Stat("/dev/shm"); err == nil {
-		t.Setenv("TMPDIR", "/dev/shm")
-	}
-}
-
 // OpenSQLite opens a store, and closes it at the end of the test.
 func OpenSQLite(t testing.TB, path string) *task.SQLiteStore {
 	t.Helper()

@@ -308,7 +308,7 @@ func TestWatchAtAnyTime(t *testing.T) {
 		for i := range 160 {
 			m := []*task.Manager{a, b}[i%2]
 			op := testkit.Submit(t, m, func(context.Context, func(int)) (any, error) {
-				time.Sleep(time.Duration(i%7) * 10 * time.Millisecond)
+				time.Sleep(time.Duration(i%7) * 4 * time.Millisecond)
 				return nil, nil
 			})
 			all = append(all, op.ID)

@@ -198,30 +198,6 @@ func (p *process) until(t *testing.T, text string) {
 	}
 }
 
-// traces returns what the tool must not change: the schema of the database, its
-// settings, and the files beside it. SQLite itself removes those of its WAL
-// when the last process closes the database.
-func traces(t *testing.T, path string) (all []string) {
-	t.Helper()
-	files, err := filepath.Glob(filepath.Join(filepath.Dir(path), "*"))
-	testkit.Must(t, err)
-	files = slices.DeleteFunc(files, func(f string) bool { return f == path+"-wal" || f == path+"-shm" })
-	db, err := sql.Open("sqlite3", path)
-	testkit.Must(t, err)
-	defer db.Close()
-	rows, err := db.Query(`SELECT coalesce(sql, name) FROM sqlite_master UNION ALL SELECT user_version FROM pragma_user_version
-		UNION ALL SELECT schema_version FROM pragma_schema_version UNION ALL SELECT journal_mode FROM pragma_journal_mode`)
-	testkit.Must(t, err)
-	defer rows.Close()
-	for rows.Next() {
-		var s string
-		testkit.Must(t, rows.Scan(&s))
-		all = append(all, s)
-	}
-	testkit.Must(t, rows.Err())
-	return append(all, files...)
-}
-
 // stored returns the rows of a database.
 func stored(t *testing.T, path string) testkit.Rows {
 	t.Helper()
@@ -235,9 +211,9 @@ func stored(t *testing.T, path string) testkit.Rows {
 // rows apart.
 func untouched(t *testing.T, path string) {
 	t.Helper()
-	before := traces(t, path)
+	before := testkit.Traces(t, path)
 	t.Cleanup(func() {
-		if after := traces(t, path); !slices.Equal(before, after) {
+		if after := testkit.Traces(t, path); !slices.Equal(before, after) {
 			t.Errorf("the database has changed:\n got %q\nwant %q", after, before)
 		}
 	})

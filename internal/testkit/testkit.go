@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -91,6 +92,30 @@ func Exec(t testing.TB, path, stmt string, args ...any) {
 	defer db.Close()
 	_, err = db.Exec(stmt, args...)
 	Must(t, err)
+}
+
+// Traces returns what a program that only looks at a database must not change: its
+// schema, its settings, and the files in its directory. It leaves out those of the
+// WAL, which SQLite itself removes when the last process closes the database.
+func Traces(t testing.TB, path string) (all []string) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(filepath.Dir(path), "*"))
+	Must(t, err)
+	files = slices.DeleteFunc(files, func(f string) bool { return f == path+"-wal" || f == path+"-shm" })
+	db, err := sql.Open("sqlite3", path)
+	Must(t, err)
+	defer db.Close()
+	rows, err := db.Query(`SELECT coalesce(sql, name) FROM sqlite_master UNION ALL SELECT user_version FROM pragma_user_version
+		UNION ALL SELECT schema_version FROM pragma_schema_version UNION ALL SELECT journal_mode FROM pragma_journal_mode`)
+	Must(t, err)
+	defer rows.Close()
+	for rows.Next() {
+		var s string
+		Must(t, rows.Scan(&s))
+		all = append(all, s)
+	}
+	Must(t, rows.Err())
+	return append(all, files...)
 }
 
 // Bare returns db without any ability but the four methods.

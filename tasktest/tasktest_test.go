@@ -78,6 +78,9 @@ var rightStores = map[string]func(dir string) (task.Persistence, error){
 func TestRightStores(t *testing.T) {
 	testos.FastTemp(t)
 	for name, open := range rightStores {
-		t.Run(name, func(t *testing.T) { TestPersistence(t, open) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // much of it is waiting
+			TestPersistence(t, open)
+		})
 	}
 }

@@ -834,9 +834,13 @@ func (m *Manager) CancelCause(id, text string) error {
 func (m *Manager) cancelLive(id, text string) bool {
 	m.mu.Lock()
 	t := m.tasks[id]
-	if t == nil || t.hidden() || t.op.Cancelling || t.word.Load()&wordReturned != 0 {
+	if t == nil || t.hidden() {
 		m.mu.Unlock()
-		return t != nil && !t.hidden()
+		return false
+	}
+	if t.op.Cancelling || t.word.Load()&wordReturned != 0 {
+		m.mu.Unlock()
+		return true
 	}
 	t.change(func(op *Operation) { op.Cancelling = true })
 	m.emit(t, true)

@@ -20,9 +20,13 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
-func TestMain(m *testing.M) { testkit.Main(m, nil) }
+func TestMain(m *testing.M) {
+	testos.UseMemory()
+	testkit.Main(m, nil)
+}
 
 // Short names of what most tests here use.
 var (
@@ -38,6 +42,8 @@ var (
 	nothing        = testkit.Nothing
 	untilCancelled = testkit.UntilCancelled
 	errDisk        = testkit.ErrDisk
+	historyOf      = testkit.History
+	names          = testkit.Names
 )
 
 func cancelSelf(ctx context.Context) {

@@ -136,40 +136,6 @@ func TestBrokenContract(t *testing.T) {
 	})
 }
 
-// historyOf submits operations with those names, one after the other. The first
-// letter of a name is that of the state in which the operation stays.
-func historyOf(t *testing.T, m *task.Manager, names ...string) {
-	t.Helper()
-	for _, name := range names {
-		op, err := m.Submit(name, func(ctx context.Context, update func(int)) (any, error) {
-			switch name[0] {
-			case 'D':
-				return nil, nil
-			case 'F':
-				return nil, errors.New("broken")
-			case 'C':
-				cancelSelf(ctx)
-			}
-			<-ctx.Done()
-			return nil, ctx.Err()
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if strings.ContainsAny(name[:1], "DFC") {
-			wait(t, m, op.ID)
-		}
-	}
-}
-
-func names(ops []*task.Operation) string {
-	var names []string
-	for _, op := range ops {
-		names = append(names, op.Name)
-	}
-	return strings.Join(names, " ")
-}
-
 func TestList(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		const n = 25

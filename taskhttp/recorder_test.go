@@ -435,12 +435,12 @@ func TestRecorderExpiry(t *testing.T) {
 
 		leave := listen()
 		first := recorderNow()
-		time.Sleep(time.Hour)
+		time.Sleep(10 * idle)
 		leave()
 		time.Sleep(idle - time.Second)
 		leave, leaveToo := listen(), listen()
 		leave()
-		time.Sleep(time.Hour)
+		time.Sleep(10 * idle)
 		if recorderNow() != first || first.over() {
 			t.Error("the recorder ended although there was a stream")
 		}

@@ -10,7 +10,7 @@ import (
 	_ "github.com/mattn/go-sqlite3"
 
 	"github.com/mynt-nas/task"
-	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // once returns an open function for stores without files, which gives the same
@@ -76,8 +76,11 @@ var rightStores = map[string]func(dir string) (task.Persistence, error){
 }
 
 func TestRightStores(t *testing.T) {
-	testkit.FastTemp(t)
+	testos.FastTemp(t)
 	for name, open := range rightStores {
-		t.Run(name, func(t *testing.T) { TestPersistence(t, open) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // much of it is waiting
+			TestPersistence(t, open)
+		})
 	}
 }

@@ -17,15 +17,22 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/sqlitefile"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // toolVar names the environment variable that makes the test binary this
-// command.
+// command. It says how long the command waits for a locked database.
 const toolVar = "TASK_TEST_TOOL"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(toolVar) != "" {
+	testos.UseMemory()
+	if text := os.Getenv(toolVar); text != "" {
+		var err error
+		if sqlitefile.DefaultTimeout, err = time.ParseDuration(text); err != nil {
+			panic(err)
+		}
 		main()
 	}
 	testkit.Main(m, map[string]func() any{"daemon": func() any { return &daemon{ends: make(map[string]chan string)} }})
@@ -150,8 +157,14 @@ func (b *buffer) String() string {
 // begin starts the tool as a process.
 func begin(t *testing.T, path string, args ...string) *process {
 	t.Helper()
+	return beginFor(t, sqlitefile.DefaultTimeout, path, args...)
+}
+
+// beginFor starts the tool as a process that waits for locks that long.
+func beginFor(t *testing.T, timeout time.Duration, path string, args ...string) *process {
+	t.Helper()
 	p := &process{Cmd: exec.Command(os.Args[0], append([]string{"-db", path}, args...)...)}
-	p.Env = append(os.Environ(), toolVar+"=1", "GORACE=atexit_sleep_ms=0")
+	p.Env = append(os.Environ(), toolVar+"="+timeout.String(), "GORACE=atexit_sleep_ms=0")
 	p.Stdout, p.Stderr = &p.out, &p.errs
 	testkit.Must(t, p.Start())
 	t.Cleanup(func() { p.Process.Kill() })
@@ -185,30 +198,6 @@ func (p *process) until(t *testing.T, text string) {
 	}
 }
 
-// traces returns what the tool must not change: the schema of the database, its
-// settings, and the files beside it. SQLite itself removes those of its WAL
-// when the last process closes the database.
-func traces(t *testing.T, path string) (all []string) {
-	t.Helper()
-	files, err := filepath.Glob(filepath.Join(filepath.Dir(path), "*"))
-	testkit.Must(t, err)
-	files = slices.DeleteFunc(files, func(f string) bool { return f == path+"-wal" || f == path+"-shm" })
-	db, err := sql.Open("sqlite3", path)
-	testkit.Must(t, err)
-	defer db.Close()
-	rows, err := db.Query(`SELECT coalesce(sql, name) FROM sqlite_master UNION ALL SELECT user_version FROM pragma_user_version
-		UNION ALL SELECT schema_version FROM pragma_schema_version UNION ALL SELECT journal_mode FROM pragma_journal_mode`)
-	testkit.Must(t, err)
-	defer rows.Close()
-	for rows.Next() {
-		var s string
-		testkit.Must(t, rows.Scan(&s))
-		all = append(all, s)
-	}
-	testkit.Must(t, rows.Err())
-	return append(all, files...)
-}
-
 // stored returns the rows of a database.
 func stored(t *testing.T, path string) testkit.Rows {
 	t.Helper()
@@ -222,9 +211,9 @@ func stored(t *testing.T, path string) testkit.Rows {
 // rows apart.
 func untouched(t *testing.T, path string) {
 	t.Helper()
-	before := traces(t, path)
+	before := testkit.Traces(t, path)
 	t.Cleanup(func() {
-		if after := traces(t, path); !slices.Equal(before, after) {
+		if after := testkit.Traces(t, path); !slices.Equal(before, after) {
 			t.Errorf("the database has changed:\n got %q\nwant %q", after, before)
 		}
 	})
@@ -577,7 +566,9 @@ func TestLocked(t *testing.T) {
 	tx, err := writer.Begin()
 	testkit.Must(t, err)
 	defer tx.Rollback()
-	impatient := []*process{begin(t, path, "list"), begin(t, written, "cancel", id), begin(t, written, "prune", "-before", "1h")}
+	const soon = time.Second
+	impatient := []*process{beginFor(t, soon, path, "list"), beginFor(t, soon, written, "cancel", id),
+		beginFor(t, soon, written, "prune", "-before", "1h")}
 	tell(t, 0, written, "list")
 	for _, p := range impatient {
 		p.finish(t, exitUsage)

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 func run(ctx context.Context, name string, args ...string) (string, error) {
@@ -33,6 +35,7 @@ func TestMain(m *testing.M) {
 		run(context.Background(), "sh", "-c", `echo $$ >"$0"; exec sleep 60`, pipe)
 		os.Exit(1)
 	}
+	testos.UseMemory()
 	os.Exit(m.Run())
 }
 

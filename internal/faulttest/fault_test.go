@@ -19,10 +19,15 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/sqlitefile"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
-func TestMain(m *testing.M) { testkit.Main(m, nil) }
+func TestMain(m *testing.M) {
+	testos.UseMemory()
+	testkit.Main(m, nil)
+}
 
 // TestDatabaseFull limits the pages of an application's database, which SQLite
 // reports just as it does a full disk.
@@ -111,9 +116,11 @@ func untilFull(t *testing.T, m *task.Manager, metadata string) (ids []string, ca
 // TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be
 // called again.
 func TestOpenLocked(t *testing.T) {
+	timeout := time.Duration(testos.Size(2, 10)) * time.Second
+	defer func(before time.Duration) { sqlitefile.DefaultTimeout = before }(sqlitefile.DefaultTimeout)
+	sqlitefile.DefaultTimeout = timeout
 	for _, begin := range []string{"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"} {
 		t.Run(begin, func(t *testing.T) {
-			t.Parallel()
 			path := testkit.Path(t)
 			testkit.Must(t, testkit.OpenSQLite(t, path).Close())
 			other, err := sql.Open("sqlite3", path+"?_journal_mode=DELETE")
@@ -129,7 +136,7 @@ func TestOpenLocked(t *testing.T) {
 			if err == nil || s != nil || !strings.Contains(err.Error(), "database is locked: make sure") {
 				t.Errorf("OpenSQLite = %v, %v", s, err)
 			}
-			if took := time.Since(start).Round(time.Second); took < 10*time.Second || took > 20*time.Second {
+			if took := time.Since(start).Round(time.Second); took < timeout || took > 2*timeout+10*time.Second {
 				t.Errorf("it took %v", took)
 			}
 			time.AfterFunc(300*time.Millisecond, func() { c.ExecContext(context.Background(), "ROLLBACK") })

@@ -155,6 +155,7 @@ func TestPowerLoss(t *testing.T) {
 			if testing.Short() && test.ops < 100 {
 				t.Skip("takes some seconds")
 			}
+			t.Parallel() // recording waits for the disk
 			path := record(t, shim, test.settings, test.killed, test.ops)
 			c := config{Role: "replay", Record: path, Settings: test.settings, Dir: t.TempDir(), Points: *pointsFlag, Seed: *seedFlag}
 			if test.settings != "" {

@@ -11,12 +11,14 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // TestIdle: two idle managers on one database do nothing, also after they have
-// run, waited and watched. TASK_IDLE says for how long, 3 seconds by default.
+// run, waited and watched. TASK_IDLE says for how
+// long, a second or more by default.
 func TestIdle(t *testing.T) {
-	length := 3 * time.Second
+	length := time.Duration(testos.Size(1500, 3000)) * time.Millisecond
 	if d, err := time.ParseDuration(os.Getenv("TASK_IDLE")); err == nil {
 		length = d
 	}

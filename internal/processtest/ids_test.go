@@ -10,6 +10,7 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // journal returns a Func that adds a line to a file, in one write.
@@ -63,10 +64,7 @@ func (p *manager) SubmitID(s submission, won *bool) error {
 func TestSameID(t *testing.T) {
 	path := testkit.FastPath(t)
 	procs := []*testkit.Process{start(t, path), start(t, path)}
-	rounds := 1000
-	if testing.Short() {
-		rounds = 100
-	}
+	rounds := testos.Size(150, 1000)
 	wins := make([]int, len(procs))
 	log := path + ".journal"
 	for i := range rounds {
@@ -117,7 +115,7 @@ func (p *manager) SubmitMany(s submission, _ *int) error {
 func TestKilledBetweenCommitAndAnswer(t *testing.T) {
 	path := testkit.FastPath(t)
 	log := path + ".journal"
-	for range 20 {
+	for range testos.Size(8, 20) {
 		p := start(t, path)
 		before := len(runs(t, log))
 		p.Call("SubmitMany", submission{"id", log}, new(int))

@@ -35,10 +35,11 @@ type DB struct {
 	closed bool               // Close was called
 }
 
-const (
-	defaultTimeout = 10 * time.Second // the Timeout of a new DB
-	readConns      = 4                // the connections for reads of a database that Open has opened
-)
+// DefaultTimeout is the Timeout of a new DB. Tests that wait until it has passed
+// make it shorter, before they open a database.
+var DefaultTimeout = 10 * time.Second
+
+const readConns = 4 // the connections for reads of a database that Open has opened
 
 // Open opens the database file at a path that Resolve has returned, "" for a
 // new database in memory. A new file gets the mode and owner of the file at
@@ -105,7 +106,7 @@ func Use(db *sql.DB) (*DB, error) {
 
 // prepared returns d if the database is suitable, and else closes it.
 func (d *DB) prepared() (*DB, error) {
-	d.Timeout = defaultTimeout
+	d.Timeout = DefaultTimeout
 	if err := d.prepare(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/mynt-nas/task/internal/hookdriver"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 var table = Schema{
@@ -430,6 +431,7 @@ func TestTooOld(t *testing.T) {
 // A table that lacks something gets it, and nothing else changes, however many
 // do that at once. One that is something else stays as it is.
 func TestMigrate(t *testing.T) {
+	testos.FastTemp(t)
 	const all = "id TEXT,name TEXT,size INTEGER"
 	for _, test := range []struct{ name, script, want, refused string }{
 		{"no table", "CREATE TABLE other (id); PRAGMA user_version = 7", all, ""},
@@ -621,6 +623,7 @@ func TestResolve(t *testing.T) {
 
 // Changes may be asking for the version when the database is closed.
 func TestCloseDuringChanges(t *testing.T) {
+	testos.FastTemp(t)
 	path := filepath.Join(t.TempDir(), "test.db")
 	for range 300 {
 		d, err := Open(path, "")

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // open opens a database with go-sqlite3, whose parameters are called like the
@@ -24,11 +24,11 @@ func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 }
 
 func Test_mattn(t *testing.T) {
-	testkit.FastTemp(t)
+	testos.FastTemp(t)
 	Test(t, open)
 }
 
 func TestSharedCache_mattn(t *testing.T) {
-	testkit.FastTemp(t)
+	testos.FastTemp(t)
 	TestSharedCache(t, open)
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/owner"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 func TestMain(m *testing.M) {
@@ -27,6 +28,7 @@ func TestMain(m *testing.M) {
 		faultyStores["recovers all"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
 		os.Exit(work(text))
 	}
+	testos.UseMemory()
 	os.Exit(m.Run())
 }
 
@@ -52,7 +54,10 @@ const stormVar = "TASK_STORM"
 
 func TestStorm(t *testing.T) {
 	for name, resume := range map[string]bool{"failing": false, "resuming": true} {
-		t.Run(name, func(t *testing.T) { testStorm(t, resume) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testStorm(t, resume)
+		})
 	}
 }
 
@@ -127,6 +132,7 @@ func TestViolations(t *testing.T) {
 		{name: "owner files accumulate", tamper: leaveOwners, want: "owner files"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel() // most of it is waiting
 			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), faulty: test.store,
 				resume: test.store == "takes over all"}
 			done := false

@@ -4,6 +4,10 @@ import (
 	"testing"
 
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
-func TestMain(m *testing.M) { testkit.Main(m, nil) }
+func TestMain(m *testing.M) {
+	testos.UseMemory()
+	testkit.Main(m, nil)
+}

@@ -11,6 +11,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -72,15 +74,6 @@ func FastPath(t testing.TB) string {
 	return filepath.Join(dir, "tasks.db")
 }
 
-// FastTemp has the TempDir of a test and its subtests be in memory, as
-// [FastPath] is.
-func FastTemp(t testing.TB) {
-	t.Helper()
-	if _, err := os.Stat("/dev/shm"); err == nil {
-		t.Setenv("TMPDIR", "/dev/shm")
-	}
-}
-
 // OpenSQLite opens a store, and closes it at the end of the test.
 func OpenSQLite(t testing.TB, path string) *task.SQLiteStore {
 	t.Helper()
@@ -99,6 +92,30 @@ func Exec(t testing.TB, path, stmt string, args ...any) {
 	defer db.Close()
 	_, err = db.Exec(stmt, args...)
 	Must(t, err)
+}
+
+// Traces returns what a program that only looks at a database must not change: its
+// schema, its settings, and the files in its directory. It leaves out those of the
+// WAL, which SQLite itself removes when the last process closes the database.
+func Traces(t testing.TB, path string) (all []string) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(filepath.Dir(path), "*"))
+	Must(t, err)
+	files = slices.DeleteFunc(files, func(f string) bool { return f == path+"-wal" || f == path+"-shm" })
+	db, err := sql.Open("sqlite3", path)
+	Must(t, err)
+	defer db.Close()
+	rows, err := db.Query(`SELECT coalesce(sql, name) FROM sqlite_master UNION ALL SELECT user_version FROM pragma_user_version
+		UNION ALL SELECT schema_version FROM pragma_schema_version UNION ALL SELECT journal_mode FROM pragma_journal_mode`)
+	Must(t, err)
+	defer rows.Close()
+	for rows.Next() {
+		var s string
+		Must(t, rows.Scan(&s))
+		all = append(all, s)
+	}
+	Must(t, rows.Err())
+	return append(all, files...)
 }
 
 // Bare returns db without any ability but the four methods.
@@ -171,6 +188,40 @@ func Nothing(context.Context, func(int)) (any, error) { return nil, nil }
 func UntilCancelled(ctx context.Context, _ func(int)) (any, error) {
 	<-ctx.Done()
 	return nil, context.Cause(ctx)
+}
+
+// History submits operations with those names, one after the other. The first
+// letter of a name is that of the state in which the operation stays.
+func History(t testing.TB, m *task.Manager, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		op, err := m.Submit(name, func(ctx context.Context, _ func(int)) (any, error) {
+			switch name[0] {
+			case 'D':
+				return nil, nil
+			case 'F':
+				return nil, errors.New("broken")
+			case 'C':
+				op, _ := task.FromContext(ctx)
+				op.Cancel()
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		Must(t, err)
+		if strings.ContainsAny(name[:1], "DFC") {
+			Wait(t, m, op.ID)
+		}
+	}
+}
+
+// Names returns the names of operations, with a space between them.
+func Names(ops []*task.Operation) string {
+	var names []string
+	for _, op := range ops {
+		names = append(names, op.Name)
+	}
+	return strings.Join(names, " ")
 }
 
 // Blocker returns a Func that returns err once it is released, and a channel

@@ -56,3 +56,12 @@ func Umask(mask int) (restore func()) {
 
 // Mkfifo creates a named pipe.
 func Mkfifo(path string) error { return syscall.Mkfifo(path, 0o600) }
+
+// fits reports whether a file system has room for what tests write, and may hold
+// programs.
+func fits(dir string) bool {
+	const room, noExec = 1 << 30, 8 // ST_NOEXEC of statvfs
+	var s syscall.Statfs_t
+	err := syscall.Statfs(dir, &s)
+	return err == nil && s.Bavail*uint64(s.Bsize) >= room && s.Flags&noExec == 0
+}

@@ -22,3 +22,5 @@ func Umask(int) (restore func()) { return func() {} }
 
 // Mkfifo returns an error.
 func Mkfifo(string) error { return errors.ErrUnsupported }
+
+func fits(string) bool { return false }

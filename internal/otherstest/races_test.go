@@ -1,16 +1,18 @@
-package task_test
+package otherstest
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // The final state of another manager's operation is told although somebody submits
@@ -22,14 +24,14 @@ func TestWatchBesideSubmit(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					s := &slowSave{MemoryStore: task.NewMemoryStore()}
 					a, err := task.New(s)
-					must(t, err)
+					testkit.Must(t, err)
 					b, err := task.New(s)
-					must(t, err)
+					testkit.Must(t, err)
 					defer a.Close()
 					defer b.Close()
 					end := make(chan struct{})
 					_, err = a.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil }, task.WithID("x"))
-					must(t, err)
+					testkit.Must(t, err)
 					ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 					defer cancel()
 					var ids []string
@@ -54,7 +56,7 @@ func TestWatchBesideSubmit(t *testing.T) {
 					}
 					again := make(chan error, 1)
 					go func() {
-						_, err := b.Submit("x", nothing, task.WithID("x"))
+						_, err := b.Submit("x", testkit.Nothing, task.WithID("x"))
 						again <- err
 					}()
 					if !during {
@@ -109,16 +111,33 @@ func TestLostAfterFinal(t *testing.T) {
 		s := fenceAfterFinal{newLeaseStore()}
 		s.quiet = true
 		m, err := task.New(s)
-		must(t, err)
+		testkit.Must(t, err)
 		end := make(chan struct{})
+		var ids []string
 		for range 2 {
-			_, err = m.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
-			must(t, err)
+			op, err := m.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
+			testkit.Must(t, err)
+			ids = append(ids, op.ID)
 		}
 		time.Sleep(time.Second)
 		close(end)
 		time.Sleep(time.Second)
-		must(t, m.Close())
+		testkit.Must(t, m.Close())
+		done := 0
+		for _, id := range ids {
+			op, err := s.Get(id)
+			if err != nil || !op.State.Finished() {
+				t.Errorf("stored: %+v, %v", op, err)
+			} else if op.State == task.StateDone {
+				done++
+			}
+			if shown, ok := m.Get(id); !ok || shown.State != op.State {
+				t.Errorf("shown %+v, stored %+v", shown, op)
+			}
+		}
+		if done == 0 {
+			t.Error("the final state that was stored is gone")
+		}
 	})
 }
 
@@ -147,23 +166,21 @@ func (s *failingRecover) Recover(reason string, resume func(*task.Operation) boo
 func TestNewAfterFailedNew(t *testing.T) {
 	path := t.TempDir() + "/t.db"
 	s, err := task.OpenSQLite(path)
-	must(t, err)
-	must(t, s.Save(&task.Operation{ID: "x", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
-	must(t, s.Close())
+	testkit.Must(t, err)
+	testkit.Must(t, s.Save(&task.Operation{ID: "x", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	testkit.Must(t, s.Close())
 	s, err = task.OpenSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.Close()
 	f := &failingRecover{s, true}
-	resume := task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) { return nothing, nil })
+	resume := task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) { return testkit.Nothing, nil })
 	if _, err = task.New(f, resume); err == nil {
 		t.Fatal("no error")
 	}
 	m, err := task.New(f, resume)
-	must(t, err)
+	testkit.Must(t, err)
 	defer m.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-	defer cancel()
-	if op, err := m.Wait(ctx, "x"); err != nil {
+	if op, err := m.Wait(t.Context(), "x"); err != nil || !op.State.Finished() {
 		t.Errorf("%+v %v", op, err)
 	}
 }
@@ -172,13 +189,13 @@ func TestNewAfterFailedNew(t *testing.T) {
 func TestCancelDuringRecovery(t *testing.T) {
 	path := t.TempDir() + "/t.db"
 	dead, err := task.OpenSQLite(path)
-	must(t, err)
-	must(t, dead.Save(&task.Operation{ID: "x1", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	testkit.Must(t, err)
+	testkit.Must(t, dead.Save(&task.Operation{ID: "x1", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
 	other, err := task.OpenSQLite(path)
-	must(t, err)
-	must(t, other.Save(&task.Operation{ID: "x2", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+	testkit.Must(t, err)
+	testkit.Must(t, other.Save(&task.Operation{ID: "x2", Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
 	s, err := task.OpenSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.Close()
 	asked, gate := make(chan string, 10), make(chan bool)
 	n := 0
@@ -187,39 +204,35 @@ func TestCancelDuringRecovery(t *testing.T) {
 		if n++; n == 2 {
 			<-gate
 		}
-		return nothing, nil
+		return testkit.Nothing, nil
 	}))
-	must(t, err)
+	testkit.Must(t, err)
 	defer m.Close()
 	end := make(chan struct{})
 	defer close(end)
 	_, err = m.Submit("busy", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
-	must(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Second)
-	defer cancel()
-	go m.Wait(ctx, "x1")
+	testkit.Must(t, err)
+	go m.Wait(t.Context(), "x1")
 	time.Sleep(300 * time.Millisecond)
-	must(t, dead.Close())
-	must(t, other.Close())
+	testkit.Must(t, dead.Close())
+	testkit.Must(t, other.Close())
 	first := <-asked
 	<-asked // the second is being asked about: the first is ours by now
 	b, err := task.AttachSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	defer b.Close()
 	mb, err := task.New(b)
-	must(t, err)
+	testkit.Must(t, err)
 	defer mb.Close()
-	must(t, mb.Cancel(first))
+	testkit.Must(t, mb.Cancel(first))
 	third, err := task.OpenSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	defer third.Close()
 	for range third.Recover("restart", nil) {
 	}
 	time.Sleep(500 * time.Millisecond)
 	close(gate)
-	ctx2, cancel2 := context.WithTimeout(t.Context(), 4*time.Second)
-	defer cancel2()
-	if op, err := mb.Wait(ctx2, first); err != nil || op.State != task.StateCancelled {
+	if op, err := mb.Wait(t.Context(), first); err != nil || op.State != task.StateCancelled {
 		t.Errorf("%+v %v", op, err)
 	}
 }
@@ -256,7 +269,7 @@ func TestWatchAfterFailedRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &failingGet{MemoryStore: task.NewMemoryStore(), fail: 1}
 		m, err := task.New(s)
-		must(t, err)
+		testkit.Must(t, err)
 		defer m.Close()
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
@@ -272,7 +285,7 @@ func TestWatchAfterFailedRead(t *testing.T) {
 		}()
 		time.Sleep(150 * time.Millisecond)
 		for _, id := range []string{"a", "b"} {
-			must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateDone, CreatedAt: time.Now(), UpdatedAt: time.Now()}))
+			testkit.Must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateDone, CreatedAt: time.Now(), UpdatedAt: time.Now()}))
 		}
 		<-done
 		if told["a"] != 1 || told["b"] != 1 {
@@ -286,22 +299,22 @@ func TestLostKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newLeaseStore()
 		m, err := task.New(s)
-		must(t, err)
+		testkit.Must(t, err)
 		end := make(chan struct{})
 		_, err = m.Submit("running", func(context.Context, func(int)) (any, error) { <-end; return nil, nil }, task.WithLock("J"))
-		must(t, err)
-		_, err = m.Submit("lost, first for K", nothing, task.WithLock("J"), task.WithLock("K"))
-		must(t, err)
+		testkit.Must(t, err)
+		_, err = m.Submit("lost, first for K", testkit.Nothing, task.WithLock("J"), task.WithLock("K"))
+		testkit.Must(t, err)
 		time.Sleep(time.Second)
 		s.fence()
-		next, err := m.Submit("next for K", nothing, task.WithLock("K"))
-		must(t, err)
+		next, err := m.Submit("next for K", testkit.Nothing, task.WithLock("K"))
+		testkit.Must(t, err)
 		time.Sleep(2 * time.Second)
 		if op, _ := m.Get(next.ID); op.State != task.StateDone {
 			t.Errorf("%+v", op)
 		}
 		close(end)
-		must(t, m.Close())
+		testkit.Must(t, m.Close())
 	})
 }
 
@@ -331,14 +344,14 @@ func TestWatchStaleRow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &hookGet{MemoryStore: task.NewMemoryStore()}
 		a, err := task.New(s)
-		must(t, err)
+		testkit.Must(t, err)
 		defer a.Close()
 		b, err := task.New(s)
-		must(t, err)
+		testkit.Must(t, err)
 		defer b.Close()
 		end := make(chan struct{})
 		op, err := a.Submit("x", func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
-		must(t, err)
+		testkit.Must(t, err)
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
 		var states []task.State
@@ -381,9 +394,9 @@ func TestWatchDeletedMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &hookGet{MemoryStore: task.NewMemoryStore()}
 		b, err := task.New(s)
-		must(t, err)
+		testkit.Must(t, err)
 		defer b.Close()
-		must(t, s.Save(&task.Operation{ID: "x", Name: "x", State: task.StateRunning}))
+		testkit.Must(t, s.Save(&task.Operation{ID: "x", Name: "x", State: task.StateRunning}))
 		s.mu.Lock()
 		s.n, s.hook = 0, func(n int, op *task.Operation, err error) (*task.Operation, error) {
 			if n == 1 {
@@ -395,8 +408,12 @@ func TestWatchDeletedMeanwhile(t *testing.T) {
 			return nil, task.ErrNotFound
 		}
 		s.mu.Unlock()
-		for op, err := range b.Watch(t.Context(), "x") {
-			t.Log(op, err)
+		var last error
+		for _, err := range b.Watch(t.Context(), "x") {
+			last = err
+		}
+		if !errors.Is(last, task.ErrNotFound) {
+			t.Errorf("Watch ends with %v", last)
 		}
 	})
 }
@@ -405,31 +422,31 @@ func TestWatchDeletedMeanwhile(t *testing.T) {
 func TestDrainDuringRecovery(t *testing.T) {
 	path := t.TempDir() + "/t.db"
 	dead, err := task.OpenSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	for _, id := range []string{"x1", "x2"} {
-		must(t, dead.Save(&task.Operation{ID: id, Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
+		testkit.Must(t, dead.Save(&task.Operation{ID: id, Name: "x", State: task.StateRunning, CreatedAt: time.Now()}))
 	}
 	s, err := task.OpenSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.Close()
 	asked, gate := make(chan string, 10), make(chan bool)
 	m, err := task.New(s, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		asked <- op.ID
 		<-gate
-		return nothing, nil
+		return testkit.Nothing, nil
 	}))
-	must(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	testkit.Must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	results := make(chan error, 3)
 	for _, id := range []string{"x1", "x2"} {
 		go func() { _, err := m.Wait(ctx, id); results <- err }()
 	}
 	time.Sleep(200 * time.Millisecond)
-	must(t, dead.Close())
+	testkit.Must(t, dead.Close())
 	<-asked
 	go func() { time.Sleep(200 * time.Millisecond); close(gate) }()
-	must(t, m.Drain(ctx))
+	testkit.Must(t, m.Drain(ctx))
 	for range 2 {
 		if err := <-results; err == nil || err == context.DeadlineExceeded {
 			t.Error("waits for ever:", err)
@@ -443,23 +460,23 @@ func TestWatchTakeOver(t *testing.T) {
 	var dead []*task.SQLiteStore
 	for _, id := range []string{"x1", "x2"} {
 		s, err := task.OpenSQLite(path)
-		must(t, err)
-		must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning, CreatedAt: time.Now()}))
+		testkit.Must(t, err)
+		testkit.Must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning, CreatedAt: time.Now()}))
 		dead = append(dead, s)
 	}
 	s, err := task.OpenSQLite(path)
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.Close()
 	n := 0
 	m, err := task.New(s, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		if n++; n == 2 {
 			time.Sleep(400 * time.Millisecond)
 		}
-		return nothing, nil
+		return testkit.Nothing, nil
 	}))
-	must(t, err)
+	testkit.Must(t, err)
 	defer m.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	go func() {
 		time.Sleep(200 * time.Millisecond)
@@ -467,18 +484,22 @@ func TestWatchTakeOver(t *testing.T) {
 			s.Close()
 		}
 	}()
-	states := map[string][]task.State{}
+	states, finished := map[string][]task.State{}, 0
 	for op, err := range m.Watch(ctx) {
-		if err == nil {
-			states[op.ID] = append(states[op.ID], op.State)
+		testkit.Must(t, err)
+		if states[op.ID] = append(states[op.ID], op.State); op.State.Finished() {
+			finished++
+		}
+		if finished == len(dead) {
+			time.AfterFunc(300*time.Millisecond, cancel) // in which nothing may be told again
 		}
 	}
+	if len(states) != len(dead) {
+		t.Errorf("told of %d operations, want %d", len(states), len(dead))
+	}
 	for id, told := range states {
-		t.Log(id, told)
-		for i := range told[1:] {
-			if told[i] == told[i+1] {
-				t.Errorf("%s: %v", id, told)
-			}
+		if last := told[len(told)-1]; last != task.StateDone || len(slices.Compact(slices.Clone(told))) != len(told) {
+			t.Errorf("%s: %v", id, told)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-package task_test
+package idtest
 
 import (
 	"context"
@@ -38,13 +38,13 @@ func TestWithIDInvalid(t *testing.T) {
 		`!"$&'()*+,-.:;<=>@[]^_{|}~` + "`": true, "2024-02-29T12:00:00Z": true, "01890000-0000-7000-8000-000000000000": true,
 	} {
 		t.Run(fmt.Sprintf("%.40q", id), func(t *testing.T) {
-			m := newManager(t, openSQLite(t, ":memory:"))
-			op, err := m.Submit("x", nothing, task.WithID(id))
+			m := testkit.NewManager(t, testkit.OpenSQLite(t, ":memory:"))
+			op, err := m.Submit("x", testkit.Nothing, task.WithID(id))
 			if ok != (err == nil) || err == nil && op.ID != id || err != nil && (op != nil || len(err.Error()) > 300) {
 				t.Fatalf("Submit = %+v, %v", op, err)
 			}
 			if ok {
-				if got := wait(t, m, id); got.State != task.StateDone {
+				if got := testkit.Wait(t, m, id); got.State != task.StateDone {
 					t.Errorf("Wait = %+v", got)
 				}
 			}
@@ -56,34 +56,34 @@ func TestWithIDInvalid(t *testing.T) {
 }
 
 func TestWithIDExists(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		fn, started, release := testkit.Blocker(nil)
 		defer release()
-		first := submit(t, m, fn, task.WithID("a"), task.WithMetadata("tank"))
+		first := testkit.Submit(t, m, fn, task.WithID("a"), task.WithMetadata("tank"))
 		<-started
 		op, err := m.Submit("second", never, task.WithID("a"))
 		wantExists(t, op, err, "a", task.StateRunning)
 		if op.Name != first.Name || op.Metadata != "tank" {
 			t.Errorf("Submit has returned %+v", op)
 		}
-		other := submit(t, m, nothing, task.WithID("A"))
+		other := testkit.Submit(t, m, testkit.Nothing, task.WithID("A"))
 		release()
-		wait(t, m, "a")
-		wait(t, m, other.ID)
+		testkit.Wait(t, m, "a")
+		testkit.Wait(t, m, other.ID)
 		op, err = m.Submit("third", never, task.WithID("a"))
 		wantExists(t, op, err, "a", task.StateDone)
 
-		must(t, m.Close())
+		testkit.Must(t, m.Close())
 		if op, err := m.Submit("closed", never, task.WithID("a")); !errors.Is(err, task.ErrClosed) || op != nil {
 			t.Errorf("after Close: %+v, %v", op, err)
 		}
-		m = newManager(t, db)
+		m = testkit.NewManager(t, db)
 		op, err = m.Submit("restarted", never, task.WithID("a"))
 		wantExists(t, op, err, "a", task.StateDone)
 		if _, err := m.Prune(time.Now().Add(time.Hour)); errors.Is(err, errors.ErrUnsupported) {
 			return
 		}
-		if op := submit(t, m, nothing, task.WithID("a")); op.ID != "a" || wait(t, m, "a").State != task.StateDone {
+		if op := testkit.Submit(t, m, testkit.Nothing, task.WithID("a")); op.ID != "a" || testkit.Wait(t, m, "a").State != task.StateDone {
 			t.Errorf("after Prune: %+v", op)
 		}
 	})
@@ -92,15 +92,15 @@ func TestWithIDExists(t *testing.T) {
 // TestWithIDInterrupted: an interrupted operation keeps its ID.
 func TestWithIDInterrupted(t *testing.T) {
 	path := testkit.Path(t)
-	must(t, openSQLite(t, path).Save(&task.Operation{ID: "auto", Name: "left", State: task.StateRunning}))
-	sqliteExec(t, path, `UPDATE tasks SET owner = NULL`)
-	m := newManager(t, openSQLite(t, path))
+	testkit.Must(t, testkit.OpenSQLite(t, path).Save(&task.Operation{ID: "auto", Name: "left", State: task.StateRunning}))
+	testkit.Exec(t, path, `UPDATE tasks SET owner = NULL`)
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	op, err := m.Submit("again", never, task.WithID("auto"))
 	wantExists(t, op, err, "auto", task.StateFailed)
 	if !op.Interrupted() {
 		t.Errorf("not interrupted: %+v", op)
 	}
-	if op := submit(t, m, nothing, task.WithID("auto.2")); op.Interrupted() || wait(t, m, op.ID).Interrupted() {
+	if op := testkit.Submit(t, m, testkit.Nothing, task.WithID("auto.2")); op.Interrupted() || testkit.Wait(t, m, op.ID).Interrupted() {
 		t.Errorf("interrupted: %+v", op)
 	}
 }
@@ -163,12 +163,12 @@ func submitAsync(m *task.Manager, name string, fn task.Func, opts ...task.Submit
 // one's commit.
 func TestSubmitTwiceAtOnce(t *testing.T) {
 	for name, opt := range map[string]task.SubmitOption{"WithID": task.WithID("a"), "WithUnique": task.WithUnique("a")} {
-		for _, failed := range []error{nil, errDisk} {
+		for _, failed := range []error{nil, testkit.ErrDisk} {
 			t.Run(fmt.Sprint(name, " ", failed), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					g := newGate(nil)
-					m := newManager(t, testkit.Bare(g.db))
-					first := submitAsync(m, "first", nothing, opt)
+					m := testkit.NewManager(t, testkit.Bare(g.db))
+					first := submitAsync(m, "first", testkit.Nothing, opt)
 					<-g.entered
 					var others []chan answer
 					for range 3 {
@@ -202,11 +202,11 @@ func TestSubmitTwiceAtOnce(t *testing.T) {
 func TestHiddenUntilStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
-		m := newManager(t, memory)
-		old := wait(t, m, submit(t, m, nothing, task.WithID("a")).ID)
-		must(t, m.Close())
+		m := testkit.NewManager(t, memory)
+		old := testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing, task.WithID("a")).ID)
+		testkit.Must(t, m.Close())
 		g := newGate(memory)
-		m = newManager(t, testkit.Bare(g.db))
+		m = testkit.NewManager(t, testkit.Bare(g.db))
 		var events []string
 		ctx, stop := context.WithCancel(t.Context())
 		all := m.Watch(ctx)
@@ -215,7 +215,7 @@ func TestHiddenUntilStored(t *testing.T) {
 		if got, ok := m.Get("a"); !ok || !testkit.Same(*got, *old) {
 			t.Errorf("Get = %+v, %v", got, ok)
 		}
-		if got := wait(t, m, "a"); !testkit.Same(*got, *old) {
+		if got := testkit.Wait(t, m, "a"); !testkit.Same(*got, *old) {
 			t.Errorf("Wait = %+v", got)
 		}
 		if err := m.Cancel("a"); !errors.Is(err, task.ErrNotFound) {
@@ -249,10 +249,10 @@ func TestHiddenUntilStored(t *testing.T) {
 // told of a Submit with its ID.
 func TestForeignWatchedWhileRefused(t *testing.T) {
 	memory := task.NewMemoryStore()
-	theirs, ours := newManager(t, memory), newManager(t, memory)
-	fn, started, release := blocker(nil)
+	theirs, ours := testkit.NewManager(t, memory), testkit.NewManager(t, memory)
+	fn, started, release := testkit.Blocker(nil)
 	defer release()
-	submit(t, theirs, fn, task.WithID("a"))
+	testkit.Submit(t, theirs, fn, task.WithID("a"))
 	<-started
 	changes := ours.Watch(t.Context(), "a")
 	op, err := ours.Submit("second", never, task.WithID("a"))
@@ -260,7 +260,7 @@ func TestForeignWatchedWhileRefused(t *testing.T) {
 	release()
 	var last task.State
 	for op, err := range changes {
-		must(t, err)
+		testkit.Must(t, err)
 		last = op.State
 	}
 	if last != task.StateDone {
@@ -293,8 +293,8 @@ func TestFoundBeforeAnswer(t *testing.T) {
 						<-answer
 					}
 				})
-				m := newManager(t, testkit.Bare(db))
-				submitted := submitAsync(m, "x", untilCancelled, task.WithID("a"))
+				m := testkit.NewManager(t, testkit.Bare(db))
+				submitted := submitAsync(m, "x", testkit.UntilCancelled, task.WithID("a"))
 				synctest.Wait() // the row is stored
 				called := make(chan error)
 				var state task.State
@@ -311,7 +311,7 @@ func TestFoundBeforeAnswer(t *testing.T) {
 				if a := <-submitted; a.err != nil {
 					t.Error(a.err)
 				}
-				if got := wait(t, m, "a"); got.State != task.StateCancelled || state != got.State {
+				if got := testkit.Wait(t, m, "a"); got.State != task.StateCancelled || state != got.State {
 					t.Errorf("%s, and then %+v", state, got)
 				}
 			})
@@ -329,9 +329,9 @@ func TestLostAnswer(t *testing.T) {
 				db := testkit.NewFake(open(t))
 				var m *task.Manager
 				if name == "four methods" {
-					m = newManager(t, testkit.Bare(db))
+					m = testkit.NewManager(t, testkit.Bare(db))
 				} else {
-					m = newManager(t, db)
+					m = testkit.NewManager(t, db)
 				}
 				var stored atomic.Value
 				db.After(func(c *testkit.Call) {
@@ -339,23 +339,23 @@ func TestLostAnswer(t *testing.T) {
 						return
 					}
 					stored.Store(c.Saves[0].ID)
-					if c.Err = errDisk; c.Method == "WriteBatch" {
-						c.Err, c.Errs = nil, slices.Repeat([]error{errDisk}, len(c.Errs))
+					if c.Err = testkit.ErrDisk; c.Method == "WriteBatch" {
+						c.Err, c.Errs = nil, slices.Repeat([]error{testkit.ErrDisk}, len(c.Errs))
 					}
 				})
 				opts := []task.SubmitOption{task.WithMetadata(metadata)}
 				if id != "" {
 					opts = append(opts, task.WithID(id))
 				}
-				if op, err := m.Submit("lost", never, opts...); !errors.Is(err, errDisk) || errors.Is(err, task.ErrExists) || op != nil {
+				if op, err := m.Submit("lost", never, opts...); !errors.Is(err, testkit.ErrDisk) || errors.Is(err, task.ErrExists) || op != nil {
 					t.Fatalf("Submit = %+v, %v", op, err)
 				}
 				if id != "" {
 					op, err := m.Submit("again", never, opts...)
 					wantExists(t, op, err, id)
 				}
-				got := wait(t, m, stored.Load().(string))
-				if got.State != task.StateFailed || got.Metadata != metadata || !strings.Contains(got.Error, errDisk.Error()) {
+				got := testkit.Wait(t, m, stored.Load().(string))
+				if got.State != task.StateFailed || got.Metadata != metadata || !strings.Contains(got.Error, testkit.ErrDisk.Error()) {
 					t.Errorf("stored %+v", got)
 				}
 			})
@@ -376,22 +376,22 @@ func TestSubmitAgainAfterFailure(t *testing.T) {
 					if bare {
 						db = testkit.Bare(fake)
 					}
-					m := newManager(t, db)
-					fake.Before(func(*testkit.Call) error { return errDisk })
-					if _, err := m.Submit("first", never, task.WithID("a")); !errors.Is(err, errDisk) {
+					m := testkit.NewManager(t, db)
+					fake.Before(func(*testkit.Call) error { return testkit.ErrDisk })
+					if _, err := m.Submit("first", never, task.WithID("a")); !errors.Is(err, testkit.ErrDisk) {
 						t.Fatalf("Submit: %v", err)
 					}
 					fake.Before(nil)
 					if other {
-						m = newManager(t, memory)
+						m = testkit.NewManager(t, memory)
 					}
-					submit(t, m, untilCancelled, task.WithID("a"))
+					testkit.Submit(t, m, testkit.UntilCancelled, task.WithID("a"))
 					time.Sleep(10 * time.Second)
 					if op, err := memory.Get("a"); err != nil || op.State != task.StateRunning {
 						t.Errorf("stored %+v, %v", op, err)
 					}
-					must(t, m.Cancel("a"))
-					if op := wait(t, m, "a"); op.State != task.StateCancelled {
+					testkit.Must(t, m.Cancel("a"))
+					if op := testkit.Wait(t, m, "a"); op.State != task.StateCancelled {
 						t.Errorf("it is %+v", op)
 					}
 				})
@@ -414,21 +414,21 @@ func TestLostAnswerWithoutOwners(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
 		db := testkit.NewFake(memory)
-		m := newManager(t, ownerless{testkit.Bare(db)})
+		m := testkit.NewManager(t, ownerless{testkit.Bare(db)})
 		db.After(func(c *testkit.Call) {
 			if c.Method == "Save" {
-				c.Err = errDisk
+				c.Err = testkit.ErrDisk
 			}
 		})
 		op, err := m.Submit("lost", never, task.WithID("a"))
-		if op != nil || !errors.Is(err, errDisk) || errors.Is(err, task.ErrExists) {
+		if op != nil || !errors.Is(err, testkit.ErrDisk) || errors.Is(err, task.ErrExists) {
 			t.Fatalf("Submit = %+v, %v", op, err)
 		}
 		time.Sleep(time.Second)
 		op, err = m.Submit("again", never, task.WithID("a"))
 		wantExists(t, op, err, "a", task.StatePending)
-		must(t, m.Close())
-		m = newManager(t, ownerless{testkit.Bare(memory)})
+		testkit.Must(t, m.Close())
+		m = testkit.NewManager(t, ownerless{testkit.Bare(memory)})
 		op, err = m.Submit("again", never, task.WithID("a"))
 		wantExists(t, op, err, "a", task.StateFailed)
 	})
@@ -454,17 +454,17 @@ func TestOthersRowAfterFailure(t *testing.T) {
 					if other.Owner != "" { // which tells enough
 						other.Owner, other.CreatedAt = "another manager", c.Saves[0].CreatedAt
 					}
-					must(t, memory.Save(&other))
-					return errDisk
+					testkit.Must(t, memory.Save(&other))
+					return testkit.ErrDisk
 				})
-				m := newManager(t, wrap(db))
+				m := testkit.NewManager(t, wrap(db))
 				op, err := m.Submit("x", never, task.WithID("a"))
 				wantExists(t, op, err, "a", task.StateRunning)
 				time.Sleep(10 * time.Second)
 				if got, err := memory.Get("a"); err != nil || got.State != task.StateRunning {
 					t.Errorf("stored %+v, %v", got, err)
 				}
-				must(t, m.Close())
+				testkit.Must(t, m.Close())
 			})
 		})
 	}
@@ -478,16 +478,16 @@ func TestUnknownInsertRefused(t *testing.T) {
 		db := testkit.NewFake(memory)
 		db.Before(func(c *testkit.Call) error {
 			if c.Method == "Update" && (c.ID == "0" || c.ID == "2") {
-				return errDisk
+				return testkit.ErrDisk
 			}
 			return nil
 		})
 		db.After(func(c *testkit.Call) {
 			if c.Method == "Save" {
-				c.Err = errDisk
+				c.Err = testkit.ErrDisk
 			}
 		})
-		m := newManager(t, testkit.Bare(db))
+		m := testkit.NewManager(t, testkit.Bare(db))
 		for i := range 5 {
 			m.Submit("lost", never, task.WithID(fmt.Sprint(i)))
 		}
@@ -514,14 +514,14 @@ func TestExistsNotLogged(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
 			db := open(t)
-			m := newManager(t, db)
-			wait(t, m, submit(t, m, nothing, task.WithID("a")).ID)
+			m := testkit.NewManager(t, db)
+			testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing, task.WithID("a")).ID)
 			m, l := testkit.NewLogged(t, db)
 			for range 3 {
 				op, err := m.Submit("again", never, task.WithID("a"))
 				wantExists(t, op, err, "a", task.StateDone)
 			}
-			must(t, m.Close())
+			testkit.Must(t, m.Close())
 			if text := l.String(); text != "" {
 				t.Errorf("logged: %s", text)
 			}
@@ -530,13 +530,13 @@ func TestExistsNotLogged(t *testing.T) {
 }
 
 func TestWithUnique(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		if op, err := m.Submit("x", never, task.WithUnique("")); err == nil || op != nil {
 			t.Errorf("empty key: %+v, %v", op, err)
 		}
-		fn, started, release := blocker(nil)
+		fn, started, release := testkit.Blocker(nil)
 		defer release()
-		first := submit(t, m, fn, task.WithUnique("scrub"), task.WithUnique("tank"), task.WithUnique("tank"))
+		first := testkit.Submit(t, m, fn, task.WithUnique("scrub"), task.WithUnique("tank"), task.WithUnique("tank"))
 		<-started
 		for _, key := range []string{"scrub", "tank"} {
 			op, err := m.Submit("second", never, task.WithUnique("other"), task.WithUnique(key))
@@ -544,17 +544,17 @@ func TestWithUnique(t *testing.T) {
 		}
 		op, err := m.Submit("second", never, task.WithUnique("tank"), task.WithID("b"))
 		wantExists(t, op, err, first.ID)
-		other := newManager(t, db)
+		other := testkit.NewManager(t, db)
 		if db, ok := db.(*task.SQLiteStore); ok { // the only kind here that several managers share
-			wait(t, other, submit(t, newManager(t, db), nothing, task.WithUnique("tank")).ID)
+			testkit.Wait(t, other, testkit.Submit(t, testkit.NewManager(t, db), testkit.Nothing, task.WithUnique("tank")).ID)
 		}
-		wait(t, m, submit(t, m, nothing, task.WithUnique("other")).ID) // it was not taken
+		testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing, task.WithUnique("other")).ID) // it was not taken
 		release()
-		wait(t, m, first.ID)
+		testkit.Wait(t, m, first.ID)
 		for range 3 {
-			op := submit(t, m, untilCancelled, task.WithUnique("tank"), task.WithUnique("scrub"))
-			must(t, m.Cancel(op.ID))
-			wait(t, m, op.ID)
+			op := testkit.Submit(t, m, testkit.UntilCancelled, task.WithUnique("tank"), task.WithUnique("scrub"))
+			testkit.Must(t, m.Cancel(op.ID))
+			testkit.Wait(t, m, op.ID)
 		}
 	})
 }
@@ -563,15 +563,15 @@ func TestWithUnique(t *testing.T) {
 func TestWithUniqueUntilStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
-		m := newManager(t, testkit.Bare(db))
+		m := testkit.NewManager(t, testkit.Bare(db))
 		db.Before(testkit.FailFinals)
-		first := submit(t, m, nothing, task.WithUnique("k"))
+		first := testkit.Submit(t, m, testkit.Nothing, task.WithUnique("k"))
 		time.Sleep(10 * time.Second)
 		op, err := m.Submit("second", never, task.WithUnique("k"))
 		wantExists(t, op, err, first.ID, task.StateRunning)
 		db.Before(nil)
-		wait(t, m, first.ID)
-		submit(t, m, nothing, task.WithUnique("k"))
+		testkit.Wait(t, m, first.ID)
+		testkit.Submit(t, m, testkit.Nothing, task.WithUnique("k"))
 	})
 }
 
@@ -582,16 +582,16 @@ func TestWithUniqueAndID(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				memory := task.NewMemoryStore()
-				must(t, memory.Save(&task.Operation{ID: "a", Name: "old", State: task.StateDone, CreatedAt: time.Now()}))
+				testkit.Must(t, memory.Save(&task.Operation{ID: "a", Name: "old", State: task.StateDone, CreatedAt: time.Now()}))
 				g := newGate(memory)
 				db := task.Persistence(g.db)
 				if bare {
 					db = testkit.Bare(db)
 				}
-				m := newManager(t, db)
+				m := testkit.NewManager(t, db)
 				first := submitAsync(m, "first", never, task.WithID("a"), task.WithUnique("k"))
 				<-g.entered
-				second := submitAsync(m, "second", nothing, task.WithUnique("k"))
+				second := submitAsync(m, "second", testkit.Nothing, task.WithUnique("k"))
 				third := submitAsync(m, "third", never, task.WithID("a"), task.WithUnique("k"))
 				synctest.Wait()
 				g.answer <- nil
@@ -612,9 +612,9 @@ func TestSameIDAtOnce(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
 			db := open(t)
-			managers := []*task.Manager{newManager(t, db)}
+			managers := []*task.Manager{testkit.NewManager(t, db)}
 			if name != "four methods" {
-				managers = append(managers, newManager(t, db))
+				managers = append(managers, testkit.NewManager(t, db))
 			}
 			const ids, each = 50, 4
 			var runs [ids]atomic.Int32
@@ -637,7 +637,7 @@ func TestSameIDAtOnce(t *testing.T) {
 			}
 			all.Wait()
 			for i := range ids {
-				if op := wait(t, managers[0], fmt.Sprint("id-", i)); op.State != task.StateDone || runs[i].Load() != 1 {
+				if op := testkit.Wait(t, managers[0], fmt.Sprint("id-", i)); op.State != task.StateDone || runs[i].Load() != 1 {
 					t.Errorf("%s is %s after %d runs", op.ID, op.State, runs[i].Load())
 				}
 			}
@@ -650,8 +650,8 @@ func TestSameIDAtOnce(t *testing.T) {
 func TestWithIDRaces(t *testing.T) {
 	path := testkit.FastPath(t)
 	for round := range 20 {
-		store := openSQLite(t, path)
-		m := newManager(t, store)
+		store := testkit.OpenSQLite(t, path)
+		m := testkit.NewManager(t, store)
 		var runs atomic.Int32
 		var all sync.WaitGroup
 		id := fmt.Sprint("id-", round)
@@ -674,7 +674,7 @@ func TestWithIDRaces(t *testing.T) {
 		}
 		all.Go(func() {
 			time.Sleep(time.Duration(round) * 50 * time.Microsecond)
-			must(t, m.Close())
+			testkit.Must(t, m.Close())
 		})
 		all.Wait()
 		if n := runs.Load(); n > 1 {
@@ -683,7 +683,7 @@ func TestWithIDRaces(t *testing.T) {
 		if op, err := store.Get(id); err == nil && !op.State.Finished() {
 			t.Errorf("left %+v", op)
 		}
-		must(t, store.Close())
+		testkit.Must(t, store.Close())
 	}
 }
 
@@ -693,12 +693,12 @@ func TestSQLiteExists(t *testing.T) {
 	for _, conflict := range []string{"", "ON CONFLICT REPLACE", "ON CONFLICT ROLLBACK", "ON CONFLICT IGNORE"} {
 		t.Run("table "+conflict, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "tasks.db")
-			sqliteExec(t, path, `CREATE TABLE tasks (id TEXT PRIMARY KEY `+conflict+`, name TEXT NOT NULL, state TEXT NOT NULL,
+			testkit.Exec(t, path, `CREATE TABLE tasks (id TEXT PRIMARY KEY `+conflict+`, name TEXT NOT NULL, state TEXT NOT NULL,
 				progress INTEGER DEFAULT 0, metadata TEXT, result TEXT, error TEXT, created_at DATETIME, updated_at DATETIME)`)
-			sqliteExec(t, path, `CREATE TRIGGER ignore BEFORE INSERT ON tasks WHEN new.name = 'ignored' BEGIN SELECT RAISE(IGNORE); END`)
-			sqliteExec(t, path, `CREATE UNIQUE INDEX names ON tasks (name)`)
-			store := openSQLite(t, path)
-			must(t, store.Save(&task.Operation{ID: "a", Name: "first", State: task.StateRunning}))
+			testkit.Exec(t, path, `CREATE TRIGGER ignore BEFORE INSERT ON tasks WHEN new.name = 'ignored' BEGIN SELECT RAISE(IGNORE); END`)
+			testkit.Exec(t, path, `CREATE UNIQUE INDEX names ON tasks (name)`)
+			store := testkit.OpenSQLite(t, path)
+			testkit.Must(t, store.Save(&task.Operation{ID: "a", Name: "first", State: task.StateRunning}))
 			op := func(id, name string) *task.Operation {
 				return &task.Operation{ID: id, Name: name, State: task.StatePending}
 			}
@@ -723,13 +723,13 @@ func TestSQLiteExists(t *testing.T) {
 // TestOrderOfGivenIDs: what is told at first by Watch is in the order of
 // submission, whatever the IDs are.
 func TestOrderOfGivenIDs(t *testing.T) {
-	m := newManager(t, nil, task.WithLimit(1))
+	m := testkit.NewManager(t, nil, task.WithLimit(1))
 	ids := []string{"z", "m", "a", "y"}
 	for _, id := range ids {
-		submit(t, m, untilCancelled, task.WithID(id))
+		testkit.Submit(t, m, testkit.UntilCancelled, task.WithID(id))
 	}
 	present, _, err := m.Raw().Subscribe(t.Context())
-	must(t, err)
+	testkit.Must(t, err)
 	var got []string
 	for _, op := range present {
 		got = append(got, op.ID)

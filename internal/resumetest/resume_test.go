@@ -1,4 +1,4 @@
-package task_test
+package resumetest
 
 import (
 	"context"
@@ -33,11 +33,11 @@ func orphan(id string) *task.Operation {
 // leaveOrphans has a dead process leave operations in a database.
 func leaveOrphans(t *testing.T, path string, ops ...*task.Operation) {
 	t.Helper()
-	dead := openSQLite(t, path)
+	dead := testkit.OpenSQLite(t, path)
 	for _, op := range ops {
-		must(t, dead.Save(op))
+		testkit.Must(t, dead.Save(op))
 	}
-	must(t, dead.Close())
+	testkit.Must(t, dead.Close())
 }
 
 // orphanStores open stores in which a dead process has left operations.
@@ -45,19 +45,19 @@ var orphanStores = map[string]func(t *testing.T, ops ...*task.Operation) task.Pe
 	"SQLite": func(t *testing.T, ops ...*task.Operation) task.Persistence {
 		path := testkit.Path(t)
 		leaveOrphans(t, path, ops...)
-		return openSQLite(t, path)
+		return testkit.OpenSQLite(t, path)
 	},
 	"memory": func(t *testing.T, ops ...*task.Operation) task.Persistence {
 		memory := task.NewMemoryStore()
 		for _, op := range ops {
-			must(t, memory.Save(op))
+			testkit.Must(t, memory.Save(op))
 		}
 		return memory
 	},
 	"four methods": func(t *testing.T, ops ...*task.Operation) task.Persistence {
 		memory := task.NewMemoryStore()
 		for _, op := range ops {
-			must(t, memory.Save(op))
+			testkit.Must(t, memory.Save(op))
 		}
 		return testkit.Bare(memory)
 	},
@@ -79,7 +79,7 @@ func TestResume(t *testing.T) {
 		asked := make(map[string]*task.Operation)
 		release := make(chan struct{})
 		start := time.Now().Add(-time.Microsecond)
-		m := newManager(t, db, quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		m := testkit.NewManager(t, db, testkit.Quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 			asked[op.ID] = op
 			return func(ctx context.Context, update func(int)) (any, error) {
 				now, _ := task.FromContext(ctx)
@@ -100,14 +100,14 @@ func TestResume(t *testing.T) {
 				t.Errorf("after New, %s is %+v", id, op)
 			}
 		}
-		if op := wait(t, m, "cancelling"); op.State != task.StateFailed || op.Error != testkit.RestartText {
+		if op := testkit.Wait(t, m, "cancelling"); op.State != task.StateFailed || op.Error != testkit.RestartText {
 			t.Errorf("cancelling is %+v", op)
 		}
 		close(release)
 		for _, want := range []*task.Operation{running, pending} {
-			op := wait(t, m, want.ID)
+			op := testkit.Wait(t, m, want.ID)
 			var at task.Operation
-			must(t, op.DecodeResult(&at))
+			testkit.Must(t, op.DecodeResult(&at))
 			if op.State != task.StateDone || op.Name != want.Name || !op.CreatedAt.Equal(want.CreatedAt) ||
 				fmt.Sprint(op.Metadata) != fmt.Sprint(want.Metadata) || op.StartedAt.Before(start) {
 				t.Errorf("finished as %+v", op)
@@ -116,7 +116,7 @@ func TestResume(t *testing.T) {
 				t.Errorf("ran as %+v", at)
 			}
 			stored, err := db.Get(want.ID)
-			must(t, err)
+			testkit.Must(t, err)
 			if stored.State != task.StateDone || stored.Owner != op.Owner {
 				t.Errorf("stored as %+v", stored)
 			}
@@ -127,32 +127,36 @@ func TestResume(t *testing.T) {
 // TestResumeRefused has the function of WithResume, or an option, fail.
 func TestResumeRefused(t *testing.T) {
 	for name, f := range map[string]func() (task.Func, []task.SubmitOption){
-		"nil":      func() (task.Func, []task.SubmitOption) { return nil, []task.SubmitOption{task.WithLock("")} },
-		"panic":    func() (task.Func, []task.SubmitOption) { panic("oh") },
-		"Goexit":   func() (task.Func, []task.SubmitOption) { runtime.Goexit(); return nothing, nil },
-		"option":   func() (task.Func, []task.SubmitOption) { return nothing, []task.SubmitOption{task.WithLock("")} },
-		"metadata": func() (task.Func, []task.SubmitOption) { return nothing, []task.SubmitOption{task.WithMetadata(t.Run)} },
+		"nil":    func() (task.Func, []task.SubmitOption) { return nil, []task.SubmitOption{task.WithLock("")} },
+		"panic":  func() (task.Func, []task.SubmitOption) { panic("oh") },
+		"Goexit": func() (task.Func, []task.SubmitOption) { runtime.Goexit(); return testkit.Nothing, nil },
+		"option": func() (task.Func, []task.SubmitOption) {
+			return testkit.Nothing, []task.SubmitOption{task.WithLock("")}
+		},
+		"metadata": func() (task.Func, []task.SubmitOption) {
+			return testkit.Nothing, []task.SubmitOption{task.WithMetadata(t.Run)}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
 				log := new(testkit.Log)
-				m := newManager(t, open(orphan("good"), orphan("bad"), orphan("fine")), log.Option(),
+				m := testkit.NewManager(t, open(orphan("good"), orphan("bad"), orphan("fine")), log.Option(),
 					task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 						if op.ID == "bad" {
 							return f()
 						}
-						return nothing, []task.SubmitOption{nil, task.WithMetadata("ignored"), task.WithLock("x")}
+						return testkit.Nothing, []task.SubmitOption{nil, task.WithMetadata("ignored"), task.WithLock("x")}
 					}))
-				op := wait(t, m, "bad")
+				op := testkit.Wait(t, m, "bad")
 				if op.State != task.StateFailed || op.Error != testkit.RestartText || op.Message != "half done" || !op.Interrupted() {
 					t.Errorf("refused: %+v", op)
 				}
 				for _, id := range []string{"good", "fine"} {
-					if op := wait(t, m, id); op.State != task.StateDone || fmt.Sprint(op.Metadata) != fmt.Sprint(orphan(id).Metadata) {
+					if op := testkit.Wait(t, m, id); op.State != task.StateDone || fmt.Sprint(op.Metadata) != fmt.Sprint(orphan(id).Metadata) {
 						t.Errorf("resumed: %+v", op)
 					}
 				}
-				must(t, m.Close())
+				testkit.Must(t, m.Close())
 				want := 1
 				if name == "nil" {
 					want = 0
@@ -201,7 +205,7 @@ func TestResumeOrder(t *testing.T) {
 	var mu sync.Mutex
 	var got []string
 	var running atomic.Int32
-	m := newManager(t, openSQLite(t, path), quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path), testkit.Quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		return func(context.Context, func(int)) (any, error) {
 			if n := running.Add(1); n > 1 {
 				t.Errorf("%d run at once", n)
@@ -214,7 +218,7 @@ func TestResumeOrder(t *testing.T) {
 		}, []task.SubmitOption{task.WithLock("key")}
 	}))
 	for _, id := range want {
-		wait(t, m, id)
+		testkit.Wait(t, m, id)
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("ran in the order %q", got)
@@ -225,17 +229,17 @@ func TestResumeOrder(t *testing.T) {
 // has its key.
 func TestResumeHoldsKey(t *testing.T) {
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
-		fn, started, release := blocker(nil)
+		fn, started, release := testkit.Blocker(nil)
 		defer release()
-		m := newManager(t, open(orphan("scrub")), quiet, resuming(fn, task.WithLock("pool")))
+		m := testkit.NewManager(t, open(orphan("scrub")), testkit.Quiet, resuming(fn, task.WithLock("pool")))
 		<-started
-		op := submit(t, m, nothing, task.WithLock("pool"))
+		op := testkit.Submit(t, m, testkit.Nothing, task.WithLock("pool"))
 		if op.State != task.StatePending || op.WaitsFor != "scrub" {
 			t.Errorf("submitted: %+v, want it to wait", op)
 		}
 		release()
-		wait(t, m, "scrub")
-		if op := wait(t, m, op.ID); op.State != task.StateDone || op.WaitsFor != "" {
+		testkit.Wait(t, m, "scrub")
+		if op := testkit.Wait(t, m, op.ID); op.State != task.StateDone || op.WaitsFor != "" {
 			t.Errorf("finished: %+v", op)
 		}
 	})
@@ -258,9 +262,9 @@ func TestResumeRace(t *testing.T) {
 		var runs [n]atomic.Int32
 		var all sync.WaitGroup
 		for range 2 {
-			store := openSQLite(t, path)
+			store := testkit.OpenSQLite(t, path)
 			all.Go(func() {
-				m := newManager(t, store, quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+				m := testkit.NewManager(t, store, testkit.Quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 					return func(context.Context, func(int)) (any, error) {
 						var i int
 						fmt.Sscan(op.ID, &i)
@@ -269,7 +273,7 @@ func TestResumeRace(t *testing.T) {
 					}, nil
 				}))
 				for _, op := range ops {
-					if op := wait(t, m, op.ID); op.State != task.StateDone {
+					if op := testkit.Wait(t, m, op.ID); op.State != task.StateDone {
 						t.Errorf("round %d: %+v", round, op)
 					}
 				}
@@ -288,16 +292,16 @@ func TestResumeRace(t *testing.T) {
 func TestResumeMany(t *testing.T) {
 	const n = 5000
 	path := testkit.FastPath(t)
-	store := openSQLite(t, path)
+	store := testkit.OpenSQLite(t, path)
 	testkit.Fill(t, path, n, uuid.NewString(), "-1 hour")
 	var asked, ran atomic.Int32
-	m := newManager(t, store, quiet, task.WithLimit(10), task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+	m := testkit.NewManager(t, store, testkit.Quiet, task.WithLimit(10), task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		if asked.Add(1)%5 == 0 {
 			return nil, nil
 		}
 		return func(context.Context, func(int)) (any, error) { ran.Add(1); return nil, nil }, nil
 	}))
-	must(t, m.Shutdown(t.Context()))
+	testkit.Must(t, m.Shutdown(t.Context()))
 	if asked.Load() != n || ran.Load() != n*4/5 {
 		t.Errorf("asked for %d and ran %d of %d", asked.Load(), ran.Load(), n)
 	}
@@ -314,18 +318,18 @@ func TestResumeMany(t *testing.T) {
 func TestResumeAfterCrash(t *testing.T) {
 	path := testkit.Path(t)
 	leaveOrphans(t, path, orphan("a"), orphan("b"))
-	crashed := openSQLite(t, path)
+	crashed := testkit.OpenSQLite(t, path)
 	for op, err := range crashed.Recover("gone", func(*task.Operation) bool { return true }) {
-		must(t, err)
+		testkit.Must(t, err)
 		if op.State != task.StatePending || op.Owner != crashed.Owner() {
 			t.Errorf("taken over: %+v", op)
 		}
 		break
 	}
-	must(t, crashed.Close())
-	m := newManager(t, openSQLite(t, path), quiet, resuming(nothing))
+	testkit.Must(t, crashed.Close())
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path), testkit.Quiet, resuming(testkit.Nothing))
 	for _, id := range []string{"a", "b"} {
-		if op := wait(t, m, id); op.State != task.StateDone {
+		if op := testkit.Wait(t, m, id); op.State != task.StateDone {
 			t.Errorf("%+v", op)
 		}
 	}
@@ -349,9 +353,9 @@ func TestResumeOvertaken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			path := testkit.Path(t)
 			leaveOrphans(t, path, orphan("a"))
-			store := openSQLite(t, path)
-			m := newManager(t, store, quiet, task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) {
-				sqliteExec(t, path, tt.stmt)
+			store := testkit.OpenSQLite(t, path)
+			m := testkit.NewManager(t, store, testkit.Quiet, task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) {
+				testkit.Exec(t, path, tt.stmt)
 				return func(context.Context, func(int)) (any, error) { t.Error("it has run"); return nil, nil }, nil
 			}))
 			op, ok := m.Get("a")
@@ -366,9 +370,9 @@ func TestResumeOvertaken(t *testing.T) {
 // up nothing but Close, after which nothing is resumed.
 func TestResumeBlocked(t *testing.T) {
 	path := testkit.Path(t)
-	store, other, dying := openSQLite(t, path), openSQLite(t, path), openSQLite(t, path)
+	store, other, dying := testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
 	asked, release := make(chan struct{}), make(chan struct{})
-	m := newManager(t, store, quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+	m := testkit.NewManager(t, store, testkit.Quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		if op.ID == "a" {
 			close(asked)
 			<-release
@@ -376,28 +380,28 @@ func TestResumeBlocked(t *testing.T) {
 		return func(context.Context, func(int)) (any, error) { t.Error(op.ID + " runs after Close"); return nil, nil }, nil
 	}))
 	a, b := orphan("a"), orphan("b")
-	must(t, dying.Save(a))
-	must(t, dying.Save(b))
-	living := newManager(t, other, quiet)
-	must(t, dying.Close())
+	testkit.Must(t, dying.Save(a))
+	testkit.Must(t, dying.Save(b))
+	living := testkit.NewManager(t, other, testkit.Quiet)
+	testkit.Must(t, dying.Close())
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	waited := make(chan error, 1)
 	go func() { _, err := m.Wait(ctx, "a"); waited <- err }()
 	<-asked
 
-	op := submit(t, living, nothing)
-	if op := wait(t, m, op.ID); op.State != task.StateDone {
+	op := testkit.Submit(t, living, testkit.Nothing)
+	if op := testkit.Wait(t, m, op.ID); op.State != task.StateDone {
 		t.Errorf("another's: %+v", op)
 	}
-	wait(t, m, submit(t, m, nothing).ID)
+	testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing).ID)
 	closing, end := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer end()
 	if err := m.CloseContext(closing); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Close does not wait: %v", err)
 	}
 	close(release)
-	must(t, m.Close())
+	testkit.Must(t, m.Close())
 	cancel()
 	if err := <-waited; !errors.Is(err, task.ErrClosed) {
 		t.Errorf("Wait: %v", err)
@@ -405,10 +409,10 @@ func TestResumeBlocked(t *testing.T) {
 	if left := testkit.Stored(t, store).Unfinished(); len(left) != 2 {
 		t.Errorf("%q are left, want both", left)
 	}
-	must(t, store.Close())
-	next := newManager(t, other, quiet, resuming(nothing))
+	testkit.Must(t, store.Close())
+	next := testkit.NewManager(t, other, testkit.Quiet, resuming(testkit.Nothing))
 	for _, id := range []string{"a", "b"} {
-		if op := wait(t, next, id); op.State != task.StateDone {
+		if op := testkit.Wait(t, next, id); op.State != task.StateDone {
 			t.Errorf("resumed: %+v", op)
 		}
 	}
@@ -418,15 +422,15 @@ func TestResumeBlocked(t *testing.T) {
 // resumes it; each final state is shown once.
 func TestResumeByWaiting(t *testing.T) {
 	path := testkit.Path(t)
-	store, dying := openSQLite(t, path), openSQLite(t, path)
-	must(t, dying.Save(orphan("a")))
-	fn, started, release := blocker(nil)
+	store, dying := testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
+	testkit.Must(t, dying.Save(orphan("a")))
+	fn, started, release := testkit.Blocker(nil)
 	defer release()
-	m := newManager(t, store, quiet, resuming(fn))
-	events := m.Watch(t.Context(), "a", submit(t, m, untilCancelled).ID)
+	m := testkit.NewManager(t, store, testkit.Quiet, resuming(fn))
+	events := m.Watch(t.Context(), "a", testkit.Submit(t, m, testkit.UntilCancelled).ID)
 	waited := make(chan *task.Operation, 1)
-	go func() { waited <- wait(t, m, "a") }()
-	must(t, dying.Close())
+	go func() { waited <- testkit.Wait(t, m, "a") }()
+	testkit.Must(t, dying.Close())
 	<-started
 	release()
 	if op := <-waited; op.State != task.StateDone || op.ID != "a" {
@@ -435,7 +439,7 @@ func TestResumeByWaiting(t *testing.T) {
 	time.AfterFunc(300*time.Millisecond, func() { m.Close() })
 	var states []task.State
 	for op, err := range events {
-		must(t, err)
+		testkit.Must(t, err)
 		if op.ID == "a" && (len(states) == 0 || states[len(states)-1] != op.State || op.State.Finished()) {
 			states = append(states, op.State)
 		}
@@ -451,11 +455,11 @@ func TestResumeLater(t *testing.T) {
 		t.Run(method, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				memory := task.NewMemoryStore()
-				must(t, memory.Save(orphan("a")))
+				testkit.Must(t, memory.Save(orphan("a")))
 				fake := testkit.NewFake(memory)
 				fake.Before(func(c *testkit.Call) error {
 					if c.Method == method && c.N < 3 {
-						return errDisk
+						return testkit.ErrDisk
 					}
 					return nil
 				})
@@ -463,10 +467,10 @@ func TestResumeLater(t *testing.T) {
 				if method == "List" {
 					db = testkit.Bare(fake)
 				}
-				m := task.NewManager(db, quiet, resuming(nothing))
+				m := task.NewManager(db, testkit.Quiet, resuming(testkit.Nothing))
 				defer m.Close()
 				time.Sleep(time.Minute)
-				if op := wait(t, m, "a"); op.State != task.StateDone {
+				if op := testkit.Wait(t, m, "a"); op.State != task.StateDone {
 					t.Errorf("%+v", op)
 				}
 			})
@@ -479,21 +483,21 @@ func TestResumeLater(t *testing.T) {
 func TestResumeFails(t *testing.T) {
 	memory := task.NewMemoryStore()
 	for _, id := range []string{"a", "b", "c"} {
-		must(t, memory.Save(orphan(id)))
+		testkit.Must(t, memory.Save(orphan(id)))
 	}
 	fake := testkit.NewFake(memory)
 	fake.After(func(c *testkit.Call) {
 		if c.Method == "Recover" && c.Ops[0].ID == "b" {
-			c.Ops[0], c.Err = nil, errDisk
+			c.Ops[0], c.Err = nil, testkit.ErrDisk
 		}
 	})
 	ran := func(context.Context, func(int)) (any, error) { t.Error("it has run"); return nil, nil }
-	if m, err := task.New(fake, quiet, resuming(ran)); m != nil || !errors.Is(err, errDisk) {
+	if m, err := task.New(fake, testkit.Quiet, resuming(ran)); m != nil || !errors.Is(err, testkit.ErrDisk) {
 		t.Errorf("New: %v, %v", m, err)
 	}
-	m := newManager(t, memory, quiet, resuming(nothing))
+	m := testkit.NewManager(t, memory, testkit.Quiet, resuming(testkit.Nothing))
 	for _, id := range []string{"a", "b", "c"} {
-		if op := wait(t, m, id); op.State != task.StateDone {
+		if op := testkit.Wait(t, m, id); op.State != task.StateDone {
 			t.Errorf("%+v", op)
 		}
 	}
@@ -503,24 +507,24 @@ func TestResumeFails(t *testing.T) {
 // runs itself.
 func TestResumeNotOwn(t *testing.T) {
 	path := testkit.Path(t)
-	living, dead := openSQLite(t, path), openSQLite(t, path)
+	living, dead := testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
 	moving := testkit.NewFake(dead)
-	m := newManager(t, moving, quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
+	m := testkit.NewManager(t, moving, testkit.Quiet, task.WithResume(func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		t.Errorf("asked for %+v", op)
 		return nil, nil
 	}))
-	fn, started, release := blocker(nil)
+	fn, started, release := testkit.Blocker(nil)
 	defer release()
-	op := submit(t, m, fn)
+	op := testkit.Submit(t, m, fn)
 	<-started
-	other, another := openSQLite(t, path), orphan("another's")
-	must(t, other.Save(another))
+	other, another := testkit.OpenSQLite(t, path), orphan("another's")
+	testkit.Must(t, other.Save(another))
 	moving.Swap(living)
-	must(t, dead.Close())
+	testkit.Must(t, dead.Close())
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	m.Wait(ctx, another.ID) // has the dead looked at
-	must(t, testkit.Until(func() bool { got, err := living.Get(op.ID); return err == nil && got.State == task.StateFailed }))
+	testkit.Must(t, testkit.Until(func() bool { got, err := living.Get(op.ID); return err == nil && got.State == task.StateFailed }))
 }
 
 // TestDrainWithResume: what has not started is left to the next start.
@@ -528,12 +532,12 @@ func TestDrainWithResume(t *testing.T) {
 	for _, drain := range []bool{true, false} {
 		t.Run(fmt.Sprint(drain), func(t *testing.T) {
 			path := testkit.Path(t)
-			store := openSQLite(t, path)
-			fn, started, release := blocker(nil)
+			store := testkit.OpenSQLite(t, path)
+			fn, started, release := testkit.Blocker(nil)
 			defer release()
-			m := newManager(t, store, quiet, task.WithLimit(1), resuming(nothing))
-			running := submit(t, m, fn)
-			waiting := submit(t, m, nothing, task.WithMetadata("tank"))
+			m := testkit.NewManager(t, store, testkit.Quiet, task.WithLimit(1), resuming(testkit.Nothing))
+			running := testkit.Submit(t, m, fn)
+			waiting := testkit.Submit(t, m, testkit.Nothing, task.WithMetadata("tank"))
 			<-started
 			end := m.Close
 			if drain {
@@ -544,16 +548,16 @@ func TestDrainWithResume(t *testing.T) {
 			go func() { ended <- end() }()
 			err := <-waited
 			release()
-			must(t, <-ended)
+			testkit.Must(t, <-ended)
 			if errors.Is(err, task.ErrClosed) != drain || (err == nil) == drain {
 				t.Errorf("Wait: %v", err)
 			}
 			if op, err := store.Get(running.ID); err != nil || op.State != task.StateDone {
 				t.Errorf("running: %+v, %v", op, err)
 			}
-			must(t, store.Close())
-			next := newManager(t, openSQLite(t, path), quiet, resuming(nothing))
-			op := wait(t, next, waiting.ID)
+			testkit.Must(t, store.Close())
+			next := testkit.NewManager(t, testkit.OpenSQLite(t, path), testkit.Quiet, resuming(testkit.Nothing))
+			op := testkit.Wait(t, next, waiting.ID)
 			if drain != (op.State == task.StateDone) || op.Metadata != "tank" || op.Interrupted() == drain {
 				t.Errorf("after the next start: %+v", op)
 			}
@@ -572,9 +576,9 @@ func TestDrainDuringSubmit(t *testing.T) {
 		}
 		return nil
 	})
-	m := newManager(t, testkit.Bare(db), quiet, resuming(nothing))
+	m := testkit.NewManager(t, testkit.Bare(db), testkit.Quiet, resuming(testkit.Nothing))
 	submitted := make(chan *task.Operation, 1)
-	go func() { op, _ := m.Submit("x", nothing); submitted <- op }()
+	go func() { op, _ := m.Submit("x", testkit.Nothing); submitted <- op }()
 	<-entered
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -583,7 +587,7 @@ func TestDrainDuringSubmit(t *testing.T) {
 	}
 	close(release)
 	op := <-submitted
-	must(t, m.Drain(t.Context()))
+	testkit.Must(t, m.Drain(t.Context()))
 	if got, err := db.Get(op.ID); err != nil || got.State != task.StatePending {
 		t.Errorf("%+v, %v", got, err)
 	}
@@ -599,20 +603,20 @@ func TestSetMessage(t *testing.T) {
 		"empty":       {"", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+			testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 				for _, state := range []task.State{task.StateDone, task.StateFailed, task.StateCancelled} {
-					op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
-						must(t, task.SetMessage(ctx, "before"))
-						must(t, task.SetMessage(ctx, tt.text))
+					op := testkit.Submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+						testkit.Must(t, task.SetMessage(ctx, "before"))
+						testkit.Must(t, task.SetMessage(ctx, tt.text))
 						now, _ := task.FromContext(ctx)
-						must(t, task.Checkpoint(ctx))
+						testkit.Must(t, task.Checkpoint(ctx))
 						stored, err := db.Get(now.ID)
 						if err != nil || stored.Message != tt.want || now.Message != tt.want {
 							t.Errorf("shown %q, stored %q, %v", now.Message, stored.Message, err)
 						}
 						switch state {
 						case task.StateFailed:
-							return nil, errDisk
+							return nil, testkit.ErrDisk
 						case task.StateCancelled:
 							now.Cancel()
 							return nil, context.Canceled
@@ -623,7 +627,7 @@ func TestSetMessage(t *testing.T) {
 					if state == task.StateDone {
 						want = ""
 					}
-					if op := wait(t, m, op.ID); op.State != state || op.Message != want {
+					if op := testkit.Wait(t, m, op.ID); op.State != state || op.Message != want {
 						t.Errorf("finished: %+v, want the message %q", op, want)
 					}
 					if op, err := db.Get(op.ID); err != nil || op.Message != want {
@@ -639,14 +643,14 @@ func TestSetMessage(t *testing.T) {
 func TestSetMessageUnchanged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
-		m := task.NewManager(db, quiet)
+		m := task.NewManager(db, testkit.Quiet)
 		defer m.Close()
-		submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
-			must(t, task.SetMessage(ctx, "same"))
+		testkit.Submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+			testkit.Must(t, task.SetMessage(ctx, "same"))
 			time.Sleep(time.Second)
 			before, _ := task.FromContext(ctx)
 			writes := db.Count("WriteBatch")
-			must(t, task.SetMessage(ctx, "same"))
+			testkit.Must(t, task.SetMessage(ctx, "same"))
 			time.Sleep(time.Second)
 			if after, _ := task.FromContext(ctx); !after.UpdatedAt.Equal(before.UpdatedAt) || db.Count("WriteBatch") != writes {
 				t.Errorf("%d writes, then %d; %+v", writes, db.Count("WriteBatch"), after)
@@ -660,21 +664,21 @@ func TestSetMessageUnchanged(t *testing.T) {
 func TestSetMessageHanging(t *testing.T) {
 	db := testkit.NewFake(nil)
 	release := make(chan struct{})
-	m := newManager(t, db, quiet)
+	m := testkit.NewManager(t, db, testkit.Quiet)
 	var kept context.Context
-	op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+	op := testkit.Submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
 		kept = ctx
 		db.Before(func(c *testkit.Call) error { <-release; return nil })
 		defer close(release)
 		for i := range 1000 {
-			must(t, task.SetMessage(ctx, fmt.Sprint(i)))
+			testkit.Must(t, task.SetMessage(ctx, fmt.Sprint(i)))
 		}
 		if now, _ := task.FromContext(ctx); now.Message != "999" {
 			t.Errorf("Get: %+v", now)
 		}
-		return nil, errDisk
+		return nil, testkit.ErrDisk
 	})
-	if op := wait(t, m, op.ID); op.Message != "999" {
+	if op := testkit.Wait(t, m, op.ID); op.Message != "999" {
 		t.Errorf("finished: %+v", op)
 	}
 	if err := task.SetMessage(kept, "late"); err == nil || !strings.Contains(err.Error(), op.ID) {
@@ -687,13 +691,13 @@ func TestSetMessageHanging(t *testing.T) {
 
 // TestWaitsFor looks at operations that wait for a key, and for a slot.
 func TestWaitsFor(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		fn, started, release := blocker(nil)
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		fn, started, release := testkit.Blocker(nil)
 		defer release()
-		holder := submit(t, m, fn, task.WithLock("tank"))
+		holder := testkit.Submit(t, m, fn, task.WithLock("tank"))
 		<-started
-		second := submit(t, m, nothing, task.WithLock("free"), task.WithLock("tank"))
-		third := submit(t, m, nothing, task.WithLock("free"))
+		second := testkit.Submit(t, m, testkit.Nothing, task.WithLock("free"), task.WithLock("tank"))
+		third := testkit.Submit(t, m, testkit.Nothing, task.WithLock("free"))
 		want := map[string]string{holder.ID: "", second.ID: holder.ID, third.ID: second.ID}
 		seen := func(from string, op *task.Operation) {
 			t.Helper()
@@ -703,7 +707,7 @@ func TestWaitsFor(t *testing.T) {
 		}
 		seen("Submit", second)
 		ops, err := m.List(10, 0)
-		must(t, err)
+		testkit.Must(t, err)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		for _, op := range ops {
@@ -720,7 +724,7 @@ func TestWaitsFor(t *testing.T) {
 			}
 		}
 		present, _, err := m.Raw().Subscribe(ctx)
-		must(t, err)
+		testkit.Must(t, err)
 		if len(present) != 3 {
 			t.Errorf("%d present states", len(present))
 		}
@@ -729,7 +733,7 @@ func TestWaitsFor(t *testing.T) {
 		}
 		release()
 		for id := range want {
-			if op := wait(t, m, id); op.WaitsFor != "" {
+			if op := testkit.Wait(t, m, id); op.WaitsFor != "" {
 				t.Errorf("finished: %+v", op)
 			}
 		}
@@ -737,12 +741,12 @@ func TestWaitsFor(t *testing.T) {
 }
 
 func TestWaitsForSlot(t *testing.T) {
-	m := newManager(t, nil, quiet, task.WithLimit(1))
-	fn, started, release := blocker(nil)
+	m := testkit.NewManager(t, nil, testkit.Quiet, task.WithLimit(1))
+	fn, started, release := testkit.Blocker(nil)
 	defer release()
-	submit(t, m, fn)
+	testkit.Submit(t, m, fn)
 	<-started
-	if op := submit(t, m, nothing, task.WithLock("free")); op.State != task.StatePending || op.WaitsFor != "" {
+	if op := testkit.Submit(t, m, testkit.Nothing, task.WithLock("free")); op.State != task.StatePending || op.WaitsFor != "" {
 		t.Errorf("%+v", op)
 	}
 }
@@ -750,26 +754,26 @@ func TestWaitsForSlot(t *testing.T) {
 // TestResumeUnique: the unique keys of resumed operations count.
 func TestResumeUnique(t *testing.T) {
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
-		fn, started, release := blocker(nil)
+		fn, started, release := testkit.Blocker(nil)
 		defer release()
 		first, second := orphan("first"), orphan("second")
 		second.CreatedAt = first.CreatedAt.Add(time.Second)
-		m := newManager(t, open(first, second), quiet, resuming(fn, task.WithUnique("scrub"), task.WithID("ignored")))
+		m := testkit.NewManager(t, open(first, second), testkit.Quiet, resuming(fn, task.WithUnique("scrub"), task.WithID("ignored")))
 		<-started
-		op, err := m.Submit("scrub", nothing, task.WithUnique("scrub"))
+		op, err := m.Submit("scrub", testkit.Nothing, task.WithUnique("scrub"))
 		if !errors.Is(err, task.ErrExists) || op == nil || op.ID != "first" {
 			t.Errorf("Submit = %+v, %v", op, err)
 		}
-		if op := wait(t, m, "second"); op.State != task.StateFailed || !op.Interrupted() {
+		if op := testkit.Wait(t, m, "second"); op.State != task.StateFailed || !op.Interrupted() {
 			t.Errorf("another with the key: %+v", op)
 		}
 		release()
-		if op := wait(t, m, "first"); op.State != task.StateDone {
+		if op := testkit.Wait(t, m, "first"); op.State != task.StateDone {
 			t.Errorf("%+v", op)
 		}
-		op, err = m.Submit("scrub", nothing, task.WithUnique("scrub"))
-		must(t, err)
-		wait(t, m, op.ID)
+		op, err = m.Submit("scrub", testkit.Nothing, task.WithUnique("scrub"))
+		testkit.Must(t, err)
+		testkit.Wait(t, m, op.ID)
 		if op, ok := m.Get("ignored"); ok {
 			t.Errorf("resumed as %+v", op)
 		}

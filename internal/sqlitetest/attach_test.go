@@ -1,8 +1,9 @@
-package task_test
+//go:build cgo && !task_nosqlite3
+
+package sqlitetest
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"fmt"
 	"os"
@@ -27,30 +28,6 @@ func attach(t *testing.T, path string) *task.SQLiteStore {
 	return store
 }
 
-// attachTraces returns what opening a database could change: the files beside it, its
-// schema and its settings. The database must be open elsewhere, so that SQLite
-// keeps its files.
-func attachTraces(t *testing.T, path string) (all []string) {
-	t.Helper()
-	files, err := filepath.Glob(path + "*")
-	testkit.Must(t, err)
-	all = append(all, files...)
-	db, err := sql.Open("sqlite3", path)
-	testkit.Must(t, err)
-	defer db.Close()
-	rows, err := db.Query(`SELECT coalesce(sql, name) FROM sqlite_master UNION ALL SELECT user_version FROM pragma_user_version
-		UNION ALL SELECT schema_version FROM pragma_schema_version UNION ALL SELECT journal_mode FROM pragma_journal_mode`)
-	testkit.Must(t, err)
-	defer rows.Close()
-	for rows.Next() {
-		var s string
-		testkit.Must(t, rows.Scan(&s))
-		all = append(all, s)
-	}
-	testkit.Must(t, rows.Err())
-	return all
-}
-
 // A manager on an attached store sees what another one runs, and leaves no trace
 // of its own: not in the directory, the schema or the rows, and not even of
 // operations whose process is dead.
@@ -68,7 +45,7 @@ func TestAttachSQLite(t *testing.T) {
 		row, err := own.Get(op.ID)
 		return err == nil && row.State == task.StateRunning
 	}))
-	files, rows := attachTraces(t, path), testkit.Stored(t, own)
+	files, rows := testkit.Traces(t, path), testkit.Stored(t, own)
 
 	store := attach(t, path)
 	if store.Owner() != "" {
@@ -87,7 +64,7 @@ func TestAttachSQLite(t *testing.T) {
 	if err := store.Save(&task.Operation{ID: "x", Name: "x"}); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("Save: %v", err)
 	}
-	if got := attachTraces(t, path); !reflect.DeepEqual(got, files) {
+	if got := testkit.Traces(t, path); !reflect.DeepEqual(got, files) {
 		t.Errorf("the database has changed:\n got %q\nwant %q", got, files)
 	}
 	if got := testkit.Stored(t, own); !reflect.DeepEqual(got, rows) {

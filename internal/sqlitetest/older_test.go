@@ -1,4 +1,6 @@
-package task_test
+//go:build cgo && !task_nosqlite3
+
+package sqlitetest
 
 import (
 	"database/sql"
@@ -54,7 +56,7 @@ type older struct {
 func newOlder(t *testing.T, path string) *older {
 	testos.CheckLeaks(t)
 	db, err := sql.Open("sqlite3", path+"?_journal_mode=WAL&_busy_timeout=10000")
-	must(t, err)
+	testkit.Must(t, err)
 	t.Cleanup(func() { db.Close() })
 	o := &older{t: t, db: db}
 	for _, stmt := range olderSchema { // as it opens a file of any version
@@ -66,7 +68,7 @@ func newOlder(t *testing.T, path string) *older {
 func (o *older) exec(stmt string, args ...any) {
 	o.t.Helper()
 	_, err := o.db.Exec(stmt, args...)
-	must(o.t, err)
+	testkit.Must(o.t, err)
 }
 
 const olderTime = "2026-01-02 03:04:05.000006"
@@ -90,15 +92,15 @@ func TestOlderFile(t *testing.T) {
 	for _, state := range []task.State{task.StateRunning, task.StateDone, task.StatePending} {
 		ids = append(ids, o.insert(state))
 	}
-	m := newManager(t, openSQLite(t, path))
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	for i, want := range []task.State{task.StateFailed, task.StateDone, task.StateFailed} {
 		got, ok := m.Get(ids[i])
 		if !ok || got.State != want || got.Metadata != "tank" || got.Message != "" || got.Cancelling || got.CreatedAt.Year() != 2026 {
 			t.Errorf("%+v, want %s", got, want)
 		}
 	}
-	op := submit(t, m, nothing)
-	wait(t, m, op.ID)
+	op := testkit.Submit(t, m, testkit.Nothing)
+	testkit.Wait(t, m, op.ID)
 }
 
 // TestOlderBeside: an older version goes on working on a file that a newer one has
@@ -106,22 +108,22 @@ func TestOlderFile(t *testing.T) {
 // requests.
 func TestOlderBeside(t *testing.T) {
 	path := testkit.Path(t)
-	store := openSQLite(t, path)
-	m := newManager(t, store)
+	store := testkit.OpenSQLite(t, path)
+	m := testkit.NewManager(t, store)
 	o := newOlder(t, path)
-	o.owner = openSQLite(t, path).Owner() // which holds the file of a living process
-	fn, started, release := blocker(nil)
-	own := submit(t, m, fn)
+	o.owner = testkit.OpenSQLite(t, path).Owner() // which holds the file of a living process
+	fn, started, release := testkit.Blocker(nil)
+	own := testkit.Submit(t, m, fn)
 	<-started
-	must(t, m.Cancel(own.ID))
+	testkit.Must(t, m.Cancel(own.ID))
 	ids := []string{o.insert(task.StatePending), o.insert(task.StatePending), o.insert(task.StateRunning)}
-	must(t, m.CancelCause(ids[0], "in vain"))
+	testkit.Must(t, m.CancelCause(ids[0], "in vain"))
 
 	changes := m.Watch(t.Context())
 	o.exec(olderUpdate, o.cells(task.StateRunning, 10, ids[0])...)
 	o.exec(olderUpdateMany, append(o.cells(task.StateRunning, 20, ids[1]), o.cells(task.StateRunning, 30, ids[2])...)...)
 	for i, id := range ids {
-		must(t, testkit.Until(func() bool { got, _ := m.Get(id); return got.Progress == 10*(i+1) }))
+		testkit.Must(t, testkit.Until(func() bool { got, _ := m.Get(id); return got.Progress == 10*(i+1) }))
 		if got, _ := m.Get(id); got.Cancelling != (i == 0) || got.Owner != o.owner || got.Metadata != "tank" {
 			t.Errorf("%+v", got)
 		}
@@ -132,13 +134,13 @@ func TestOlderBeside(t *testing.T) {
 	release()
 	want := map[string]task.State{ids[0]: task.StateDone, ids[1]: task.StateFailed, ids[2]: task.StateFailed, own.ID: task.StateDone}
 	for id, state := range want {
-		if got := wait(t, m, id); got.State != state || got.Cancelling {
+		if got := testkit.Wait(t, m, id); got.State != state || got.Cancelling {
 			t.Errorf("%+v, want %s", got, state)
 		}
 	}
 	told := 0
 	for op, err := range changes {
-		must(t, err)
+		testkit.Must(t, err)
 		if op.State.Finished() {
 			if told++; op.State != want[op.ID] {
 				t.Errorf("told %+v", op)

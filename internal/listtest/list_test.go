@@ -1,4 +1,4 @@
-package task_test
+package listtest
 
 import (
 	"context"
@@ -13,6 +13,7 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 var finishStart = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -36,12 +37,12 @@ func listHistory(t *testing.T, db task.Persistence, n int) {
 	}
 	if b, ok := db.(task.BatchWriter); ok { // in one transaction
 		for _, err := range b.WriteBatch(ops, nil) {
-			must(t, err)
+			testkit.Must(t, err)
 		}
 		return
 	}
 	for _, op := range ops {
-		must(t, db.Save(op))
+		testkit.Must(t, db.Save(op))
 	}
 }
 
@@ -131,12 +132,12 @@ func randomFilter(r *rand.Rand, all []*task.Operation) (f task.Filter) {
 func TestListCombined(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
-			n, rounds := 400, 2000
+			n, rounds := 400, testos.Size(700, 2000)
 			if name == "sqlite" {
-				n, rounds = 12_000, 300
+				n, rounds = 12_000, testos.Size(100, 300)
 			}
 			db := open(t)
-			m := newManager(t, db)
+			m := testkit.NewManager(t, db)
 			listHistory(t, db, n) // not before, which would be recovered
 			checkCombined(t, m, n, rounds)
 		})
@@ -145,7 +146,7 @@ func TestListCombined(t *testing.T) {
 
 func checkCombined(t *testing.T, m *task.Manager, n, rounds int) {
 	all, err := m.List(n, 0)
-	must(t, err)
+	testkit.Must(t, err)
 	r := rand.New(rand.NewPCG(3, 4))
 	for range rounds {
 		f := randomFilter(r, all)
@@ -177,13 +178,13 @@ func listedIDs(ops []*task.Operation) (ids []string) {
 // mean in a JSON path, and cells that are no JSON hide nothing.
 func TestListMetadataKeys(t *testing.T) {
 	keys := []string{"", ".", "a.b", "$", "$.a", "a\"b", "a'b", "a\\b", "[0]", "#", "a\x00b", "a", "ü", "\u2028", "<&>", "😀", "a%b", "?", "0"}
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		for _, key := range keys {
-			op := submit(t, m, nothing, task.WithMetadata(map[string]any{key: "value of " + key, "other": 1}))
-			wait(t, m, op.ID)
+			op := testkit.Submit(t, m, testkit.Nothing, task.WithMetadata(map[string]any{key: "value of " + key, "other": 1}))
+			testkit.Wait(t, m, op.ID)
 		}
 		for _, other := range []any{[]string{"value of 0"}, "value of a", nil, map[string]any{"a": []string{"value of a"}}, map[string]any{"b": "value of a"}} {
-			wait(t, m, submit(t, m, nothing, task.WithMetadata(other)).ID)
+			testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing, task.WithMetadata(other)).ID)
 		}
 		for _, key := range keys {
 			for _, opts := range [][]task.ListOption{nil, {task.ByFinish()}, {task.ByFinish(), task.MaxValue(1)}, {task.ByState(task.StateDone)}} {
@@ -209,10 +210,10 @@ func TestListWhileChanging(t *testing.T) {
 			if name == "four methods" {
 				db = testkit.Bare(fake)
 			}
-			m := newManager(t, db)
-			wait(t, m, submit(t, m, nothing, task.WithMetadata(map[string]string{"pool": "old"})).ID)
+			m := testkit.NewManager(t, db)
+			testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing, task.WithMetadata(map[string]string{"pool": "old"})).ID)
 			started, end := make(chan context.Context), make(chan struct{})
-			op := submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
+			op := testkit.Submit(t, m, func(ctx context.Context, _ func(int)) (any, error) {
 				started <- ctx
 				<-end
 				return nil, nil
@@ -220,18 +221,18 @@ func TestListWhileChanging(t *testing.T) {
 			ctx := <-started
 			fake.Before(func(c *testkit.Call) error {
 				if len(c.Saves)+len(c.Updates) > 0 {
-					return errDisk
+					return testkit.ErrDisk
 				}
 				return nil
 			})
-			must(t, task.SetMetadata(ctx, map[string]string{"pool": "new"}))
+			testkit.Must(t, task.SetMetadata(ctx, map[string]string{"pool": "new"}))
 			check := func(want int, opts ...task.ListOption) { t.Helper(); wantListed(t, m, want, opts...) }
 			checkUnfinished(t, m, op)
 			close(end)
-			must(t, testkit.Until(func() bool { op, _ := m.Get(op.ID); return op.Error != "" })) // its end can't be stored
+			testkit.Must(t, testkit.Until(func() bool { op, _ := m.Get(op.ID); return op.Error != "" })) // its end can't be stored
 			checkUnfinished(t, m, op)
 			fake.Before(nil)
-			wait(t, m, op.ID)
+			testkit.Wait(t, m, op.ID)
 			check(2, task.ByFinish())
 			check(1, task.ByFinish(), task.Before(op.ID))
 			check(1, task.ByFinish(), task.ByMetadata("pool", "new"))
@@ -271,9 +272,9 @@ func checkUnfinished(t *testing.T, m *task.Manager, op *task.Operation) {
 // TestListFinal: an operation that the database has as finished, while its manager
 // still waits for the answer, is not listed as finished.
 func TestListFinal(t *testing.T) {
-	fake := testkit.NewFake(openSQLite(t, testkit.Path(t)))
-	m := newManager(t, fake)
-	wait(t, m, submit(t, m, nothing).ID)
+	fake := testkit.NewFake(testkit.OpenSQLite(t, testkit.Path(t)))
+	m := testkit.NewManager(t, fake)
+	testkit.Wait(t, m, testkit.Submit(t, m, testkit.Nothing).ID)
 	stored, answer := make(chan struct{}), make(chan struct{})
 	fake.After(func(c *testkit.Call) {
 		if c.Finished() {
@@ -281,7 +282,7 @@ func TestListFinal(t *testing.T) {
 			<-answer
 		}
 	})
-	op := submit(t, m, nothing)
+	op := testkit.Submit(t, m, testkit.Nothing)
 	<-stored
 	for _, opts := range [][]task.ListOption{{task.ByFinish()}, {task.FinishedAfter(finishStart.AddDate(-10, 0, 0))}} {
 		if ops, err := m.List(1, 0, opts...); err != nil || len(ops) != 1 || ops[0].ID == op.ID {
@@ -290,7 +291,7 @@ func TestListFinal(t *testing.T) {
 	}
 	fake.After(nil)
 	close(answer)
-	wait(t, m, op.ID)
+	testkit.Wait(t, m, op.ID)
 	if ops, err := m.List(1, 0, task.ByFinish()); err != nil || len(ops) != 1 || ops[0].ID != op.ID {
 		t.Errorf("%q, %v", listedIDs(ops), err)
 	}
@@ -298,14 +299,14 @@ func TestListFinal(t *testing.T) {
 
 // TestListByFinishBefore: a cursor has to be a finished operation.
 func TestListByFinishBefore(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
-		historyOf(t, m, "D1", "R1", "F1")
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+		testkit.History(t, m, "D1", "R1", "F1")
 		running, err := m.List(1, 0, task.ByState(task.StateRunning))
-		must(t, err)
+		testkit.Must(t, err)
 		for _, id := range []string{running[0].ID, "unknown", "0190d8e0-0000-7000-8000-000000000000"} {
 			for _, opts := range [][]task.ListOption{nil, {task.Containing("1")}, {task.ByState(task.StateFailed)}} {
 				if ops, err := m.List(10, 0, append(opts, task.ByFinish(), task.Before(id))...); !errors.Is(err, task.ErrNotFound) {
-					t.Errorf("before %s: %q, %v", id, names(ops), err)
+					t.Errorf("before %s: %q, %v", id, testkit.Names(ops), err)
 				}
 			}
 		}
@@ -315,28 +316,28 @@ func TestListByFinishBefore(t *testing.T) {
 // TestListByFinishOrder: operations that finish in another order than they were
 // submitted, page by page.
 func TestListByFinishOrder(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		ends := make(map[string]chan struct{})
 		ids := make(map[string]string)
 		for _, name := range []string{"A", "B", "C", "D", "E"} {
 			end := make(chan struct{})
 			op, err := m.Submit(name, func(context.Context, func(int)) (any, error) { <-end; return nil, nil })
-			must(t, err)
+			testkit.Must(t, err)
 			ends[name], ids[name] = end, op.ID
 		}
 		for _, name := range []string{"C", "A", "E", "B"} {
 			close(ends[name])
-			wait(t, m, ids[name])
+			testkit.Wait(t, m, ids[name])
 			time.Sleep(time.Millisecond)
 		}
 		var got []string
 		for before := ""; ; {
 			ops, err := m.List(2, 0, task.ByFinish(), task.Before(before))
-			must(t, err)
+			testkit.Must(t, err)
 			if len(ops) == 0 {
 				break
 			}
-			got, before = append(got, names(ops)), ops[len(ops)-1].ID
+			got, before = append(got, testkit.Names(ops)), ops[len(ops)-1].ID
 		}
 		if want := []string{"B E", "A C"}; !slices.Equal(got, want) {
 			t.Errorf("pages %q, want %q", got, want)
@@ -347,11 +348,11 @@ func TestListByFinishOrder(t *testing.T) {
 
 // TestListContaining: ASCII letters are the same in either case, others are not.
 func TestListContaining(t *testing.T) {
-	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
+	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		for _, name := range []string{"Scrub TANK", "100% of_it", "ÄRGER", "a\x00b", "x\xffy"} {
-			op, err := m.Submit(name, nothing)
-			must(t, err)
-			wait(t, m, op.ID)
+			op, err := m.Submit(name, testkit.Nothing)
+			testkit.Must(t, err)
+			testkit.Wait(t, m, op.ID)
 		}
 		for text, want := range map[string]int{
 			"": 5, "scrub tank": 1, "B T": 1, "k": 1, "%": 1, "_": 1, "__": 0, "Är": 1, "ärg": 0, "RGER": 1, "a\x00B": 1, "\x00": 1,
@@ -359,7 +360,7 @@ func TestListContaining(t *testing.T) {
 		} {
 			for _, opts := range [][]task.ListOption{nil, {task.ByFinish()}} {
 				if ops, err := m.List(10, 0, append(opts, task.Containing(text))...); err != nil || len(ops) != want {
-					t.Errorf("containing %q: %q, %v, want %d", text, names(ops), err, want)
+					t.Errorf("containing %q: %q, %v, want %d", text, testkit.Names(ops), err, want)
 				}
 			}
 		}

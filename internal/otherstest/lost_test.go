@@ -1,4 +1,4 @@
-package task_test
+package otherstest
 
 import (
 	"context"
@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testkit"
 )
 
 // A leaseStore is a store that others may take for dead: fence does that.
@@ -106,7 +107,7 @@ func TestLost(t *testing.T) {
 				s := newLeaseStore()
 				s.quiet = report
 				m, err := task.New(s, task.WithLimit(1))
-				must(t, err)
+				testkit.Must(t, err)
 				causes, end := make(chan error, 1), make(chan struct{})
 				running, err := m.Submit("running", func(ctx context.Context, update func(int)) (any, error) {
 					for i := 0; ctx.Err() == nil; i++ {
@@ -119,12 +120,12 @@ func TestLost(t *testing.T) {
 					<-end
 					return "too late", nil
 				}, task.WithUnique("pool"))
-				must(t, err)
+				testkit.Must(t, err)
 				waiting, err := m.Submit("waiting", func(context.Context, func(int)) (any, error) {
 					t.Error("a lost operation has started")
 					return nil, nil
 				})
-				must(t, err)
+				testkit.Must(t, err)
 				results := make(chan *task.Operation, 2)
 				for _, op := range []*task.Operation{running, waiting} {
 					go func() {
@@ -146,11 +147,11 @@ func TestLost(t *testing.T) {
 						t.Errorf("Wait: %+v", op)
 					}
 				}
-				if op, err := m.Submit("same key", nothing, task.WithUnique("pool")); !errors.Is(err, task.ErrExists) || op.ID != running.ID {
+				if op, err := m.Submit("same key", testkit.Nothing, task.WithUnique("pool")); !errors.Is(err, task.ErrExists) || op.ID != running.ID {
 					t.Errorf("a lost operation that still runs has no key: %v, %v", op, err)
 				}
-				next, err := m.Submit("next", nothing)
-				must(t, err)
+				next, err := m.Submit("next", testkit.Nothing)
+				testkit.Must(t, err)
 				synctest.Wait()
 				if op, _ := m.Get(next.ID); op.State != task.StatePending || op.Owner != "owner 1" {
 					t.Errorf("while a lost function runs: %+v", op)
@@ -159,10 +160,10 @@ func TestLost(t *testing.T) {
 				if op, err := m.Wait(t.Context(), next.ID); err != nil || op.State != task.StateDone {
 					t.Errorf("after it has returned: %+v, %v", op, err)
 				}
-				if _, err := m.Submit("same key", nothing, task.WithUnique("pool")); err != nil {
+				if _, err := m.Submit("same key", testkit.Nothing, task.WithUnique("pool")); err != nil {
 					t.Error(err)
 				}
-				must(t, m.Close())
+				testkit.Must(t, m.Close())
 				if op, _ := m.Get(running.ID); op.State != task.StateFailed || op.Result != nil {
 					t.Errorf("in the end: %+v", op)
 				}
@@ -202,7 +203,7 @@ func TestLostSubmit(t *testing.T) {
 	s := newLeaseStore()
 	s.gone["owner 0"] = true
 	m, err := task.New(s)
-	must(t, err)
+	testkit.Must(t, err)
 	_, err = m.Submit("work", func(context.Context, func(int)) (any, error) {
 		t.Error("it has run")
 		return nil, nil
@@ -211,10 +212,10 @@ func TestLostSubmit(t *testing.T) {
 		t.Errorf("Submit: %v", err)
 	}
 	s.fence()
-	op, err := m.Submit("work", nothing)
-	must(t, err)
+	op, err := m.Submit("work", testkit.Nothing)
+	testkit.Must(t, err)
 	if op, err = m.Wait(t.Context(), op.ID); err != nil || op.State != task.StateDone {
 		t.Errorf("after it: %+v, %v", op, err)
 	}
-	must(t, m.Close())
+	testkit.Must(t, m.Close())
 }

@@ -339,6 +339,11 @@ func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 // written implements source.
 func (m *Manager) written(b batch) (more bool) {
 	owner := m.owner()
+	defer func() { // only now: who waits takes the mutex next
+		for _, w := range b.inserts {
+			close(w.t.inserted)
+		}
+	}()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now := time.Now()
@@ -380,7 +385,6 @@ func (m *Manager) written(b batch) (more bool) {
 func (m *Manager) afterInsert(w record) {
 	t := w.t
 	t.insertErr = w.err
-	close(t.inserted)
 	if w.err != nil {
 		if !errors.Is(w.err, ErrExists) && !errors.Is(w.err, ErrLost) {
 			m.backlog.remember(w)

@@ -10,6 +10,7 @@ import (
 	"iter"
 	"maps"
 	"math"
+	"math/bits"
 	"os"
 	"slices"
 	"strings"
@@ -312,10 +313,6 @@ func cellTime(cell string) time.Time {
 	return time.Time{}
 }
 
-// chunkSizes are how many rows one statement writes, the largest number first.
-// A statement with many rows costs less than as many statements.
-var chunkSizes = []int{64, 32, 16, 8, 4, 2, 1}
-
 // textCell returns NULL for an empty text.
 func textCell(s string) any {
 	if s == "" {
@@ -326,40 +323,44 @@ func textCell(s string) any {
 
 // A statement writes rows.
 type statement struct {
-	text   map[int]string // by the number of rows, one of chunkSizes
-	params int            // of a row
-	none   error          // the outcome if it writes fewer
+	one    string // its text for one row
+	format string // its text for many, with %s for the rows of parameters
+	params int    // of a row
+	none   error  // the outcome if it writes fewer rows than it has
 }
 
-// newStatement puts rows of parameters where the format has a %s. For one row
-// there may be a text that costs less.
-func newStatement(format, one string, params int, none error) *statement {
-	s := &statement{make(map[int]string), params, none}
-	row := ", (?" + strings.Repeat(", ?", params-1) + ")"
-	for _, n := range chunkSizes {
-		s.text[n] = fmt.Sprintf(format, strings.Repeat(row, n)[len(", "):])
-	}
-	s.text[1] = cmp.Or(one, s.text[1])
-	return s
+// many returns the text for n rows.
+func (s *statement) many(n int) string {
+	row := ", (?" + strings.Repeat(", ?", s.params-1) + ")"
+	return fmt.Sprintf(s.format, strings.Repeat(row, n)[len(", "):])
 }
 
 // update never finishes an operation twice, and never creates one again that
 // has been deleted.
-var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.column2, metadata = v.column3, result = v.column4,
+var update = &statement{`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
+	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
+	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`,
+	`UPDATE tasks SET state = v.column1, progress = v.column2, metadata = v.column3, result = v.column4,
 	error = v.column5, updated_at = v.column6, started_at = v.column7, message = v.column8,
 	cancel_requested_at = coalesce(cancel_requested_at, v.column9)
 	FROM (VALUES %s) AS v WHERE id = v.column10 AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(v.column11, owner)`,
-	`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
-	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
-	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`, 11, ErrNotFound)
+	11, ErrNotFound}
+
+const (
+	insertInto = `INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
+		message, cancel_requested_at, id, owner, name, created_at) VALUES `
+	unlessThere = ` ON CONFLICT (id) DO NOTHING`
+)
 
 // insert begins with the parameters of update.
-var insert = newStatement(`INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
-	message, cancel_requested_at, id, owner, name, created_at) VALUES %s ON CONFLICT (id) DO NOTHING`, "", 13,
-	errors.New("a trigger of the database has ignored the new row"))
+var insert = &statement{insertInto + `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)` + unlessThere, insertInto + `%s` + unlessThere, 13, errors.New("a trigger of the database has ignored the new row")}
 
 // idCell is the place of the ID among the parameters.
 const idCell = 9
+
+// maxChunk is how many rows one statement writes at most: one with many rows costs
+// less than as many statements.
+const maxChunk = 64
 
 // A write is a row to insert or to update.
 type write struct {
@@ -454,13 +455,14 @@ func setAll(writes []write, err error) {
 	}
 }
 
-// chunk returns how many of the first rows the next statement should write.
+// chunk returns how many of the first rows the next statement should write: a power
+// of two, so that there are few statements to prepare.
 func chunk(writes []write) int {
 	same := 1
-	for same < min(len(writes), chunkSizes[0]) && writes[same].statement == writes[0].statement {
+	for same < min(len(writes), maxChunk) && writes[same].statement == writes[0].statement {
 		same++
 	}
-	return chunkSizes[slices.IndexFunc(chunkSizes, func(n int) bool { return n <= same })]
+	return 1 << (bits.Len(uint(same)) - 1)
 }
 
 // writeRows writes rows of the same kind with one statement.
@@ -471,14 +473,10 @@ func writeRows(c *sql.Conn, writes []write) (err error) {
 		args = append(args, w.args[:stmt.params]...)
 	}
 	if len(writes) == 1 {
-		n, err = changes(c, stmt.text[1], args...)
-	} else {
-		// A query, because go-sqlite3 passes its arguments to C all at once.
-		var rows *sql.Rows
-		if rows, err = c.QueryContext(context.Background(), stmt.text[len(writes)], args...); err == nil {
-			rows.Next()
-			err = cmp.Or(rows.Err(), rows.Close(), c.QueryRowContext(context.Background(), `SELECT changes()`).Scan(&n))
-		}
+		n, err = changes(c, stmt.one, args...)
+	} else if err = sqlitefile.Each(c, stmt.many(len(writes)), args, func() {}); err == nil {
+		// That was a query, because go-sqlite3 passes the arguments of those to C all at once.
+		err = sqlText(`SELECT changes()`).row(c, &n)
 	}
 	if err == nil && n < len(writes) {
 		err = stmt.none

@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -106,10 +107,17 @@ func (b *backlog) take(now time.Time, all bool) batch {
 		switch {
 		case all || now.Sub(b.changedAt) >= changeDelay:
 			along = len(b.changed)
-		case out.empty() && !b.urgent:
+		case out.empty():
 			along = 0
 		}
-		changed = b.takeChanged(along)
+		if b.urgent { // those that Checkpoint waits for come first
+			slices.SortStableFunc(b.changed, func(x, y *task) int { return cmp.Compare(len(y.checkpoints), len(x.checkpoints)) })
+			for along < len(b.changed) && len(b.changed[along].checkpoints) > 0 {
+				along++
+			}
+			b.urgent = false
+		}
+		changed, b.changed = cut(b.changed, along, false)
 	}
 	b.before = len(b.changed)
 	for _, t := range changed {
@@ -125,23 +133,6 @@ func (b *backlog) take(now time.Time, all bool) batch {
 			b.writing = append(b.writing, w.t)
 		}
 	}
-	return out
-}
-
-// takeChanged takes the first n of changed, and those that Checkpoint waits for.
-func (b *backlog) takeChanged(n int) (out []*task) {
-	out, b.changed = cut(b.changed, n, false)
-	if !b.urgent {
-		return out
-	}
-	b.urgent = false
-	b.changed = slices.DeleteFunc(b.changed, func(t *task) bool {
-		if len(t.checkpoints) == 0 {
-			return false
-		}
-		out = append(out, t)
-		return true
-	})
 	return out
 }
 

@@ -219,15 +219,21 @@ func rawValue(v any) any {
 	return raw
 }
 
+// values returns Metadata and Result as stores are given them.
+func (op *Operation) values() (metadata, result any, err error) {
+	if metadata, err = stored(op.Metadata); err != nil {
+		return nil, nil, fmt.Errorf("metadata: %w", err)
+	}
+	if result, err = stored(op.Result); err != nil {
+		return nil, nil, fmt.Errorf("result: %w", err)
+	}
+	return metadata, result, nil
+}
+
 // encode turns Metadata and Result into what stores are given.
 func (op *Operation) encode() (err error) {
-	if op.Metadata, err = stored(op.Metadata); err != nil {
-		return fmt.Errorf("metadata: %w", err)
-	}
-	if op.Result, err = stored(op.Result); err != nil {
-		return fmt.Errorf("result: %w", err)
-	}
-	return nil
+	op.Metadata, op.Result, err = op.values()
+	return err
 }
 
 // validUTF8 replaces what a database and JSON would not both return as it is.

@@ -321,6 +321,10 @@ func textCell(s string) any {
 	return s
 }
 
+func timeCell(t time.Time) any { return textCell(formatTime(t)) }
+
+func valueCell(v any) any { return textCell(string(rawJSON(v))) }
+
 // A statement writes rows.
 type statement struct {
 	one    string // its text for one row
@@ -365,24 +369,26 @@ const maxChunk = 64
 // A write is a row to insert or to update.
 type write struct {
 	*statement
-	args []any  // at least as many as params
+	args []any  // those of this row, and of all behind it
 	err  *error // where the outcome goes
 }
 
-// cells returns those of an operation's row.
-func cells(op *Operation, owner string) ([]any, error) {
-	c := *op
-	if err := c.encode(); err != nil {
-		return nil, err
+// appendCells appends those of an operation's row, as many as the statement has.
+func (s *statement) appendCells(args []any, op *Operation, owner any) ([]any, error) {
+	metadata, result, err := op.values()
+	if err != nil {
+		return args, err
 	}
-	metadata, result := string(rawJSON(c.Metadata)), string(rawJSON(c.Result))
-	requested := ""
+	requested := time.Time{}
 	if op.Cancelling {
-		requested = formatTime(latest(op.UpdatedAt, op.CreatedAt))
+		requested = latest(op.UpdatedAt, op.CreatedAt)
 	}
-	return []any{string(op.State), op.Progress, textCell(metadata), textCell(result), textCell(op.Error),
-		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), textCell(op.Message), textCell(requested), op.ID,
-		textCell(owner), op.Name, textCell(formatTime(op.CreatedAt))}, nil
+	args = append(args, string(op.State), op.Progress, valueCell(metadata), valueCell(result), textCell(op.Error),
+		timeCell(op.UpdatedAt), timeCell(op.StartedAt), textCell(op.Message), timeCell(requested), op.ID, owner)
+	if s == insert {
+		args = append(args, op.Name, timeCell(op.CreatedAt))
+	}
+	return args, nil
 }
 
 // Save implements [Persistence].
@@ -409,21 +415,22 @@ var errAttached = fmt.Errorf("the store only looks on, see AttachSQLite: %w", er
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
+	args := make([]any, 0, len(saves)*insert.params+len(updates)*update.params)
+	own := textCell(s.Owner())
 	for i, op := range slices.Concat(saves, updates) {
-		stmt, owner := insert, s.Owner()
+		stmt, owner, start := insert, own, len(args)
 		switch {
 		case i >= len(saves):
 			stmt = update
-			if op.Owner != owner {
-				owner = "" // any
+			if op.Owner != s.Owner() {
+				owner = nil // any
 			}
-		case owner == "":
+		case owner == nil:
 			errs[i] = errAttached
 			continue
 		}
-		var args []any
-		if args, errs[i] = cells(op, owner); errs[i] == nil {
-			writes = append(writes, write{stmt, args, &errs[i]})
+		if args, errs[i] = stmt.appendCells(args, op, owner); errs[i] == nil {
+			writes = append(writes, write{stmt, args[start:cap(args)], &errs[i]})
 		}
 	}
 	if len(writes) == 0 {
@@ -468,10 +475,7 @@ func chunk(writes []write) int {
 // writeRows writes rows of the same kind with one statement.
 func writeRows(c *sql.Conn, writes []write) (err error) {
 	stmt, n := writes[0].statement, 0
-	args := make([]any, 0, len(writes)*stmt.params)
-	for _, w := range writes {
-		args = append(args, w.args[:stmt.params]...)
-	}
+	args := writes[0].args[:len(writes)*stmt.params]
 	if len(writes) == 1 {
 		n, err = changes(c, stmt.one, args...)
 	} else if err = sqlitefile.Each(c, stmt.many(len(writes)), args, func() {}); err == nil {

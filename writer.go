@@ -368,18 +368,19 @@ func retryable(err error) bool {
 // note logs when writes start and stop failing. An insert with an ID that
 // the caller gave may have failed because that exists.
 func (w *writer) note(b batch, more bool) {
-	all := slices.Concat(b.updates, b.unknown)
-	for _, w := range b.inserts {
-		if !w.t.given { // else the ID may exist
-			all = append(all, w)
+	var failed error
+	for i, records := range [][]record{b.inserts, b.updates, b.unknown} {
+		for _, r := range records {
+			if retryable(r.err) && (i > 0 || !r.t.given) {
+				failed = cmp.Or(failed, r.err)
+			}
 		}
 	}
-	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) })
 	switch {
-	case failed >= 0 && !w.trouble:
-		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", all[failed].err)
+	case failed != nil && !w.trouble:
+		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", failed)
 		w.trouble = true
-	case failed < 0 && !more && w.trouble:
+	case failed == nil && !more && w.trouble:
 		w.log.Info("task: storing works again")
 		w.trouble = false
 	}

@@ -154,7 +154,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 			opt(&m.options)
 		}
 	}
-	m.logs = &logQueue{Handler: m.log.Handler()}
+	m.logs = newLogQueue(m.log.Handler())
 	m.log = slog.New(m.logs)
 	m.drain = sync.OnceFunc(func() { m.closing = true; close(m.drained) })
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
@@ -186,10 +186,7 @@ func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation
 	if err == nil {
 		op, err = m.insert(t)
 	}
-	if err != nil {
-		err = fmt.Errorf("task: submit %.64q: %w", name, err)
-	}
-	return m.copyOut(op), err
+	return m.copyOut(op), wrap(err, "submit %.64q", name)
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -815,10 +812,7 @@ func (m *Manager) CancelCause(id, text string) error {
 	if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // it was stored here just now
 		return m.CancelCause(id, text)
 	}
-	if err != nil {
-		return fmt.Errorf("task: cancel %s: %w", id, err)
-	}
-	return nil
+	return wrap(err, "cancel %s", id)
 }
 
 // cancelLive cancels an operation that this manager runs, and reports whether it
@@ -871,7 +865,7 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 	l, leave, err := m.find(id)
 	if err != nil {
-		return nil, fmt.Errorf("task: wait for %s: %w", id, err)
+		return nil, wrap(err, "wait for %s", id)
 	}
 	defer leave()
 	if err := await(ctx, l.done); err != nil {
@@ -881,13 +875,11 @@ func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 		}
 		return op, err
 	}
-	switch {
-	case errors.Is(l.err, ErrNotFound):
-		return nil, fmt.Errorf("task: wait for %s: %w", id, l.err)
-	case l.err != nil:
-		return l.op, fmt.Errorf("task: wait for %s: %w", id, l.err)
+	op := l.op
+	if errors.Is(l.err, ErrNotFound) {
+		op = nil
 	}
-	return l.op, nil
+	return op, wrap(l.err, "wait for %s", id)
 }
 
 // await waits until done is closed, or else for the end of ctx, whose error it
@@ -951,10 +943,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 // [errors.ErrUnsupported]; see [Pruner].
 func (m *Manager) Prune(before time.Time) (int, error) {
 	n, err := m.prune(context.Background(), before)
-	if err != nil {
-		return n, fmt.Errorf("task: prune: %w", err)
-	}
-	return n, nil
+	return n, wrap(err, "prune")
 }
 
 func (m *Manager) prune(ctx context.Context, before time.Time) (n int, err error) {

@@ -260,10 +260,7 @@ func inFunc(ctx context.Context, what string, f func(r running) error) error {
 	if !ok {
 		return fmt.Errorf("task: %s: the context is not that of an operation", what)
 	}
-	if err := f(r); err != nil {
-		return fmt.Errorf("task: %s of %s: %w", what, r.t.id, err)
-	}
-	return nil
+	return wrap(f(r), "%s of %s", what, r.t.id)
 }
 
 // errReturned is why a function's context is of no use any more.

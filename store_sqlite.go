@@ -55,15 +55,12 @@ type SQLiteStore struct {
 // error; [NewSQLiteStore] takes any driver. The tag leaves go-sqlite3 out, for
 // programs with another driver that is called "sqlite3".
 func OpenSQLite(path string) (*SQLiteStore, error) {
+	var s *SQLiteStore
 	file, err := sqlitefile.Resolve(path)
 	if err == nil {
-		var s *SQLiteStore
 		s, err = newStore(file, func(modeOf string) (*sqlitefile.DB, error) { return sqlitefile.Open(file, modeOf) })
-		if err == nil {
-			return s, nil
-		}
 	}
-	return nil, fmt.Errorf("task: open database %q: %w", path, err)
+	return s, wrap(err, "open database %q", path)
 }
 
 // NewSQLiteStore returns a store inside an application's own SQLite database,
@@ -80,15 +77,12 @@ func OpenSQLite(path string) (*SQLiteStore, error) {
 // one that is opened with cache=shared, must have exactly one, by
 // SetMaxOpenConns(1).
 func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
+	var s *SQLiteStore
 	file, err := sqlitefile.Use(db)
 	if err == nil {
-		var s *SQLiteStore
 		s, err = newStore(file.Path(), func(string) (*sqlitefile.DB, error) { return file, nil })
-		if err == nil {
-			return s, nil
-		}
 	}
-	return nil, fmt.Errorf("task: use database: %w", err)
+	return s, wrap(err, "use database")
 }
 
 // AttachSQLite opens the database of another program that may be running, for a
@@ -99,10 +93,7 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 // does. A table without the columns and indexes of this version is an error.
 func AttachSQLite(path string) (*SQLiteStore, error) {
 	s, err := attach(path)
-	if err != nil {
-		return nil, fmt.Errorf("task: attach to database %q: %w", path, err)
-	}
-	return s, nil
+	return s, wrap(err, "attach to database %q", path)
 }
 
 func attach(path string) (*SQLiteStore, error) {

@@ -278,7 +278,16 @@ func formatTime(t time.Time) string {
 	if t.IsZero() {
 		return ""
 	}
-	return t.UTC().Format(timeFormat)
+	t = t.UTC()
+	if t.Year() < 0 || t.Year() > 9999 {
+		return t.Format(timeFormat)
+	}
+	text := t.AppendFormat(make([]byte, 0, len(timeFormat)), time.RFC3339) // which takes a third of the time
+	text[len("2006-01-02")], text[len("2006-01-02 15:04:05")] = ' ', '.'
+	for unit := 100_000; unit > 0; unit /= 10 {
+		text = append(text, byte('0'+t.Nanosecond()/1000/unit%10))
+	}
+	return string(text)
 }
 
 // cellTime returns the zero time for a cell that is no time in one of the
@@ -341,14 +350,13 @@ var update = &statement{`UPDATE tasks SET state = ?, progress = ?, metadata = ?,
 	FROM (VALUES %s) AS v WHERE id = v.column10 AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(v.column11, owner)`,
 	11, ErrNotFound}
 
-const (
-	insertInto = `INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
-		message, cancel_requested_at, id, owner, name, created_at) VALUES `
-	unlessThere = ` ON CONFLICT (id) DO NOTHING`
-)
+const insertInto = `INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
+	message, cancel_requested_at, id, owner, name, created_at) `
 
 // insert begins with the parameters of update.
-var insert = &statement{insertInto + `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)` + unlessThere, insertInto + `%s` + unlessThere, 13, errors.New("a trigger of the database has ignored the new row")}
+var insert = &statement{insertInto + `VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING`,
+	insertInto + `SELECT * FROM (VALUES %s) WHERE column10 IS NOT NULL ON CONFLICT (id) DO NOTHING`,
+	13, errors.New("a trigger of the database has ignored the new row")}
 
 // idCell is the place of the ID among the parameters.
 const idCell = 9
@@ -453,25 +461,27 @@ func setAll(writes []write, err error) {
 	}
 }
 
-// chunk returns how many of the first rows the next statement should write: a power
-// of two, so that there are few statements to prepare.
-func chunk(writes []write) int {
-	same := 1
-	for same < min(len(writes), maxChunk) && writes[same].statement == writes[0].statement {
-		same++
+// chunk returns how many of the first rows the next statement can write.
+func chunk(writes []write) (n int) {
+	for n < min(len(writes), maxChunk) && writes[n].statement == writes[0].statement {
+		n++
 	}
-	return 1 << (bits.Len(uint(same)) - 1)
+	return n
 }
 
-// writeRows writes rows of the same kind with one statement.
+// writeRows writes rows of the same kind with one statement. There are few such
+// statements to prepare: if the number of rows is no power of two, rows of NULL,
+// which are not written, make it one.
 func writeRows(c *sql.Conn, writes []write) (err error) {
 	stmt, n := writes[0].statement, 0
 	args := writes[0].args[:len(writes)*stmt.params]
 	if len(writes) == 1 {
 		n, err = changes(c, stmt.one, args...)
-	} else if err = sqlitefile.Each(c, stmt.many(len(writes)), args, func() {}); err == nil {
-		// That was a query, because go-sqlite3 passes the arguments of those to C all at once.
-		err = sqlText(`SELECT changes()`).row(c, &n)
+	} else {
+		size := 1 << bits.Len(uint(len(writes)-1))
+		args = append(args[:len(args):len(args)], make([]any, (size-len(writes))*stmt.params)...)
+		// A query, because go-sqlite3 passes the arguments of those to C all at once.
+		err = cmp.Or(sqlitefile.Each(c, stmt.many(size), args, func() {}), sqlText(`SELECT changes()`).row(c, &n))
 	}
 	if err == nil && n < len(writes) {
 		err = stmt.none

@@ -74,7 +74,7 @@ type Manager struct {
 	leaving  bool            // Drain leaves what is PENDING to the next manager that resumes
 	left     map[string]bool // the IDs of what was left
 	lost     map[*task]bool  // lost operations whose functions still run
-	resuming bool            // recoverBeside runs
+	resuming bool            // recoverOthers is recovering
 	stopping bool            // the functions have returned: the writer stores the rest
 	lastTry  bool            // Close will not try again
 	deadline time.Time       // when it won't

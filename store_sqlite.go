@@ -613,6 +613,9 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	return ops, err
 }
 
+// noneDone reports whether the index of states has all that the filter is for.
+func (f Filter) noneDone() bool { return len(f.States) > 0 && !slices.Contains(f.States, StateDone) }
+
 // placeOf returns an expression for the rowid below which are the rows submitted
 // before an operation: NULL if there is none. Without its row, a timed ID is
 // taken to be behind its nearest neighbours with a smaller ID, and behind any
@@ -809,9 +812,8 @@ func bound(t time.Time, slack time.Duration) string {
 func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	var from query
 	switch {
-	case len(f.States) > 0 && !slices.Contains(f.States, StateDone):
-		states := append(slices.Clone(f.States), StatePending, StateRunning) // in which those of Include are stored
-		from = sqlText(` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, jsonArray(states))
+	case f.noneDone() && (f.ByFinish || f.ranged()):
+		from = sqlText(` FROM tasks INDEXED BY tasks_state_not_done WHERE state <> 'DONE' AND state IN (SELECT value FROM json_each(?))`, jsonArray(f.States))
 	case f.ranged() && !f.ByFinish:
 		from = sqlText(byFinish).with(bounds(f))
 	default:
@@ -837,13 +839,28 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (window query, next *pl
 		return windowByFinish(c, f, below, n)
 	}
 	var last sql.NullInt64
-	err = sqlText(`SELECT (SELECT rowid FROM tasks WHERE rowid < ? ORDER BY rowid DESC LIMIT 1 OFFSET ?)`, below.rowid, n-1).row(c, &last)
+	err = lastOf(f, below.rowid, n).row(c, &last)
 	if last.Valid {
 		next = &place{rowid: last.Int64}
 	} else {
 		last.Int64 = math.MinInt64
 	}
 	return sqlText(`rowid < ? AND rowid >= ?`, below.rowid, last.Int64), next, err
+}
+
+// lastOf returns a query for the rowid of the n-th row below another, or for NULL
+// if there are fewer. Only rows of the filter's states count if the index has
+// them.
+func lastOf(f Filter, below int64, n int) query {
+	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
+	if !f.noneDone() || f.ranged() {
+		return sqlText(fmt.Sprintf(last, ``), below, n-1)
+	}
+	var queries []query
+	for _, state := range f.States {
+		queries = append(queries, sqlText(fmt.Sprintf(last, ` AND state = ? AND state <> 'DONE'`), below, string(state), n-1))
+	}
+	return sqlText(`SELECT max(last) FROM (`).with(unionAll(queries)).plus(`)`)
 }
 
 // windowByFinish is windowOf with ByFinish: rows with the same time as the place have

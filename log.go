@@ -3,7 +3,7 @@ package task
 import (
 	"context"
 	"log/slog"
-	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -20,11 +20,13 @@ const (
 // one that panics ends no process. Without records there is no goroutine.
 type logQueue struct {
 	slog.Handler
+	records chan *slog.Record
+	dropped atomic.Int64
+	busy    atomic.Bool // the goroutine runs
+}
 
-	mu      sync.Mutex // guards what follows
-	records []slog.Record
-	dropped int
-	idle    chan struct{} // closed when the goroutine ends; nil while there is none
+func newLogQueue(h slog.Handler) *logQueue {
+	return &logQueue{Handler: h, records: make(chan *slog.Record, maxLogQueue)}
 }
 
 // Enabled implements [slog.Handler]: the application's handler is asked later.
@@ -32,46 +34,38 @@ func (q *logQueue) Enabled(context.Context, slog.Level) bool { return true }
 
 // Handle implements [slog.Handler].
 func (q *logQueue) Handle(_ context.Context, r slog.Record) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if len(q.records) >= maxLogQueue {
-		q.dropped++
-		return nil
+	select {
+	case q.records <- &r:
+	default:
+		q.dropped.Add(1)
 	}
-	q.records = append(q.records, r)
-	if q.idle == nil {
-		q.idle = make(chan struct{})
-		go q.run(q.idle)
-	}
+	q.start()
 	return nil
 }
 
+// start has the goroutine run if there is something to pass on.
+func (q *logQueue) start() {
+	if len(q.records) > 0 && q.busy.CompareAndSwap(false, true) {
+		go q.run()
+	}
+}
+
 // run passes on what there is.
-func (q *logQueue) run(idle chan struct{}) {
+func (q *logQueue) run() {
 	defer func() { // also if the handler calls runtime.Goexit
-		q.mu.Lock()
-		if q.idle == idle {
-			q.idle = nil
-		}
-		q.mu.Unlock()
-		close(idle)
+		q.busy.Store(false)
+		q.start() // what has come just now
 	}()
 	for {
-		q.mu.Lock()
-		records, dropped := q.records, q.dropped
-		q.records, q.dropped = nil, 0
-		if len(records) == 0 {
-			q.idle = nil // the next record starts another goroutine
-			q.mu.Unlock()
+		select {
+		case r := <-q.records:
+			q.pass(*r)
+		default:
 			return
 		}
-		q.mu.Unlock()
-		if dropped > 0 {
+		if n := q.dropped.Swap(0); n > 0 {
 			r := slog.NewRecord(time.Now(), slog.LevelWarn, "task: log records dropped, because the handler is too slow", 0)
-			r.AddAttrs(slog.Int("count", dropped))
-			records = append(records, r)
-		}
-		for _, r := range records {
+			r.AddAttrs(slog.Int64("count", n))
 			q.pass(r)
 		}
 	}
@@ -85,16 +79,9 @@ func (q *logQueue) pass(r slog.Record) {
 	}
 }
 
-// flush waits until the queue is empty, or for logGrace.
+// flush waits until all has been passed on, or for logGrace.
 func (q *logQueue) flush() {
-	q.mu.Lock()
-	idle := q.idle
-	q.mu.Unlock()
-	if idle == nil {
-		return
-	}
-	select {
-	case <-idle:
-	case <-time.After(logGrace):
+	for end := time.Now().Add(logGrace); (q.busy.Load() || len(q.records) > 0) && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
 	}
 }

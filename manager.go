@@ -74,7 +74,7 @@ type Manager struct {
 	leaving  bool            // Drain leaves what is PENDING to the next manager that resumes
 	left     map[string]bool // the IDs of what was left
 	lost     map[*task]bool  // lost operations whose functions still run
-	resuming bool            // recoverBeside runs
+	resuming bool            // recoverOthers is recovering
 	stopping bool            // the functions have returned: the writer stores the rest
 	lastTry  bool            // Close will not try again
 	deadline time.Time       // when it won't
@@ -154,7 +154,7 @@ func newManager(db Persistence, opts []Option) *Manager {
 			opt(&m.options)
 		}
 	}
-	m.logs = &logQueue{Handler: m.log.Handler()}
+	m.logs = newLogQueue(m.log.Handler())
 	m.log = slog.New(m.logs)
 	m.drain = sync.OnceFunc(func() { m.closing = true; close(m.drained) })
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
@@ -186,10 +186,7 @@ func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation
 	if err == nil {
 		op, err = m.insert(t)
 	}
-	if err != nil {
-		err = fmt.Errorf("task: submit %.64q: %w", name, err)
-	}
-	return m.copyOut(op), err
+	return m.copyOut(op), wrap(err, "submit %.64q", name)
 }
 
 func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, error) {
@@ -339,6 +336,11 @@ func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 // written implements source.
 func (m *Manager) written(b batch) (more bool) {
 	owner := m.owner()
+	defer func() { // only now: who waits takes the mutex next
+		for _, w := range b.inserts {
+			close(w.t.inserted)
+		}
+	}()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now := time.Now()
@@ -380,7 +382,6 @@ func (m *Manager) written(b batch) (more bool) {
 func (m *Manager) afterInsert(w record) {
 	t := w.t
 	t.insertErr = w.err
-	close(t.inserted)
 	if w.err != nil {
 		if !errors.Is(w.err, ErrExists) && !errors.Is(w.err, ErrLost) {
 			m.backlog.remember(w)
@@ -823,10 +824,7 @@ func (m *Manager) CancelCause(id, text string) error {
 	if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // it was stored here just now
 		return m.CancelCause(id, text)
 	}
-	if err != nil {
-		return fmt.Errorf("task: cancel %s: %w", id, err)
-	}
-	return nil
+	return wrap(err, "cancel %s", id)
 }
 
 // cancelLive cancels an operation that this manager runs, and reports whether it
@@ -883,7 +881,7 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 	l, leave, err := m.find(id)
 	if err != nil {
-		return nil, fmt.Errorf("task: wait for %s: %w", id, err)
+		return nil, wrap(err, "wait for %s", id)
 	}
 	defer leave()
 	if err := await(ctx, l.done); err != nil {
@@ -893,13 +891,11 @@ func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 		}
 		return op, err
 	}
-	switch {
-	case errors.Is(l.err, ErrNotFound):
-		return nil, fmt.Errorf("task: wait for %s: %w", id, l.err)
-	case l.err != nil:
-		return l.op, fmt.Errorf("task: wait for %s: %w", id, l.err)
+	op := l.op
+	if errors.Is(l.err, ErrNotFound) {
+		op = nil
 	}
-	return l.op, nil
+	return op, wrap(l.err, "wait for %s", id)
 }
 
 // await waits until done is closed, or else for the end of ctx, whose error it
@@ -963,10 +959,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 // [errors.ErrUnsupported]; see [Pruner].
 func (m *Manager) Prune(before time.Time) (int, error) {
 	n, err := m.prune(context.Background(), before)
-	if err != nil {
-		return n, fmt.Errorf("task: prune: %w", err)
-	}
-	return n, nil
+	return n, wrap(err, "prune")
 }
 
 func (m *Manager) prune(ctx context.Context, before time.Time) (n int, err error) {

@@ -221,15 +221,21 @@ func rawValue(v any) any {
 	return raw
 }
 
+// values returns Metadata and Result as stores are given them.
+func (op *Operation) values() (metadata, result any, err error) {
+	if metadata, err = stored(op.Metadata); err != nil {
+		return nil, nil, fmt.Errorf("metadata: %w", err)
+	}
+	if result, err = stored(op.Result); err != nil {
+		return nil, nil, fmt.Errorf("result: %w", err)
+	}
+	return metadata, result, nil
+}
+
 // encode turns Metadata and Result into what stores are given.
 func (op *Operation) encode() (err error) {
-	if op.Metadata, err = stored(op.Metadata); err != nil {
-		return fmt.Errorf("metadata: %w", err)
-	}
-	if op.Result, err = stored(op.Result); err != nil {
-		return fmt.Errorf("result: %w", err)
-	}
-	return nil
+	op.Metadata, op.Result, err = op.values()
+	return err
 }
 
 // validUTF8 replaces what a database and JSON would not both return as it is.
@@ -256,10 +262,7 @@ func inFunc(ctx context.Context, what string, f func(r running) error) error {
 	if !ok {
 		return fmt.Errorf("task: %s: the context is not that of an operation", what)
 	}
-	if err := f(r); err != nil {
-		return fmt.Errorf("task: %s of %s: %w", what, r.t.id, err)
-	}
-	return nil
+	return wrap(f(r), "%s of %s", what, r.t.id)
 }
 
 // errReturned is why a function's context is of no use any more.

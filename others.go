@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -78,11 +79,9 @@ var errNotAll = errors.New("the unfinished operations are looked at later")
 // looker looks at what others have changed, until ctx is done; db tells when. Most
 // operations end before the first look.
 func (m *Manager) looker(ctx context.Context, db Persistence) {
-	for recovers := false; sleep(ctx, pollInterval); {
-		if !recovers {
-			recovers = true
-			go m.recoverOthers(ctx)
-		}
+	recovers := sync.OnceFunc(func() { go m.recoverOthers(ctx) })
+	for sleep(ctx, pollInterval) {
+		recovers()
 		for err := range hints(ctx, db) {
 			if err = errors.Join(err, m.look(false)); err == nil {
 				continue
@@ -97,14 +96,6 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 			}
 			break // to look again without waiting for a change
 		}
-	}
-}
-
-// recoverOthers recovers what dead processes have left, while somebody waits for
-// operations of others.
-func (m *Manager) recoverOthers(ctx context.Context) {
-	for ok := true; ok; ok = sleep(ctx, recoverInterval) {
-		m.recoverBeside()
 	}
 }
 

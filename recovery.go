@@ -170,25 +170,31 @@ func (m *Manager) admit(t *task) {
 	m.startNext()
 }
 
-// recoverBeside recovers in a goroutine of its own, unless that goes on already: a
+// recoverOthers recovers what dead processes have left, while somebody waits for
+// operations of others, until ctx is done. Close waits for what is under way: a
 // function of WithResume may take its time.
-func (m *Manager) recoverBeside() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closing || m.resuming || len(m.foreign) == 0 {
-		return
-	}
-	m.resuming = true
-	m.functions.Go(func() {
+func (m *Manager) recoverOthers(ctx context.Context) {
+	for ok := true; ok; ok = sleep(ctx, recoverInterval) {
+		m.mu.Lock()
+		begin := !m.closing && !m.resuming && len(m.foreign) > 0
+		if begin {
+			m.resuming = true
+			m.functions.Add(1)
+		}
+		m.mu.Unlock()
+		if !begin {
+			continue
+		}
 		resumed, err := m.recoverFrom(nil)
 		if err != nil {
 			m.log.Debug("task: recovery failed", "err", err)
 		}
 		m.start(resumed)
 		m.mu.Lock()
-		defer m.mu.Unlock()
 		m.resuming = false
-	})
+		m.mu.Unlock()
+		m.functions.Done()
+	}
 }
 
 // recoverLoop calls recover until it succeeds or the manager is closed.

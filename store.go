@@ -466,76 +466,60 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 	return f.page(history(db), limit, offset)
 }
 
-// page returns a part of the operations that the filter is for.
+// page returns a part of the operations that the filter is for. It keeps little
+// more than offset and limit ask for.
 func (f Filter) page(newestFirst iter.Seq2[*Operation, error], limit, offset int) (ops []*Operation, err error) {
-	if f.ByFinish {
-		return f.pageByFinish(newestFirst, limit, offset)
-	}
-	before := f.Before // what is yet to be found
-	for op, err := range newestFirst {
-		switch err = cmp.Or(err, f.ended()); {
-		case err != nil:
-			return nil, err
-		case len(ops) == limit:
-			return ops, nil
-		case before != "":
-			if op.ID == before {
-				before = ""
-			}
-		case !f.matches(op):
-		case offset > 0:
-			offset--
-		default:
-			ops = append(ops, op)
-		}
-	}
-	if before != "" && !isTimed(before) {
-		return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
-	}
-	if before != "" {
-		if f.Before, err = neighbour(newestFirst, before); err != nil {
-			return nil, err
-		}
-		return f.page(newestFirst, limit, offset)
-	}
-	return ops, nil
-}
-
-// pageByFinish is page with ByFinish. It keeps little more than what it returns.
-func (f Filter) pageByFinish(newestFirst iter.Seq2[*Operation, error], limit, offset int) (ops []*Operation, err error) {
-	cursor, err := f.cursor(newestFirst)
+	start, err := f.start(newestFirst)
 	if err != nil {
 		return nil, err
 	}
-	last := math.MaxInt
-	if limit < last-offset {
-		last = limit + offset
-	}
-	sorted := func() []*Operation {
-		slices.SortStableFunc(ops, func(a, b *Operation) int { return b.UpdatedAt.Compare(a.UpdatedAt) })
-		return ops[:min(last, len(ops))]
-	}
-	passed := false // the cursor
+	last := limit + min(offset, math.MaxInt-limit)
+	passed := f.Before == ""
 	for op, err := range newestFirst {
 		if err := cmp.Or(err, f.ended()); err != nil {
 			return nil, err
 		}
-		behind := cursor == nil || op.UpdatedAt.Before(cursor.UpdatedAt) || passed && op.UpdatedAt.Equal(cursor.UpdatedAt)
+		behind := passed
+		if f.ByFinish && start != nil {
+			behind = op.UpdatedAt.Before(start.UpdatedAt) || passed && op.UpdatedAt.Equal(start.UpdatedAt)
+		}
 		passed = passed || op.ID == f.Before
 		if behind && f.matches(op) {
 			ops = append(ops, op)
 		}
+		if passed && len(ops) >= last && !f.ByFinish {
+			break
+		}
 		if len(ops)-1000 > last {
-			ops = sorted()
+			ops = f.sorted(ops)[:last]
 		}
 	}
-	ops = sorted()
-	return ops[min(offset, len(ops)):], nil
+	switch {
+	case passed || f.ByFinish: // also if start was deleted meanwhile
+	case !isTimed(f.Before):
+		return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
+	default:
+		if f.Before, err = neighbour(newestFirst, f.Before); err != nil {
+			return nil, err
+		}
+		return f.page(newestFirst, limit, offset)
+	}
+	ops = f.sorted(ops)
+	return ops[min(offset, len(ops)):min(last, len(ops))], nil
 }
 
-// cursor returns the finished operation Before, or nil for the start of the list.
-func (f Filter) cursor(newestFirst iter.Seq2[*Operation, error]) (*Operation, error) {
-	if f.Before == "" {
+// sorted sorts operations in the order of List by finish, if the filter says so.
+func (f Filter) sorted(ops []*Operation) []*Operation {
+	if f.ByFinish {
+		slices.SortStableFunc(ops, func(a, b *Operation) int { return b.UpdatedAt.Compare(a.UpdatedAt) })
+	}
+	return ops
+}
+
+// start returns the finished operation Before with ByFinish, or nil for the start
+// of the list and for the order of List.
+func (f Filter) start(newestFirst iter.Seq2[*Operation, error]) (*Operation, error) {
+	if !f.ByFinish || f.Before == "" {
 		return nil, nil
 	}
 	for op, err := range newestFirst {

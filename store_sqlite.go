@@ -10,6 +10,7 @@ import (
 	"iter"
 	"maps"
 	"math"
+	"math/bits"
 	"os"
 	"slices"
 	"strings"
@@ -54,15 +55,12 @@ type SQLiteStore struct {
 // error; [NewSQLiteStore] takes any driver. The tag leaves go-sqlite3 out, for
 // programs with another driver that is called "sqlite3".
 func OpenSQLite(path string) (*SQLiteStore, error) {
+	var s *SQLiteStore
 	file, err := sqlitefile.Resolve(path)
 	if err == nil {
-		var s *SQLiteStore
 		s, err = newStore(file, func(modeOf string) (*sqlitefile.DB, error) { return sqlitefile.Open(file, modeOf) })
-		if err == nil {
-			return s, nil
-		}
 	}
-	return nil, fmt.Errorf("task: open database %q: %w", path, err)
+	return s, wrap(err, "open database %q", path)
 }
 
 // NewSQLiteStore returns a store inside an application's own SQLite database,
@@ -79,15 +77,12 @@ func OpenSQLite(path string) (*SQLiteStore, error) {
 // one that is opened with cache=shared, must have exactly one, by
 // SetMaxOpenConns(1).
 func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
+	var s *SQLiteStore
 	file, err := sqlitefile.Use(db)
 	if err == nil {
-		var s *SQLiteStore
 		s, err = newStore(file.Path(), func(string) (*sqlitefile.DB, error) { return file, nil })
-		if err == nil {
-			return s, nil
-		}
 	}
-	return nil, fmt.Errorf("task: use database: %w", err)
+	return s, wrap(err, "use database")
 }
 
 // AttachSQLite opens the database of another program that may be running, for a
@@ -98,10 +93,7 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 // does. A table without the columns and indexes of this version is an error.
 func AttachSQLite(path string) (*SQLiteStore, error) {
 	s, err := attach(path)
-	if err != nil {
-		return nil, fmt.Errorf("task: attach to database %q: %w", path, err)
-	}
-	return s, nil
+	return s, wrap(err, "attach to database %q", path)
 }
 
 func attach(path string) (*SQLiteStore, error) {
@@ -286,7 +278,16 @@ func formatTime(t time.Time) string {
 	if t.IsZero() {
 		return ""
 	}
-	return t.UTC().Format(timeFormat)
+	t = t.UTC()
+	if t.Year() < 0 || t.Year() > 9999 {
+		return t.Format(timeFormat)
+	}
+	text := t.AppendFormat(make([]byte, 0, len(timeFormat)), time.RFC3339) // which takes a third of the time
+	text[len("2006-01-02")], text[len("2006-01-02 15:04:05")] = ' ', '.'
+	for unit := 100_000; unit > 0; unit /= 10 {
+		text = append(text, byte('0'+t.Nanosecond()/1000/unit%10))
+	}
+	return string(text)
 }
 
 // cellTime returns the zero time for a cell that is no time in one of the
@@ -313,10 +314,6 @@ func cellTime(cell string) time.Time {
 	return time.Time{}
 }
 
-// chunkSizes are how many rows one statement writes, the largest number first.
-// A statement with many rows costs less than as many statements.
-var chunkSizes = []int{64, 32, 16, 8, 4, 2, 1}
-
 // textCell returns NULL for an empty text.
 func textCell(s string) any {
 	if s == "" {
@@ -325,64 +322,73 @@ func textCell(s string) any {
 	return s
 }
 
+func timeCell(t time.Time) any { return textCell(formatTime(t)) }
+
+func valueCell(v any) any { return textCell(string(rawJSON(v))) }
+
 // A statement writes rows.
 type statement struct {
-	text   map[int]string // by the number of rows, one of chunkSizes
-	params int            // of a row
-	none   error          // the outcome if it writes fewer
+	one    string // its text for one row
+	format string // its text for many, with %s for the rows of parameters
+	params int    // of a row
+	none   error  // the outcome if it writes fewer rows than it has
 }
 
-// newStatement puts rows of parameters where the format has a %s. For one row
-// there may be a text that costs less.
-func newStatement(format, one string, params int, none error) *statement {
-	s := &statement{make(map[int]string), params, none}
-	row := ", (?" + strings.Repeat(", ?", params-1) + ")"
-	for _, n := range chunkSizes {
-		s.text[n] = fmt.Sprintf(format, strings.Repeat(row, n)[len(", "):])
-	}
-	s.text[1] = cmp.Or(one, s.text[1])
-	return s
+// many returns the text for n rows.
+func (s *statement) many(n int) string {
+	row := ", (?" + strings.Repeat(", ?", s.params-1) + ")"
+	return fmt.Sprintf(s.format, strings.Repeat(row, n)[len(", "):])
 }
 
 // update never finishes an operation twice, and never creates one again that
 // has been deleted.
-var update = newStatement(`UPDATE tasks SET state = v.column1, progress = v.column2, metadata = v.column3, result = v.column4,
+var update = &statement{`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
+	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
+	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`,
+	`UPDATE tasks SET state = v.column1, progress = v.column2, metadata = v.column3, result = v.column4,
 	error = v.column5, updated_at = v.column6, started_at = v.column7, message = v.column8,
 	cancel_requested_at = coalesce(cancel_requested_at, v.column9)
 	FROM (VALUES %s) AS v WHERE id = v.column10 AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(v.column11, owner)`,
-	`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
-	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
-	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`, 11, ErrNotFound)
+	11, ErrNotFound}
+
+const insertInto = `INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
+	message, cancel_requested_at, id, owner, name, created_at) `
 
 // insert begins with the parameters of update.
-var insert = newStatement(`INSERT INTO tasks (state, progress, metadata, result, error, updated_at, started_at,
-	message, cancel_requested_at, id, owner, name, created_at) VALUES %s ON CONFLICT (id) DO NOTHING`, "", 13,
-	errors.New("a trigger of the database has ignored the new row"))
+var insert = &statement{insertInto + `VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING`,
+	insertInto + `SELECT * FROM (VALUES %s) WHERE column10 IS NOT NULL ON CONFLICT (id) DO NOTHING`,
+	13, errors.New("a trigger of the database has ignored the new row")}
 
 // idCell is the place of the ID among the parameters.
 const idCell = 9
 
+// maxChunk is how many rows one statement writes at most: one with many rows costs
+// less than as many statements.
+const maxChunk = 64
+
 // A write is a row to insert or to update.
 type write struct {
 	*statement
-	args []any  // at least as many as params
+	args []any  // those of this row, and of all behind it
 	err  *error // where the outcome goes
 }
 
-// cells returns those of an operation's row.
-func cells(op *Operation, owner string) ([]any, error) {
-	c := *op
-	if err := c.encode(); err != nil {
-		return nil, err
+// appendCells appends those of an operation's row, as many as the statement has.
+func (s *statement) appendCells(args []any, op *Operation, owner any) ([]any, error) {
+	metadata, result, err := op.values()
+	if err != nil {
+		return args, err
 	}
-	metadata, result := string(rawJSON(c.Metadata)), string(rawJSON(c.Result))
-	requested := ""
+	requested := time.Time{}
 	if op.Cancelling {
-		requested = formatTime(latest(op.UpdatedAt, op.CreatedAt))
+		requested = latest(op.UpdatedAt, op.CreatedAt)
 	}
-	return []any{string(op.State), op.Progress, textCell(metadata), textCell(result), textCell(op.Error),
-		textCell(formatTime(op.UpdatedAt)), textCell(formatTime(op.StartedAt)), textCell(op.Message), textCell(requested), op.ID,
-		textCell(owner), op.Name, textCell(formatTime(op.CreatedAt))}, nil
+	args = append(args, string(op.State), op.Progress, valueCell(metadata), valueCell(result), textCell(op.Error),
+		timeCell(op.UpdatedAt), timeCell(op.StartedAt), textCell(op.Message), timeCell(requested), op.ID, owner)
+	if s == insert {
+		args = append(args, op.Name, timeCell(op.CreatedAt))
+	}
+	return args, nil
 }
 
 // Save implements [Persistence].
@@ -409,21 +415,22 @@ var errAttached = fmt.Errorf("the store only looks on, see AttachSQLite: %w", er
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
+	args := make([]any, 0, len(saves)*insert.params+len(updates)*update.params)
+	own := textCell(s.Owner())
 	for i, op := range slices.Concat(saves, updates) {
-		stmt, owner := insert, s.Owner()
+		stmt, owner, start := insert, own, len(args)
 		switch {
 		case i >= len(saves):
 			stmt = update
-			if op.Owner != owner {
-				owner = "" // any
+			if op.Owner != s.Owner() {
+				owner = nil // any
 			}
-		case owner == "":
+		case owner == nil:
 			errs[i] = errAttached
 			continue
 		}
-		var args []any
-		if args, errs[i] = cells(op, owner); errs[i] == nil {
-			writes = append(writes, write{stmt, args, &errs[i]})
+		if args, errs[i] = stmt.appendCells(args, op, owner); errs[i] == nil {
+			writes = append(writes, write{stmt, args[start:cap(args)], &errs[i]})
 		}
 	}
 	if len(writes) == 0 {
@@ -455,31 +462,27 @@ func setAll(writes []write, err error) {
 	}
 }
 
-// chunk returns how many of the first rows the next statement should write.
-func chunk(writes []write) int {
-	same := 1
-	for same < min(len(writes), chunkSizes[0]) && writes[same].statement == writes[0].statement {
-		same++
+// chunk returns how many of the first rows the next statement can write.
+func chunk(writes []write) (n int) {
+	for n < min(len(writes), maxChunk) && writes[n].statement == writes[0].statement {
+		n++
 	}
-	return chunkSizes[slices.IndexFunc(chunkSizes, func(n int) bool { return n <= same })]
+	return n
 }
 
-// writeRows writes rows of the same kind with one statement.
+// writeRows writes rows of the same kind with one statement. There are few such
+// statements to prepare: if the number of rows is no power of two, rows of NULL,
+// which are not written, make it one.
 func writeRows(c *sql.Conn, writes []write) (err error) {
 	stmt, n := writes[0].statement, 0
-	args := make([]any, 0, len(writes)*stmt.params)
-	for _, w := range writes {
-		args = append(args, w.args[:stmt.params]...)
-	}
+	args := writes[0].args[:len(writes)*stmt.params]
 	if len(writes) == 1 {
-		n, err = changes(c, stmt.text[1], args...)
+		n, err = changes(c, stmt.one, args...)
 	} else {
-		// A query, because go-sqlite3 passes its arguments to C all at once.
-		var rows *sql.Rows
-		if rows, err = c.QueryContext(context.Background(), stmt.text[len(writes)], args...); err == nil {
-			rows.Next()
-			err = cmp.Or(rows.Err(), rows.Close(), c.QueryRowContext(context.Background(), `SELECT changes()`).Scan(&n))
-		}
+		size := 1 << bits.Len(uint(len(writes)-1))
+		args = append(args[:len(args):len(args)], make([]any, (size-len(writes))*stmt.params)...)
+		// A query, because go-sqlite3 passes the arguments of those to C all at once.
+		err = cmp.Or(sqlitefile.Each(c, stmt.many(size), args, func() {}), sqlText(`SELECT changes()`).row(c, &n))
 	}
 	if err == nil && n < len(writes) {
 		err = stmt.none

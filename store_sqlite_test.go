@@ -634,10 +634,10 @@ func TestSQLiteLocked(t *testing.T) {
 			if len(errs) != 3 || errs[0] == nil || errs[0] != errs[1] || errs[0] != errs[2] || !strings.Contains(errs[0].Error(), "locked") {
 				t.Errorf("errors %v, want everybody's the same", errs)
 			}
+			s.db.Timeout = 30 * time.Second
 			if got := sqliteIDs(t, s, 10, 0); got != "early" {
 				t.Errorf("stored is %q", got)
 			}
-			s.db.Timeout = 30 * time.Second
 			done := make(chan error, 1)
 			go func() { done <- s.Save(sqliteOp("late", StatePending)) }()
 			select {

@@ -136,6 +136,14 @@ var (
 	ErrLagged = errors.New("watcher too slow: events were dropped")
 )
 
+// wrap says in an error, if it is one, what failed.
+func wrap(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("task: "+format+": %w", append(args, err)...)
+}
+
 // The texts in Operation.Error of operations that ended with their process or
 // their manager.
 const (

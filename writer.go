@@ -1,6 +1,7 @@
 package task
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -106,10 +107,17 @@ func (b *backlog) take(now time.Time, all bool) batch {
 		switch {
 		case all || now.Sub(b.changedAt) >= changeDelay:
 			along = len(b.changed)
-		case out.empty() && !b.urgent:
+		case out.empty():
 			along = 0
 		}
-		changed = b.takeChanged(along)
+		if b.urgent { // those that Checkpoint waits for come first
+			slices.SortStableFunc(b.changed, func(x, y *task) int { return cmp.Compare(len(y.checkpoints), len(x.checkpoints)) })
+			for along < len(b.changed) && len(b.changed[along].checkpoints) > 0 {
+				along++
+			}
+			b.urgent = false
+		}
+		changed, b.changed = cut(b.changed, along, false)
 	}
 	b.before = len(b.changed)
 	for _, t := range changed {
@@ -125,23 +133,6 @@ func (b *backlog) take(now time.Time, all bool) batch {
 			b.writing = append(b.writing, w.t)
 		}
 	}
-	return out
-}
-
-// takeChanged takes the first n of changed, and those that Checkpoint waits for.
-func (b *backlog) takeChanged(n int) (out []*task) {
-	out, b.changed = cut(b.changed, n, false)
-	if !b.urgent {
-		return out
-	}
-	b.urgent = false
-	b.changed = slices.DeleteFunc(b.changed, func(t *task) bool {
-		if len(t.checkpoints) == 0 {
-			return false
-		}
-		out = append(out, t)
-		return true
-	})
 	return out
 }
 
@@ -377,18 +368,19 @@ func retryable(err error) bool {
 // note logs when writes start and stop failing. An insert with an ID that
 // the caller gave may have failed because that exists.
 func (w *writer) note(b batch, more bool) {
-	all := slices.Concat(b.updates, b.unknown)
-	for _, w := range b.inserts {
-		if !w.t.given { // else the ID may exist
-			all = append(all, w)
+	var failed error
+	for i, records := range [][]record{b.inserts, b.updates, b.unknown} {
+		for _, r := range records {
+			if retryable(r.err) && (i > 0 || !r.t.given) {
+				failed = cmp.Or(failed, r.err)
+			}
 		}
 	}
-	failed := slices.IndexFunc(all, func(w record) bool { return retryable(w.err) })
 	switch {
-	case failed >= 0 && !w.trouble:
-		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", all[failed].err)
+	case failed != nil && !w.trouble:
+		w.log.Error("task: storing failed; what was acknowledged will be tried again", "err", failed)
 		w.trouble = true
-	case failed < 0 && !more && w.trouble:
+	case failed == nil && !more && w.trouble:
 		w.log.Info("task: storing works again")
 		w.trouble = false
 	}

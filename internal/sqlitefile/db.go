@@ -229,25 +229,21 @@ func (d *DB) retry(ctx context.Context, pool *sql.DB, deadline time.Time, f func
 	bounded, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	timedOut := errors.New("timed out waiting for a connection to the database")
-	return wait(deadline, Locked, func() (failed error) {
+	return wait(deadline, Locked, func() error {
 		c, err := pool.Conn(bounded) // which fails if opening it needs a lock
 		switch {
 		case err == nil:
+			defer c.Close()
+			err = f(c)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, context.DeadlineExceeded):
 			return timedOut // or what the database has said before
+		default:
+			err = fmt.Errorf("no connection to the database: %w", err)
 		}
-		defer func() {
-			if failed != nil {
-				timedOut = failed
-			}
-		}()
-		if err != nil {
-			return fmt.Errorf("no connection to the database: %w", err)
-		}
-		defer c.Close()
-		return f(c)
+		timedOut = cmp.Or(err, timedOut)
+		return err
 	})
 }
 

@@ -61,7 +61,10 @@ func gone(t testing.TB, dsn, id string) bool {
 func recovered(t testing.TB, s *Store) (ids []string) {
 	t.Helper()
 	for op, err := range s.Recover(testkit.RestartText, nil) {
-		testkit.Must(t, err)
+		if err != nil {
+			t.Errorf("Recover: %v", err)
+			return ids
+		}
 		if op.State != task.StateFailed || op.Error != testkit.RestartText {
 			t.Errorf("Recover yielded %+v", op)
 		}

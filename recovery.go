@@ -122,14 +122,20 @@ func (m *Manager) start(resumed []*task) {
 		return cmp.Or(a.op.CreatedAt.Compare(b.op.CreatedAt), cmp.Compare(a.id, b.id))
 	})
 	for _, t := range resumed {
+		owner := m.owner()
 		for m.mu.Lock(); m.tasks[t.id] != nil && !m.closing; m.mu.Lock() {
 			m.mu.Unlock()
 			m.liveRow(t.id) // waits until a Submit of the same ID has failed
 		}
-		if m.closing {
+		switch {
+		case m.closing:
 			m.left[t.id], t.err = true, errLeft
 			m.release(t)
-		} else {
+		case owner != m.id && owner != t.op.Owner: // fenced since: whoever takes it over next runs it
+			m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
+			m.followLost(t)
+			m.lookOut()
+		default:
 			m.admit(t)
 		}
 		m.mu.Unlock()

@@ -3,7 +3,10 @@
 package taskpg
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -49,4 +52,132 @@ func TestFailover(t *testing.T) {
 	}
 	testkit.Must(t, a.Close())
 	testkit.Must(t, b.Close())
+}
+
+// A load submits operations to a manager until it is told to stop. The result of each
+// is its name.
+type load struct {
+	mu   sync.Mutex        // guards what follows
+	ops  []*task.Operation // that Submit has returned
+	ends []*task.Operation // that Wait has returned as DONE
+	runs map[string]int    // of each function, by name
+}
+
+// submit submits one operation after the other. Errors may be, while no server is there.
+func (l *load) submit(m *task.Manager, who int, stop <-chan struct{}) {
+	for n := 0; ; n++ {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		name := fmt.Sprintf("%d.%d", who, n)
+		op, err := m.Submit(name, func(context.Context, func(int)) (any, error) {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.runs[name]++
+			return name, nil
+		})
+		if err != nil {
+			time.Sleep(lease / 100)
+			continue
+		}
+		end, err := m.Wait(context.Background(), op.ID)
+		l.mu.Lock()
+		l.ops = append(l.ops, op)
+		if err == nil && end.State == task.StateDone {
+			l.ends = append(l.ends, end)
+		}
+		l.mu.Unlock()
+	}
+}
+
+func (l *load) ended() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.ends)
+}
+
+// losses returns how many operations a store does not have, and how many that were
+// DONE are unfinished there. It reports what is neither lost nor right.
+func (l *load) losses(t *testing.T, s *Store) (rows, ends int) {
+	done := make(map[string]bool)
+	for _, op := range l.ends {
+		done[op.ID] = true
+	}
+	for _, op := range l.ops {
+		got, err := s.Get(op.ID)
+		switch {
+		case errors.Is(err, task.ErrNotFound):
+			rows++
+		case err != nil:
+			t.Fatal(err)
+		case !got.State.Finished() && done[op.ID]:
+			ends++
+		case got.State == task.StateDone:
+			var result string
+			if err := got.DecodeResult(&result); err != nil || result != op.Name || got.Name != op.Name {
+				t.Errorf("%s is %+v, %v", op.Name, got, err)
+			}
+		case done[op.ID] || got.State == task.StateCancelled:
+			t.Errorf("%s (DONE %v) is %+v", op.Name, done[op.ID], got)
+		}
+	}
+	for name, n := range l.runs {
+		if n > 1 {
+			t.Errorf("%s ran %d times", name, n)
+		}
+	}
+	return rows, ends
+}
+
+// TestAsyncFailover promotes an asynchronous standby that is behind, after the primary
+// was killed under load. What had not been replicated is lost: it is not found, or
+// unfinished. Nothing is wrong, and nothing runs twice.
+func TestAsyncFailover(t *testing.T) {
+	primary := pgtest.New(t, "max_connections=50")
+	primary.Database("tasks")
+	standby := primary.Standby("second", "max_connections=50")
+	dsn := fmt.Sprintf("host=%s,%s port=5432,5432 user=postgres dbname=tasks sslmode=disable target_session_attrs=read-write", primary.Dir(), standby.Dir())
+	s := open(t, dsn)
+	m := testkit.NewManager(t, s)
+	l, stop := &load{runs: make(map[string]int)}, make(chan struct{})
+	var all sync.WaitGroup
+	for who := range 8 {
+		all.Go(func() { l.submit(m, who, stop) })
+	}
+	const some = 200
+	more := func() bool {
+		n := l.ended()
+		return testkit.Until(func() bool { return l.ended() >= n+some }) == nil
+	}
+	if !more() {
+		t.Error("no load")
+	}
+	until(t, "replicates", func() bool {
+		return pgtest.Value[int](t, standby.DSN("tasks"), `SELECT count(*) FROM tasks`) > 0
+	})
+	pgtest.Exec(t, standby.DSN("template1"), `ALTER SYSTEM SET primary_conninfo = ''`, `SELECT pg_reload_conf()`) // the link is down
+	if !more() {
+		t.Error("the load has stopped")
+	}
+	primary.Stop("QUIT")
+	standby.Promote()
+	if !more() {
+		t.Error("nothing is submitted after the fail-over")
+	}
+	close(stop)
+	all.Wait()
+	testkit.Must(t, m.Close())
+	testkit.Must(t, s.Close())
+	reader := open(t, dsn)
+	rows, ends := l.losses(t, reader)
+	t.Logf("of %d operations submitted, %d are lost; of %d known as DONE, %d more are unfinished", len(l.ops), rows, len(l.ends), ends)
+	if rows == 0 {
+		t.Error("nothing was lost: the standby was not behind")
+	}
+	recovered(t, reader) // what is unfinished gets its final state
+	if n := pgtest.Value[int](t, dsn, `SELECT count(*) FROM tasks WHERE state IN ('PENDING', 'RUNNING')`); n > 0 {
+		t.Errorf("%d operations have no final state", n)
+	}
 }

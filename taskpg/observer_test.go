@@ -1,3 +1,5 @@
+//go:build unix
+
 package taskpg
 
 import (
@@ -5,6 +7,9 @@ import (
 	"math/rand/v2"
 	"testing"
 	"time"
+
+	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
 // A world is what a model of two stores and a database does: an owner that
@@ -160,5 +165,58 @@ func TestObserverRestarts(t *testing.T) {
 				t.Errorf("declared gone: %v, want %v", dead, c.want)
 			}
 		})
+	}
+}
+
+// TestClocksApart has stores whose wall clocks are an hour apart, and one whose clock
+// is set again and again, beside a process that is killed: that is declared gone, and
+// nobody else is.
+func TestClocksApart(t *testing.T) {
+	dsn := pgtest.Database(t)
+	real := systemClock()
+	apart := func(set func(mono time.Duration) time.Duration) Option {
+		return func(s *Store) {
+			s.clock = func() instant {
+				now := real()
+				now.wall += set(now.mono)
+				return now
+			}
+		}
+	}
+	stores := []*Store{
+		open(t, dsn, apart(func(time.Duration) time.Duration { return time.Hour })),
+		open(t, dsn, apart(func(time.Duration) time.Duration { return -time.Hour })),
+		open(t, dsn, apart(func(mono time.Duration) time.Duration { // set each 1/3 of a lease
+			return time.Duration(int(mono/(lease/3))%2) * time.Hour
+		})),
+		open(t, dsn, apart(func(mono time.Duration) time.Duration { // set each 2 leases
+			return time.Duration(int(mono/(2*lease))%2) * -time.Hour
+		})),
+	}
+	var owners []string
+	for _, s := range stores {
+		owners = append(owners, s.Owner())
+	}
+	for range 2 {
+		p, r := startStore(t, dsn)
+		time.Sleep(2 * lease) // in which a living process might be taken for dead
+		if gone(t, dsn, r.Owner) {
+			t.Error("a living process is declared gone")
+		}
+		p.Kill()
+		until(t, "declared gone", func() bool { return gone(t, dsn, r.Owner) })
+		if got := recovered(t, stores[0]); len(got) != 1 || got[0] != r.ID {
+			t.Errorf("recovered %v, want %s", got, r.ID)
+		}
+	}
+	for i, s := range stores {
+		owner := owners[i]
+		save(t, s, task.StateRunning) // as another owner, if this one was declared gone
+		if s.Owner() != owner {
+			t.Errorf("store %d is declared gone", i)
+		}
+	}
+	if got := recovered(t, stores[1]); len(got) > 0 {
+		t.Errorf("recovered %v of living owners", got)
 	}
 }

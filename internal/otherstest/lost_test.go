@@ -219,3 +219,78 @@ func TestLostSubmit(t *testing.T) {
 	}
 	testkit.Must(t, m.Close())
 }
+
+// A fencedStore has one operation, whose owner is dead. It is fenced once, when
+// Recover has taken that over and the manager does not know yet.
+type fencedStore struct {
+	*leaseStore
+	owner string // of the operation
+	again bool   // it stays for this manager to take over; else another has it FAILED
+}
+
+func (s *fencedStore) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
+	return func(yield func(*task.Operation, error) bool) {
+		op, err := s.Get("left")
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		if op.State.Finished() || s.owner == s.Owner() {
+			return
+		}
+		first := s.owner == "dead"
+		if op.State = task.StatePending; !resume(op) {
+			op.State, op.Error = task.StateFailed, reason
+		}
+		op.UpdatedAt, s.owner = time.Now(), s.Owner()
+		op.Owner = s.owner
+		if err := s.MemoryStore.Update(op); err != nil || !yield(op, nil) || !first {
+			return
+		}
+		s.mu.Lock()
+		s.gone[s.owner] = true
+		s.n++
+		s.mu.Unlock()
+		if !s.again {
+			other := *op
+			other.State, other.Error = task.StateFailed, "taken for dead"
+			s.MemoryStore.Update(&other)
+		}
+	}
+}
+
+// A manager whose store is fenced between the take-over of an operation and its
+// start does not run it: whoever takes it over next does.
+func TestLostBeforeResumed(t *testing.T) {
+	for name, again := range map[string]bool{"recovered by another": false, "recovered again": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &fencedStore{leaseStore: newLeaseStore(), owner: "dead", again: again}
+				must(t, s.MemoryStore.Save(&task.Operation{ID: "left", Name: "left", State: task.StateRunning, CreatedAt: time.Now()}))
+				runs := 0
+				m, err := task.New(s, task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) {
+					return func(context.Context, func(int)) (any, error) {
+						runs++
+						time.Sleep(time.Second)
+						return nil, nil
+					}, nil
+				}))
+				must(t, err)
+				op, err := m.Wait(t.Context(), "left")
+				must(t, err)
+				want, wantRuns := task.StateFailed, 0
+				if again {
+					want, wantRuns = task.StateDone, 1
+				}
+				if op.State != want || runs != wantRuns {
+					t.Errorf("ran %d times and is %+v, want %s and %d", runs, op, want, wantRuns)
+				}
+				time.Sleep(time.Minute) // in which nothing more happens
+				must(t, m.Close())
+				if stored, err := s.Get("left"); err != nil || stored.State != want || runs != wantRuns {
+					t.Errorf("ran %d times, stored is %+v, %v", runs, stored, err)
+				}
+			})
+		})
+	}
+}

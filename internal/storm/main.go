@@ -25,20 +25,20 @@ import (
 	"math/rand/v2"
 	"os"
 	"time"
+
+	"github.com/mynt-nas/task/internal/storm/engine"
 )
 
 func main() {
-	if text := os.Getenv(workerVar); text != "" {
-		os.Exit(work(text))
-	}
-	var s storm
+	engine.Main(engine.SQLite)
+	s := engine.Storm{Backend: engine.SQLite}
 	length := flag.Duration("for", 30*time.Second, "run for this time at most")
-	flag.IntVar(&s.kills, "kills", math.MaxInt, "kill this many processes at most")
-	flag.BoolVar(&s.resume, "resume", false, "let the workers resume what the dead have left")
-	flag.Uint64Var(&s.seed, "seed", rand.Uint64(), "seed of the random choice of targets and moments")
-	flag.StringVar(&s.dir, "dir", "", "put the databases into this `directory` (default a temporary one)")
+	flag.IntVar(&s.Kills, "kills", math.MaxInt, "kill this many processes at most")
+	flag.BoolVar(&s.Resume, "resume", false, "let the workers resume what the dead have left")
+	flag.Uint64Var(&s.Seed, "seed", rand.Uint64(), "seed of the random choice of targets and moments")
+	flag.StringVar(&s.Dir, "dir", "", "put the databases into this `directory` (default a temporary one)")
 	flag.Parse()
-	s.until = time.Now().Add(*length)
+	s.Until = time.Now().Add(*length)
 	if err := report(&s); err != nil {
 		fmt.Fprintln(os.Stderr, "storm:", err)
 		os.Exit(1)
@@ -46,27 +46,27 @@ func main() {
 }
 
 // report runs a storm and prints the outcome.
-func report(s *storm) error {
+func report(s *engine.Storm) error {
 	var err error
-	if s.dir == "" {
-		s.dir, err = os.MkdirTemp("", "storm-")
+	if s.Dir == "" {
+		s.Dir, err = os.MkdirTemp("", "storm-")
 	} else {
-		err = os.MkdirAll(s.dir, 0o700)
+		err = os.MkdirAll(s.Dir, 0o700)
 	}
 	if err != nil {
 		return err
 	}
-	fmt.Printf("storm: seed %d, directory %s\n", s.seed, s.dir)
-	err = s.run()
-	for _, text := range s.bad {
+	fmt.Printf("storm: seed %d, directory %s\n", s.Seed, s.Dir)
+	err = s.Run()
+	for _, text := range s.Bad {
 		fmt.Println("violation:", text)
 	}
-	fmt.Println("storm:", s.total)
+	fmt.Println("storm:", s.Total)
 	if err != nil {
 		return err
 	}
-	if s.total.violations > 0 {
-		return fmt.Errorf("%d violations; the database and the journals are in %s", s.total.violations, s.dir)
+	if s.Total.Violations > 0 {
+		return fmt.Errorf("%d violations; the database and the journals are in %s", s.Total.Violations, s.Dir)
 	}
-	return os.Remove(s.dir) // it is empty
+	return os.Remove(s.Dir) // it is empty
 }

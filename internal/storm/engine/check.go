@@ -1,16 +1,14 @@
-package main
+// Package engine runs a storm: workers that use one database and are killed at
+// random, and a driver that compares what they were told with what is stored.
+package engine
 
 import (
-	"database/sql"
 	"encoding/json"
 	"fmt"
-	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
-
-	_ "github.com/mattn/go-sqlite3"
 
 	"github.com/mynt-nas/task"
 )
@@ -38,6 +36,7 @@ func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNN
 // connections of its own. It closes them after each check: otherwise SQLite would
 // never have to recover the write-ahead log that dead processes have left.
 type checker struct {
+	backend  Backend
 	dir      string
 	readers  map[process]*reader
 	statuses map[process]*status
@@ -50,34 +49,36 @@ type checker struct {
 	over       bool                // the last manager, which resumes nothing, has been here
 	resumers   map[string][]string // by the ID of an operation: the sessions that have resumed it
 
-	acks tally // acknowledgements
+	acks Tally // acknowledgements
 	bad  []string
 }
 
-// A tally holds the counts of the summary.
-type tally struct {
-	kills, restarts, submitted, finished, recovered, resumed, checks, databases, violations int
+// A Tally holds the counts of the summary.
+type Tally struct {
+	Kills, Outages, Restarts, Submitted, Finished, Recovered, Resumed, Checks, Databases, Violations int
 }
 
-func (t *tally) add(u tally) {
-	t.kills += u.kills
-	t.restarts += u.restarts
-	t.submitted += u.submitted
-	t.finished += u.finished
-	t.recovered += u.recovered
-	t.resumed += u.resumed
-	t.checks += u.checks
-	t.databases += u.databases
-	t.violations += u.violations
+func (t *Tally) add(u Tally) {
+	t.Kills += u.Kills
+	t.Outages += u.Outages
+	t.Restarts += u.Restarts
+	t.Submitted += u.Submitted
+	t.Finished += u.Finished
+	t.Recovered += u.Recovered
+	t.Resumed += u.Resumed
+	t.Checks += u.Checks
+	t.Databases += u.Databases
+	t.Violations += u.Violations
 }
 
-func (t tally) String() string {
-	return fmt.Sprintf("%d kills, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d resumed, %d checks, %d databases, violations = %d",
-		t.kills, t.restarts, t.submitted, t.finished, t.recovered, t.resumed, t.checks, t.databases, t.violations)
+func (t Tally) String() string {
+	return fmt.Sprintf("%d kills, %d crashes of the server, %d restarts, %d operations acknowledged, %d finals acknowledged, %d recovered, %d resumed, %d checks, %d databases, violations = %d",
+		t.Kills, t.Outages, t.Restarts, t.Submitted, t.Finished, t.Recovered, t.Resumed, t.Checks, t.Databases, t.Violations)
 }
 
-func newChecker(dir string) *checker {
+func newChecker(b Backend, dir string) *checker {
 	return &checker{
+		backend:    b,
 		dir:        dir,
 		readers:    make(map[process]*reader),
 		statuses:   make(map[process]*status),
@@ -96,7 +97,7 @@ func (c *checker) started(p process) {
 }
 
 func (c *checker) violation(format string, args ...any) {
-	c.acks.violations++
+	c.acks.Violations++
 	if len(c.bad) < 20 {
 		c.bad = append(c.bad, fmt.Sprintf(format, args...))
 	}
@@ -108,7 +109,7 @@ func (c *checker) violation(format string, args ...any) {
 // It reads the journals before the database, so that the database must contain
 // everything that they record.
 func (c *checker) check() error {
-	c.acks.checks++
+	c.acks.Checks++
 	var added []record
 	for p, r := range c.readers {
 		records, err := r.read()
@@ -140,29 +141,22 @@ func (c *checker) check() error {
 	return nil
 }
 
-// readRows updates c.rows, in one transaction.
+// readRows updates c.rows.
 func (c *checker) readRows() error {
-	path := (&url.URL{Path: filepath.ToSlash(databasePath(c.dir))}).EscapedPath()
-	db, err := sql.Open("sqlite3", "file:"+path+"?mode=ro&_busy_timeout=8000")
+	n := 0
+	problem, err := c.backend.Rows(c.dir, func(scan func(...any) error) error {
+		r, err := scanRow(scan)
+		if err == nil {
+			c.checkRow(r)
+			n++
+		}
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	defer db.Close()
-	tx, err := db.Begin()
-	if err != nil {
-		return err
-	}
-	defer tx.Rollback()
-	var result string
-	if err := tx.QueryRow(`PRAGMA integrity_check`).Scan(&result); err != nil {
-		return err
-	}
-	if result != "ok" {
-		c.violation("integrity check: %s", result)
-	}
-	n, err := c.query(tx)
-	if err != nil {
-		return err
+	if problem != "" {
+		c.violation("integrity check: %s", problem)
 	}
 	if n != len(c.rows) {
 		c.violation("of %d rows, %d are left", len(c.rows), n)
@@ -170,25 +164,23 @@ func (c *checker) readRows() error {
 	return nil
 }
 
-// query passes all rows to c.checkRow, and counts them.
-func (c *checker) query(tx *sql.Tx) (n int, err error) {
-	rows, err := tx.Query(`SELECT id, name, state, CAST(progress AS TEXT), coalesce(metadata, ''), coalesce(result, ''),
-		coalesce(error, ''), CAST(created_at AS TEXT), CAST(updated_at AS TEXT), coalesce(CAST(started_at AS TEXT), ''),
-		coalesce(owner, ''), cancel_requested_at IS NOT NULL FROM tasks`)
-	if err != nil {
-		return 0, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var r row
-		if err := rows.Scan(&r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result,
-			&r.err, &r.created, &r.updated, &r.started, &r.owner, &r.cancelling); err != nil {
-			return n, err
+func scanRow(scan func(...any) error) (r row, err error) {
+	err = scan(&r.id, &r.name, &r.state, &r.progress, &r.metadata, &r.result,
+		&r.err, &r.created, &r.updated, &r.started, &r.owner, &r.cancelling)
+	return r, err
+}
+
+// left returns how many unfinished operations belong to killed processes.
+func (c *checker) left() (n int, err error) {
+	_, err = c.backend.Rows(c.dir, func(scan func(...any) error) error {
+		r, err := scanRow(scan)
+		p, _, known := c.runs(r)
+		if status := c.statuses[p]; err == nil && known && r.unfinished() && status != nil && status.killed {
+			n++
 		}
-		c.checkRow(r)
-		n++
-	}
-	return n, rows.Err()
+		return err
+	})
+	return n, err
 }
 
 // checkRow compares a row with its state at the last check.
@@ -216,7 +208,7 @@ func (c *checker) checkRow(r row) {
 		c.violation("a row has an unknown state: %+v", r)
 	}
 	if r.err == restartError {
-		c.acks.recovered++
+		c.acks.Recovered++
 		c.checkRecovered(r)
 	}
 }
@@ -281,7 +273,7 @@ func (c *checker) alive(session string) bool {
 // resumedBy checks that of the sessions that have resumed an operation, one is
 // alive.
 func (c *checker) resumedBy(id, session string) {
-	c.acks.resumed++
+	c.acks.Resumed++
 	alive := 0
 	c.resumers[id] = append(c.resumers[id], session)
 	for _, session := range c.resumers[id] {
@@ -312,14 +304,14 @@ func (c *checker) compare(r record) {
 	case resumed:
 		c.resumedBy(r.ID, r.Name)
 	case submitted:
-		c.acks.submitted++
+		c.acks.Submitted++
 		if got, ok := c.rows[r.ID]; !ok {
 			c.violation("Submit of %s (%s) was acknowledged, but there is no row", r.ID, r.Name)
 		} else if got.name != r.Name {
 			c.violation("submitted as %q: %+v", r.Name, got)
 		}
 	case finished:
-		c.acks.finished++
+		c.acks.Finished++
 		want, err := rowOf(r.Op)
 		got, ok := c.rows[r.Op.ID]
 		want.owner, want.cancelling = got.owner, got.cancelling

@@ -1,4 +1,4 @@
-package main
+package engine
 
 import (
 	"bufio"
@@ -43,6 +43,7 @@ const (
 	maxWaiting   = 8 // operations of one goroutine that it has not waited for
 	maxEndless   = 2 // operations of one goroutine that only Close ends
 	maxLifetime  = 3 * time.Second
+	retryPause   = 10 * time.Millisecond // while the database is away
 	restartError = "Task failed due to system restart"
 	closeError   = "Task failed due to system shutdown"
 )
@@ -50,14 +51,23 @@ const (
 // A worker is a process that uses the database until it is killed.
 type worker struct {
 	config
+	backend Backend
 	journal *journal
 	rng     *rand.Rand
 	stop    chan struct{} // closed when the driver asks it to end
 }
 
+// Main runs a worker and ends the process, if a storm has started the process as
+// one. Else it does nothing.
+func Main(b Backend) {
+	if text := os.Getenv(workerVar); text != "" {
+		os.Exit(work(text, b))
+	}
+}
+
 // work is a worker's main function. It returns the exit status.
-func work(text string) int {
-	w := &worker{stop: make(chan struct{})}
+func work(text string, b Backend) int {
+	w := &worker{backend: b, stop: make(chan struct{})}
 	err := json.Unmarshal([]byte(text), &w.config)
 	if err == nil {
 		w.journal, err = openJournal(journalPath(w.Dir, w.Slot, w.Gen))
@@ -106,20 +116,11 @@ type session struct {
 
 func (w *worker) run(n int) error {
 	l := &session{worker: w, prefix: fmt.Sprintf("%d.%d.%d.", w.Slot, w.Gen, n), resumed: make(map[string]*job)}
-	store, err := task.OpenSQLite(databasePath(w.Dir))
-	if err != nil {
-		return err
+	store, err := l.open()
+	for w.backend.Outages && err != nil {
+		time.Sleep(retryPause)
+		store, err = l.open()
 	}
-	var db task.Persistence = store
-	if w.Faulty != "" {
-		db = faultyStores[w.Faulty](databasePath(w.Dir), store)
-	}
-	w.journal.add(record{Kind: opened, ID: store.Owner(), Name: l.prefix})
-	opts := []task.Option{task.WithLogger(slog.New(slog.DiscardHandler))}
-	if w.Resume {
-		opts = append(opts, task.WithResume(l.resume))
-	}
-	l.manager, err = task.New(db, opts...)
 	if err != nil {
 		return err
 	}
@@ -145,7 +146,30 @@ func (w *worker) run(n int) error {
 	l.quit.Store(true)
 	all.Wait()
 	l.waitAll(l.ran())
-	return store.Close()
+	if err := store.Close(); !l.accepts(err) {
+		return err
+	}
+	return nil
+}
+
+// open opens the store and the manager.
+func (l *session) open() (store Store, err error) {
+	if store, err = l.backend.Open(l.Dir); err != nil {
+		return nil, err
+	}
+	var db task.Persistence = store
+	if l.Faulty != "" {
+		db = faultyStores[l.Faulty](databasePath(l.Dir), store.(*task.SQLiteStore))
+	}
+	l.journal.add(record{Kind: opened, ID: store.Owner(), Name: l.prefix})
+	opts := []task.Option{task.WithLogger(slog.New(slog.DiscardHandler))}
+	if l.Resume {
+		opts = append(opts, task.WithResume(l.resume))
+	}
+	if l.manager, err = task.New(db, opts...); err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	return store, nil
 }
 
 // declined reports whether no worker resumes the operation with that ID.
@@ -181,6 +205,10 @@ func (l *session) ran() (jobs []*job) {
 	return jobs
 }
 
+// accepts reports whether an error of the database may be: nil, or any while its
+// server crashes.
+func (l *session) accepts(err error) bool { return err == nil || l.backend.Outages }
+
 func (l *session) violation(format string, args ...any) {
 	l.journal.add(record{Kind: violation, Text: "worker " + l.prefix + " " + fmt.Sprintf(format, args...)})
 }
@@ -194,7 +222,11 @@ func (l *session) submitAll(i int, rng *rand.Rand) {
 			continue
 		}
 		if !l.submit(j, rng) {
-			break
+			if !l.backend.Outages || l.closing.Load() {
+				break
+			}
+			time.Sleep(retryPause)
+			continue
 		}
 		if j.kind == "endless" {
 			endless = append(endless, j)
@@ -219,7 +251,7 @@ func (l *session) submitAll(i int, rng *rand.Rand) {
 func (l *session) submit(j *job, rng *rand.Rand) bool {
 	op, err := l.manager.Submit(j.name, j.run, task.WithMetadata(map[string]string{"of": j.name}))
 	if err != nil {
-		if !errors.Is(err, task.ErrClosed) || !l.closing.Load() {
+		if !l.accepts(err) && (!errors.Is(err, task.ErrClosed) || !l.closing.Load()) {
 			l.violation("Submit of %s: %v", j.name, err)
 		}
 		j.refused.Store(true)
@@ -235,7 +267,7 @@ func (l *session) submit(j *job, rng *rand.Rand) bool {
 			time.Sleep(time.Duration(rng.Int64N(int64(5 * time.Millisecond))))
 		}
 		j.cancelled.Store(true)
-		if err := l.manager.Cancel(j.id); err != nil && !errors.Is(err, task.ErrNotFound) {
+		if err := l.manager.Cancel(j.id); !l.accepts(err) && !errors.Is(err, task.ErrNotFound) {
 			l.violation("Cancel of %s: %v", j.name, err)
 		}
 	}
@@ -245,6 +277,10 @@ func (l *session) submit(j *job, rng *rand.Rand) bool {
 func (l *session) waitAll(jobs []*job) {
 	for _, j := range jobs {
 		op, err := l.manager.Wait(context.Background(), j.id)
+		for deadline := time.Now().Add(patience); err != nil && l.accepts(err) && time.Now().Before(deadline); {
+			time.Sleep(retryPause)
+			op, err = l.manager.Wait(context.Background(), j.id)
+		}
 		if err != nil {
 			l.violation("Wait for %s: %v", j.name, err)
 			continue
@@ -260,27 +296,26 @@ func (l *session) waitAll(jobs []*job) {
 // acknowledgement, too.
 func (l *session) readOthers(rng *rand.Rand) {
 	ops, err := l.manager.List(30, rng.IntN(30))
-	if err != nil {
+	if !l.accepts(err) {
 		l.violation("List: %v", err)
-		return
 	}
 	if len(ops) == 0 {
 		return
 	}
 	op := ops[rng.IntN(len(ops))]
 	if strings.HasPrefix(op.Name, l.prefix) {
-		if op, ok := l.manager.Get(op.ID); !ok || op.Error == restartError {
+		if op, ok := l.manager.Get(op.ID); !ok && !l.backend.Outages || ok && op.Error == restartError {
 			l.violation("Get of its own operation: %v %v", op, ok)
 		}
 		return
 	}
-	if err := l.manager.Cancel(op.ID); err != nil && !errors.Is(err, task.ErrNotFound) {
+	if err := l.manager.Cancel(op.ID); !l.accepts(err) && !errors.Is(err, task.ErrNotFound) {
 		l.violation("Cancel of another's operation %s: %v", op.Name, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rng.Int64N(int64(300*time.Millisecond))))
 	defer cancel()
 	op, err = l.manager.Wait(ctx, op.ID)
-	if err != nil && ctx.Err() == nil {
+	if !l.accepts(err) && ctx.Err() == nil {
 		l.violation("Wait for another's operation: %v", err)
 	}
 	if err == nil {

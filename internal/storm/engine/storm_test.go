@@ -1,6 +1,6 @@
 //go:build cgo && unix
 
-package main
+package engine
 
 import (
 	"database/sql"
@@ -20,14 +20,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if text := os.Getenv(workerVar); text != "" {
-		faultyStores["early"] = newEarlyStore
-		faultyStores["lossy"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &lossyStore{SQLiteStore: s} }
-		faultyStores["no recovery"] = func(_ string, s *task.SQLiteStore) task.Persistence { return nonRecoveringStore{s} }
-		faultyStores["takes over all"] = func(path string, s *task.SQLiteStore) task.Persistence { return grabbingStore{s, path} }
-		faultyStores["recovers all"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
-		os.Exit(work(text))
-	}
+	faultyStores["early"] = newEarlyStore
+	faultyStores["lossy"] = func(_ string, s *task.SQLiteStore) task.Persistence { return &lossyStore{SQLiteStore: s} }
+	faultyStores["no recovery"] = func(_ string, s *task.SQLiteStore) task.Persistence { return nonRecoveringStore{s} }
+	faultyStores["takes over all"] = func(path string, s *task.SQLiteStore) task.Persistence { return grabbingStore{s, path} }
+	faultyStores["recovers all"] = func(path string, s *task.SQLiteStore) task.Persistence { return overeagerStore{s, path} }
+	Main(SQLite)
 	testos.UseMemory()
 	os.Exit(m.Run())
 }
@@ -69,15 +67,15 @@ func testStorm(t *testing.T, resume bool) {
 			t.Fatalf("%s: %v", stormVar, err)
 		}
 	}
-	s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(duration), resume: resume}
-	if err := s.run(); err != nil {
+	s := &Storm{Backend: SQLite, Dir: testDir(t), Seed: rand.Uint64(), Kills: math.MaxInt, Until: time.Now().Add(duration), Resume: resume}
+	if err := s.Run(); err != nil {
 		t.Error(err)
 	}
-	t.Logf("seed %d: %v", s.seed, s.total)
-	for _, text := range s.bad {
+	t.Logf("seed %d: %v", s.Seed, s.Total)
+	for _, text := range s.Bad {
 		t.Error(text)
 	}
-	if s.total.kills == 0 || s.total.submitted == 0 || s.total.finished == 0 || s.total.checks == 0 || resume != (s.total.resumed > 0) {
+	if s.Total.Kills == 0 || s.Total.Submitted == 0 || s.Total.Finished == 0 || s.Total.Checks == 0 || resume != (s.Total.Resumed > 0) {
 		t.Error("the storm has done nothing")
 	}
 }
@@ -133,8 +131,8 @@ func TestViolations(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel() // most of it is waiting
-			s := &storm{dir: testDir(t), seed: rand.Uint64(), kills: math.MaxInt, until: time.Now().Add(time.Minute), faulty: test.store,
-				resume: test.store == "takes over all"}
+			s := &Storm{Backend: SQLite, Dir: testDir(t), Seed: rand.Uint64(), Kills: math.MaxInt, Until: time.Now().Add(time.Minute), faulty: test.store,
+				Resume: test.store == "takes over all"}
 			done := false
 			s.tamper = func(c *checker) error {
 				if test.change != "" && !done {
@@ -145,11 +143,11 @@ func TestViolations(t *testing.T) {
 				}
 				return nil
 			}
-			if err := s.run(); err != nil {
+			if err := s.Run(); err != nil {
 				t.Error(err)
 			}
-			if all := strings.Join(s.bad, "\n"); !regexp.MustCompile(test.want).MatchString(all) {
-				t.Errorf("found %d violations, none of them %q: %s", s.total.violations, test.want, all)
+			if all := strings.Join(s.Bad, "\n"); !regexp.MustCompile(test.want).MatchString(all) {
+				t.Errorf("found %d violations, none of them %q: %s", s.Total.Violations, test.want, all)
 			}
 		})
 	}

@@ -1,4 +1,4 @@
-package main
+package engine
 
 import (
 	"bufio"
@@ -24,15 +24,19 @@ const (
 	maxPause    = 400 * time.Millisecond // between two rounds
 )
 
-// A storm is a run of the driver: it starts the workers, kills them, restarts
+// A Storm is a run of the driver: it starts the workers, kills them, restarts
 // them, and checks the database after each kill.
-type storm struct {
-	dir   string
-	seed  uint64
-	kills int       // ends the storm, once reached
-	until time.Time // ends the storm
+type Storm struct {
+	Backend Backend
+	Dir     string // an empty directory
+	Seed    uint64
+	Kills   int       // ends the storm, once reached
+	Until   time.Time // ends the storm
+	Resume  bool      // the workers use WithResume
 
-	resume bool                 // the workers use WithResume
+	Total Tally    // what has happened
+	Bad   []string // the first violations
+
 	faulty string               // for the workers' config
 	tamper func(*checker) error // called between a kill and the check; may be nil
 
@@ -42,8 +46,6 @@ type storm struct {
 	gen      int // counts the processes
 	dead     []process
 	starting time.Duration // from the start of a process to the return of its first New, as last measured
-	total    tally
-	bad      []string
 }
 
 // A child is the driver's view of a worker's process.
@@ -59,28 +61,28 @@ type child struct {
 	err    error         // why it has ended; set before exited is closed
 }
 
-// run runs the storm. It ends early when it finds a violation. An error means
+// Run runs the storm. It ends early when it finds a violation. An error means
 // that the storm itself has failed.
-func (s *storm) run() error {
-	s.rng = rand.New(rand.NewPCG(s.seed, 0))
+func (s *Storm) Run() error {
+	s.rng = rand.New(rand.NewPCG(s.Seed, 0))
 	for n := 0; !s.over(); n++ {
-		dir := filepath.Join(s.dir, strconv.Itoa(n))
+		dir := filepath.Join(s.Dir, strconv.Itoa(n))
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return err
 		}
-		s.checker = newChecker(dir)
-		s.checker.resume = s.resume
-		s.total.databases++
+		s.checker = newChecker(s.Backend, dir)
+		s.checker.resume = s.Resume
+		s.Total.Databases++
 		err := s.history()
 		for _, c := range s.workers {
 			s.kill(c)
 		}
-		s.total.add(s.checker.acks)
-		s.bad = append(s.bad, s.checker.bad...)
+		s.Total.add(s.checker.acks)
+		s.Bad = append(s.Bad, s.checker.bad...)
 		if err != nil {
 			return err
 		}
-		if s.total.violations > 0 {
+		if s.Total.Violations > 0 {
 			return nil
 		}
 		if err := os.RemoveAll(dir); err != nil {
@@ -90,19 +92,19 @@ func (s *storm) run() error {
 	return nil
 }
 
-func (s *storm) over() bool {
-	return s.total.violations+s.checker.violations() > 0 || s.total.kills >= s.kills || time.Now().After(s.until)
+func (s *Storm) over() bool {
+	return s.Total.Violations+s.checker.violations() > 0 || s.Total.Kills >= s.Kills || time.Now().After(s.Until)
 }
 
 func (c *checker) violations() int {
 	if c == nil {
 		return 0
 	}
-	return c.acks.violations
+	return c.acks.Violations
 }
 
 // history runs the storm on one database.
-func (s *storm) history() error {
+func (s *Storm) history() error {
 	s.dead = nil
 	for i := range s.workers {
 		if err := s.start(i); err != nil {
@@ -125,14 +127,14 @@ func (s *storm) history() error {
 }
 
 // pause waits for a random time.
-func (s *storm) pause(atMost time.Duration) {
+func (s *Storm) pause(atMost time.Duration) {
 	if atMost > 0 {
 		time.Sleep(time.Duration(s.rng.Int64N(int64(atMost))))
 	}
 }
 
 // round kills some workers, restarts them, and checks.
-func (s *storm) round() error {
+func (s *Storm) round() error {
 	targets := s.rng.Perm(slots)
 	switch s.rng.IntN(6) {
 	case 0: // all
@@ -144,17 +146,26 @@ func (s *storm) round() error {
 	if err := s.restart(targets); err != nil {
 		return err
 	}
-	for s.rng.IntN(4) == 0 { // kill again, while they start and recover
+	for s.again() { // kill again, while they start and recover
 		s.pause(s.starting + s.starting/4)
 		if err := s.restart(targets[:1+s.rng.IntN(len(targets))]); err != nil {
 			return err
 		}
+	}
+	if s.Backend.Outages && s.rng.IntN(2) == 0 {
+		if err := s.Backend.Outage(); err != nil {
+			return err
+		}
+		s.Total.Outages++
 	}
 	var fresh []*child
 	for _, i := range targets {
 		fresh = append(fresh, s.workers[i])
 	}
 	if err := s.awaitReady(fresh); err != nil {
+		return err
+	}
+	if err := s.settle(); err != nil {
 		return err
 	}
 	if s.tamper != nil {
@@ -167,26 +178,53 @@ func (s *storm) round() error {
 	return err
 }
 
+// again reports whether the round kills once more. Where the dead are recovered late,
+// a round takes long, and kills more.
+func (s *Storm) again() bool {
+	if s.Backend.Late {
+		return s.rng.IntN(8) > 0
+	}
+	return s.rng.IntN(4) == 0
+}
+
+// settle waits until what the dead have left is recovered, if that comes late.
+func (s *Storm) settle() error {
+	if !s.Backend.Late {
+		return nil
+	}
+	if err := s.checker.check(); err != nil { // which reads whose the owners are
+		return err
+	}
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if n, err := s.checker.left(); err != nil || n == 0 {
+			s.markRecovered(len(s.dead))
+			return err
+		}
+	}
+	s.markRecovered(len(s.dead)) // so that the next check reports what is left
+	return nil
+}
+
 // restart kills the workers in those slots, then replaces them.
-func (s *storm) restart(targets []int) error {
+func (s *Storm) restart(targets []int) error {
 	for _, i := range targets {
 		s.kill(s.workers[i])
-		s.total.kills++
+		s.Total.Kills++
 	}
 	for _, i := range targets {
 		if err := s.start(i); err != nil {
 			return err
 		}
-		s.total.restarts++
+		s.Total.Restarts++
 	}
 	return nil
 }
 
 // start starts a worker.
-func (s *storm) start(slot int) error {
+func (s *Storm) start(slot int) error {
 	s.gen++
 	p := process{slot, s.gen}
-	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Faulty: s.faulty, Resume: s.resume})
+	text, err := json.Marshal(config{Dir: s.checker.dir, Slot: slot, Gen: s.gen, Seed: s.rng.Uint64(), Faulty: s.faulty, Resume: s.Resume})
 	if err != nil {
 		return err
 	}
@@ -238,7 +276,7 @@ func (c *child) follow(out io.Reader) {
 }
 
 // kill kills the process and waits until it is dead.
-func (s *storm) kill(c *child) {
+func (s *Storm) kill(c *child) {
 	if c == nil || s.checker.statuses[c.process] == nil || s.checker.statuses[c.process].killed {
 		return
 	}
@@ -256,13 +294,13 @@ func (s *storm) kill(c *child) {
 }
 
 // reportEnd reports that a worker has ended without being killed.
-func (s *storm) reportEnd(c *child) {
+func (s *Storm) reportEnd(c *child) {
 	s.checker.violation("worker %d.%d has ended without being killed: %v", c.slot, c.gen, c.err)
 }
 
 // checkStderr reports what a worker has written to standard error: a crash, or a
 // data race.
-func (s *storm) checkStderr(c *child) {
+func (s *Storm) checkStderr(c *child) {
 	text, err := os.ReadFile(c.stderr)
 	if err != nil || len(text) > 0 {
 		s.checker.violation("worker %d.%d has written to standard error (%v): %.10000s", c.slot, c.gen, err, text)
@@ -271,7 +309,7 @@ func (s *storm) checkStderr(c *child) {
 
 // awaitReady waits until the managers of these children are ready. From then on,
 // processes that were dead before one of them started own nothing unfinished.
-func (s *storm) awaitReady(children []*child) error {
+func (s *Storm) awaitReady(children []*child) error {
 	for _, c := range children {
 		select {
 		case <-c.ready:
@@ -283,21 +321,23 @@ func (s *storm) awaitReady(children []*child) error {
 		case <-time.After(patience):
 			return fmt.Errorf("worker %d.%d is not ready after %v", c.slot, c.gen, patience)
 		}
-		s.markRecovered(c.after)
+		if !s.Backend.Late {
+			s.markRecovered(c.after)
+		}
 	}
 	return nil
 }
 
 // markRecovered records that the first n dead processes must not own anything
 // unfinished.
-func (s *storm) markRecovered(n int) {
+func (s *Storm) markRecovered(n int) {
 	for _, p := range s.dead[:n] {
 		s.checker.statuses[p].recovered = true
 	}
 }
 
 // check reports all violations at this moment.
-func (s *storm) check() error {
+func (s *Storm) check() error {
 	for _, c := range s.workers {
 		select {
 		case <-c.exited:
@@ -313,7 +353,7 @@ func (s *storm) check() error {
 
 // checkOwnerFiles checks that owner files do not accumulate: at most one for each
 // live process, and for each that died after the last New began.
-func (s *storm) checkOwnerFiles() {
+func (s *Storm) checkOwnerFiles() {
 	files := s.checker.ownerFiles()
 	may := slots
 	for _, p := range s.dead {
@@ -328,7 +368,7 @@ func (s *storm) checkOwnerFiles() {
 
 // end ends the storm on one database: it kills all workers, or asks them to end,
 // opens the database with one more manager, and checks what is left.
-func (s *storm) end() error {
+func (s *Storm) end() error {
 	if s.rng.IntN(2) == 0 {
 		for _, c := range s.workers {
 			io.WriteString(c.in, "stop\n") // fails if it has died, which check reports
@@ -349,8 +389,11 @@ func (s *storm) end() error {
 	} else {
 		for _, c := range s.workers {
 			s.kill(c)
-			s.total.kills++
+			s.Total.Kills++
 		}
+	}
+	if err := s.checker.check(); err != nil { // which reads whose the owners are
+		return err
 	}
 	if err := s.openAndClose(); err != nil {
 		s.checker.violation("the last manager: %v", err)
@@ -363,15 +406,24 @@ func (s *storm) end() error {
 	return s.checker.check()
 }
 
-// openAndClose opens and closes a manager.
-func (s *storm) openAndClose() error {
-	store, err := task.OpenSQLite(databasePath(s.checker.dir))
+// openAndClose opens and closes a manager, or several until all that the dead have
+// left is recovered.
+func (s *Storm) openAndClose() error {
+	store, err := s.Backend.Open(s.checker.dir)
 	if err != nil {
 		return err
 	}
-	m, err := task.New(store, task.WithLogger(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		return errors.Join(err, store.Close())
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		m, err := task.New(store, task.WithLogger(slog.New(slog.DiscardHandler)))
+		if err == nil {
+			err = m.Close()
+		}
+		left := 0
+		if err == nil && s.Backend.Late {
+			left, err = s.checker.left()
+		}
+		if err != nil || left == 0 || time.Now().After(deadline) {
+			return errors.Join(err, store.Close())
+		}
 	}
-	return errors.Join(m.Close(), store.Close())
 }

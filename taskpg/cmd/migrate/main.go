@@ -59,7 +59,7 @@ func open(ctx context.Context, name string) (store, error) {
 // migrate copies a history, and returns how many operations it has.
 func migrate(ctx context.Context, from, to string) (n int, err error) {
 	if isPostgres(from) == isPostgres(to) {
-		return 0, errors.New("one of FROM and TO must be a path, and the other postgres://... or host=...")
+		return 0, errors.New("one of FROM and TO must be a path, and the other a connection string of PostgreSQL")
 	}
 	if !isPostgres(from) {
 		if _, err := os.Stat(from); err != nil { // opening would make it

@@ -2,10 +2,13 @@ package taskpg
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -156,13 +159,30 @@ var advice = map[string]string{
 	"42501": "the user lacks a privilege: have the statements of taskpg.Schema run by one who may make tables, " +
 		"and GRANT SELECT, INSERT, UPDATE, DELETE ON tasks, task_owners",
 	"25006": "the server is a standby: name all servers in the connection string, with target_session_attrs=read-write",
+	"42703": "there is a table called tasks that is not this store's: rename it, or choose another schema with taskpg.WithSchema",
 	"53300": "too many connections: raise the server's max_connections, lower pool_max_conns in the connection string, " +
 		"or put a pooler in front",
 }
 
+// advise returns what to do about an error at opening, or "".
+func advise(err error) string {
+	switch {
+	case code(err) != "":
+		return advice[code(err)]
+	case errors.As(err, new(*net.DNSError)):
+		return "the host is unknown: look at host in the connection string"
+	case errors.As(err, new(*tls.CertificateVerificationError)):
+		return "the server's certificate is not trusted: set sslrootcert in the connection string to the file of its authority, " +
+			"and host to a name that the certificate has"
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
+		return "no server listens there: look at host and port in the connection string"
+	}
+	return ""
+}
+
 // explain adds to an error what to do about it, and makes it one line.
 func explain(err error) error {
-	if what := advice[code(err)]; what != "" {
+	if what := advise(err); what != "" {
 		return oneLine{fmt.Errorf("%s: %w", what, err)}
 	}
 	return oneLine{err}

@@ -3,6 +3,7 @@ package browsertest
 import (
 	"encoding/json"
 	"net/http"
+	"slices"
 	"testing"
 
 	"github.com/mynt-nas/task"
@@ -24,6 +25,11 @@ func TestTwoDaemons(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			id := c.owner.start("scrub")
+			for _, d := range []*daemon{c.owner, c.other} {
+				if !d.lists(t, id) {
+					t.Errorf("the list of the daemon at %s lacks the operation", d.address)
+				}
+			}
 			if op := c.other.get(t, id); op.Name != "scrub" || op.State.Finished() {
 				t.Fatalf("the other daemon shows %q in state %s", op.Name, op.State)
 			}
@@ -46,13 +52,27 @@ func TestTwoDaemons(t *testing.T) {
 // get returns an operation as the daemon's API shows it.
 func (d *daemon) get(t *testing.T, id string) task.Operation {
 	t.Helper()
-	answer, err := client.Get("http://" + d.address + prefix + "/" + id)
+	var op task.Operation
+	d.read(t, "/"+id, &op)
+	return op
+}
+
+// lists reports whether the daemon's list has an operation.
+func (d *daemon) lists(t *testing.T, id string) bool {
+	t.Helper()
+	var page struct{ Tasks []task.Operation }
+	d.read(t, "/", &page)
+	return slices.ContainsFunc(page.Tasks, func(op task.Operation) bool { return op.ID == id })
+}
+
+// read decodes the answer to a GET of the daemon's API.
+func (d *daemon) read(t *testing.T, path string, v any) {
+	t.Helper()
+	answer, err := client.Get("http://" + d.address + prefix + path)
 	must(t, err)
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
-		t.Fatalf("GET %s: %s", id, answer.Status)
+		t.Fatalf("GET %s: %s", path, answer.Status)
 	}
-	var op task.Operation
-	must(t, json.NewDecoder(answer.Body).Decode(&op))
-	return op
+	must(t, json.NewDecoder(answer.Body).Decode(v))
 }

@@ -65,6 +65,29 @@ func ExampleAccepted() {
 	// 200
 }
 
+// The application knows how to run an operation again: here by its name.
+func ExampleRunAgain() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	scrub := func(ctx context.Context, update func(int)) (any, error) { return "no errors found", nil }
+	handler := taskhttp.Handler(manager, taskhttp.RunAgain(func(op *task.Operation) (*task.Operation, error) {
+		if !strings.HasPrefix(op.Name, "scrub ") {
+			return nil, fmt.Errorf("%s: %w", op.Name, errors.ErrUnsupported)
+		}
+		return manager.Submit(op.Name, scrub, task.WithUnique(op.Name)) // two clicks start one scrub
+	}))
+	server := httptest.NewServer(handler)
+	defer server.Close()
+
+	op, _ := manager.Submit("scrub tank", scrub)
+	manager.Wait(context.Background(), op.ID)
+	answer, _ := http.Post(server.URL+"/"+op.ID+"/again", "", nil)
+	answer.Body.Close()
+	fmt.Println(answer.StatusCode)
+	// Output: 202
+}
+
 // The application decides who may see and cancel tasks: it wraps the handler.
 // Browsers send cookies and passwords with requests for event streams, too.
 func ExampleHandler_authentication() {

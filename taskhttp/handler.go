@@ -5,6 +5,7 @@
 //	GET  /{id}           returns one operation
 //	GET  /{id}/result    downloads its result
 //	POST /{id}/cancel    cancels one operation
+//	POST /{id}/again     runs a finished operation again, see [RunAgain]
 //	GET  /{id}/wait      waits until one operation has finished
 //	GET  /events         streams the changes of all operations
 //	GET  /{id}/events    streams the changes of one operation
@@ -72,12 +73,14 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"log/slog"
 	"maps"
 	"mime"
 	"net"
 	"net/http"
 	"net/url"
 	"path"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -132,6 +135,20 @@ func TrustedOrigin(origin string) Option {
 	}
 }
 
+// RunAgain offers to run finished operations again, over HTTP and on the page. f
+// gets the operation, and submits another one, for example by its name and its
+// metadata. f returns what [task.Manager.Submit] has returned: with
+// [task.WithUnique], a second click then leads to the unfinished operation that the
+// first one has started. For an operation that cannot be run again, f returns an
+// error that wraps [errors.ErrUnsupported].
+//
+// f is called for DONE, FAILED and CANCELLED operations, several times at once. If it
+// panics, the response has the status 500, and the stack is logged to [slog.Default].
+// Without RunAgain, these requests have the response 501.
+func RunAgain(f func(*task.Operation) (*task.Operation, error)) Option {
+	return func(h *handler) { h.runAgain = f }
+}
+
 // Handler returns a handler that serves m. Mount it under any prefix, with a
 // slash at the end:
 //
@@ -173,6 +190,7 @@ type handler struct {
 	guard                    http.CrossOriginProtection
 	page                     []byte // with the title and the link of the options
 	title, homeText, homeURL string
+	runAgain                 func(*task.Operation) (*task.Operation, error) // nil without RunAgain
 
 	mu       sync.Mutex // guards what follows
 	recorder *recorder  // nil until the first stream
@@ -199,6 +217,7 @@ func (h *handler) routes() []route {
 		{"GET", "/{id}", nil, h.get},
 		{"GET", "/{id}/result", nil, h.result},
 		{"POST", "/{id}/cancel", []string{"reason"}, h.cancel},
+		{"POST", "/{id}/again", nil, h.again},
 		{"GET", "/{id}/wait", []string{"timeout"}, h.wait},
 		{"GET", "/events", nil, h.events},
 		{"GET", "/{id}/events", nil, h.eventsOf},
@@ -595,6 +614,47 @@ func cancelText(r *http.Request, reason string) string {
 	return text
 }
 
+func (h *handler) again(w http.ResponseWriter, r *http.Request, _ url.Values) error {
+	id := r.PathValue("id")
+	if h.runAgain == nil {
+		return fmt.Errorf("this server does not run tasks again: %w", errors.ErrUnsupported)
+	}
+	op, err := h.look(id)
+	if err != nil {
+		return err
+	}
+	if !op.State.Finished() {
+		Problem(w, r, http.StatusConflict, fmt.Errorf("%.64s has not finished", id))
+		return nil
+	}
+	op, err = h.manager.Wait(r.Context(), id) // with decoded metadata and result
+	if err != nil {
+		return err
+	}
+	op, err = h.callRunAgain(op)
+	if err != nil && (!errors.Is(err, task.ErrExists) || op == nil || op.State.Finished()) {
+		return err
+	}
+	accepted(w, r, "../"+url.PathEscape(op.ID), op)
+	return nil
+}
+
+// callRunAgain calls the application's function, and makes an error of a panic and
+// of a missing operation.
+func (h *handler) callRunAgain(op *task.Operation) (again *task.Operation, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			slog.Error("taskhttp: RunAgain panicked", "id", op.ID, "panic", v, "stack", string(debug.Stack()))
+			err = fmt.Errorf("panic: %v", v)
+		}
+	}()
+	again, err = h.runAgain(op)
+	if again == nil && err == nil {
+		err = errors.New("the server has started no task")
+	}
+	return again, err
+}
+
 func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values) error {
 	timeout, err := parseTimeout(query.Get("timeout"))
 	if err != nil {
@@ -661,15 +721,19 @@ func (h *handler) serving(server *http.Server) context.Context {
 // is mounted, for example "/api/tasks". Location is relative to the address of the
 // request, so that it is right behind a proxy that serves all under a prefix, too.
 func Accepted(w http.ResponseWriter, r *http.Request, base string, op *task.Operation) {
-	header := w.Header()
-	header.Set("Location", relative(r, strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID)))
-	header.Set("Cache-Control", "no-store")
-	header.Set("X-Content-Type-Options", "nosniff")
+	accepted(w, r, relative(r, strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID)), op)
+}
+
+func accepted(w http.ResponseWriter, r *http.Request, location string, op *task.Operation) {
 	body, err := json.Marshal(op)
 	if err != nil {
 		Error(w, r, err)
 		return
 	}
+	header := w.Header()
+	header.Set("Location", location)
+	header.Set("Cache-Control", "no-store")
+	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusAccepted)
 	w.Write(append(body, '\n')) // an error means that the client has disconnected

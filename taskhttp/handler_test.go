@@ -691,3 +691,76 @@ func TestPageOptions(t *testing.T) {
 		}
 	}
 }
+
+// TestRunAgain: what the application's function returns leads to the response.
+func TestRunAgain(t *testing.T) {
+	m := newManager(t, nil)
+	done := run(t, m, "scrub", nil, nil)
+	live := newControlled(t, m, "live")
+	var again func(op *task.Operation) (*task.Operation, error)
+	h := taskhttp.Handler(m, taskhttp.RunAgain(func(op *task.Operation) (*task.Operation, error) { return again(op) }))
+	s := newSite(t, http.StripPrefix(prefix, h))
+
+	var asked *task.Operation
+	again = func(op *task.Operation) (*task.Operation, error) {
+		asked = op
+		return m.Submit(op.Name, func(context.Context, func(int)) (any, error) { return nil, nil })
+	}
+	var op task.Operation
+	path := "/" + done.ID + "/again"
+	answer := s.do("POST", path, 202, &op)
+	location, err := answer.Location()
+	must(t, err)
+	if asked == nil || asked.ID != done.ID || op.Name != "scrub" || op.ID == done.ID || location.Path != prefix+"/"+op.ID {
+		t.Errorf("asked for %v, got %v at %v", asked, op, location)
+	}
+	s.do("GET", strings.TrimPrefix(location.Path, prefix), 200, nil)
+
+	for _, test := range []struct {
+		name   string
+		op     *task.Operation
+		err    error
+		status int
+		detail string
+	}{
+		{"an unfinished one exists", live.Operation, fmt.Errorf("busy: %w", task.ErrExists), 202, ""},
+		{"a finished one exists", done, fmt.Errorf("twice: %w", task.ErrExists), 409, "twice"},
+		{"one exists that is not returned", nil, task.ErrExists, 409, "exist"},
+		{"not that task", nil, fmt.Errorf("no scrub: %w", errors.ErrUnsupported), 501, "no scrub"},
+		{"closed", nil, task.ErrClosed, 503, "closed"},
+		{"another error", live.Operation, errors.New("disk ada3"), 500, "disk ada3"},
+		{"nothing", nil, nil, 500, "no task"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := &site{t, s.url, s.client, s.server}
+			again = func(*task.Operation) (*task.Operation, error) { return test.op, test.err }
+			if test.status == 202 {
+				s.do("POST", path, 202, &op)
+				if op.ID != test.op.ID {
+					t.Errorf("the response has %s, want %s", op.ID, test.op.ID)
+				}
+				return
+			}
+			s.fails("POST", path, test.status, test.detail)
+		})
+	}
+	again = func(*task.Operation) (*task.Operation, error) { panic("lost") }
+	s.fails("POST", path, 500, "panic: lost")
+	again = func(*task.Operation) (*task.Operation, error) { t.Error("called"); return nil, nil }
+	s.fails("POST", "/"+live.ID+"/again", 409, "has not finished")
+	s.fails("POST", "/unknown/again", 404, "not found")
+	s.fails("POST", path, 403, "cross-origin", "Sec-Fetch-Site", "cross-site")
+	newSite(t, mount(m)).fails("POST", path, 501, "does not run tasks again")
+}
+
+// TestRunAgainOffered: the page offers it only where the server does it.
+func TestRunAgainOffered(t *testing.T) {
+	hook := taskhttp.RunAgain(func(*task.Operation) (*task.Operation, error) { return nil, nil })
+	for want, opts := range map[string][]taskhttp.Option{"<body>": nil, "<body data-again>": {hook}} {
+		w := httptest.NewRecorder()
+		taskhttp.Handler(newManager(t, nil), opts...).ServeHTTP(w, httptest.NewRequest("GET", "/ui", nil))
+		if !strings.Contains(w.Body.String(), want) {
+			t.Errorf("the page lacks %s", want)
+		}
+	}
+}

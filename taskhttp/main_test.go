@@ -41,6 +41,16 @@ func mount(m *task.Manager) http.Handler {
 	return mux
 }
 
+// mountAgain is mount with RunAgain, which returns an operation of the same name.
+func mountAgain(m *task.Manager) http.Handler {
+	return http.StripPrefix(prefix, taskhttp.Handler(m, taskhttp.RunAgain(func(op *task.Operation) (*task.Operation, error) {
+		if op.State == task.StateFailed {
+			return nil, errBroken
+		}
+		return m.Submit(op.Name, func(context.Context, func(int)) (any, error) { return nil, nil })
+	})))
+}
+
 func newManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Manager {
 	t.Helper()
 	m, err := task.New(db, opts...)

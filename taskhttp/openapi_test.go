@@ -174,10 +174,11 @@ func TestOpenAPIResponses(t *testing.T) {
 func requestAll(t *testing.T, check func(t *testing.T, operation string, answer *http.Response)) {
 	store := newBrokenStore()
 	m, other := newManager(t, store), newManager(t, store)
-	h := mount(m)
+	h := mountAgain(m)
 	a := asker{newPipeSite(t, h), check}
 	done := run(t, m, "done", map[string]any{"disks": 4}, nil).ID
-	run(t, m, "failed", []int{1}, errors.New("no"))
+	failed := run(t, m, "failed", []int{1}, errors.New("no")).ID
+	a.ask("POST /{id}/again", failed, "")
 	run(t, m, "big", strings.Repeat("x", 100_000), errors.New(strings.Repeat("x", 100_000)))
 	live := newControlled(t, m, "live", task.WithMetadata("tank")).ID
 	others := newControlled(t, other, "another's").ID
@@ -210,6 +211,7 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 			a.ask("GET /{id}/wait", op.ID, "")
 		}
 	}
+	a.ask("POST /{id}/again", done, "")
 
 	// A wrapper of the handler hides Flush.
 	a.site = newPipeSite(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(unflushable{w}, r) }))
@@ -228,6 +230,7 @@ func (a asker) askBare() {
 	defer other.Close()
 	a.site = newPipeSite(a.t, mount(m))
 	a.ask("POST /{id}/cancel", newControlled(a.t, other, "another's").ID, "")
+	a.ask("POST /{id}/again", run(a.t, m, "done", nil, nil).ID, "")
 }
 
 // An asker makes requests to a site, and checks the responses.
@@ -268,6 +271,10 @@ func (a asker) askHealthy(done, live, others string) {
 	a.ask("GET /{id}/events", done, "")
 	a.ask("GET /{id}/events", done, "", "Last-Event-ID", "DONE")
 	a.ask("GET /{id}/events", "nonsense", "")
+	a.ask("POST /{id}/again", done, "")
+	a.ask("POST /{id}/again", live, "")
+	a.ask("POST /{id}/again", "nonsense", "")
+	a.ask("POST /{id}/again", done, "", "Origin", "https://evil.example")
 	a.ask("POST /{id}/cancel", done, "")
 	a.ask("POST /{id}/cancel", live, "?reason="+strings.Repeat("x", 1001))
 	a.ask("POST /{id}/cancel", "nonsense", "")

@@ -162,6 +162,10 @@ var exchanges = []exchange{
 	{route: "POST /{id}/cancel", path: "/DONE/cancel", status: 200, contentType: jsonType, body: `"state":"DONE"`},
 	{route: "POST /{id}/cancel", path: "/unknown/cancel", status: 404, contentType: problemType, body: "operation not found"},
 	{route: "POST /{id}/cancel", path: "/LIVE/cancel", header: "Sec-Fetch-Site: cross-site", status: 403, contentType: problemType, body: "cross-origin"},
+	{route: "POST /{id}/again", path: "/DONE/again", status: 202, contentType: jsonType, body: `"name":"done"`},
+	{route: "POST /{id}/again", path: "/LIVE/again", status: 409, contentType: problemType, body: "has not finished"},
+	{route: "POST /{id}/again", path: "/unknown/again", status: 404, contentType: problemType, body: "operation not found"},
+	{route: "POST /{id}/again", path: "/DONE/again", header: "Sec-Fetch-Site: cross-site", status: 403, contentType: problemType, body: "cross-origin"},
 	{route: "GET /{id}/wait", path: "/DONE/wait", status: 200, contentType: jsonType, body: `"state":"DONE"`},
 	{route: "GET /{id}/wait", path: "/LIVE/wait?timeout=20ms", status: 200, contentType: jsonType, body: `"state":"RUNNING"`},
 	{route: "GET /{id}/wait", path: "/LIVE/wait?timeout=x", status: 400, contentType: problemType, body: "parameter timeout"},
@@ -192,7 +196,7 @@ func TestProtocols(t *testing.T) {
 	}
 	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {
 		m := newManager(t, nil)
-		s := serve(mount(m))
+		s := serve(mountAgain(m))
 		ids := strings.NewReplacer(
 			"DONE", run(t, m, "done", "well", nil).ID,
 			"LIVE", newControlled(t, m, "live").ID,

@@ -30,11 +30,18 @@ func etag(body []byte) string {
 	return fmt.Sprintf(`"%.12x"`, sha256.Sum256(body))
 }
 
-// shorten removes indentation, blank lines, and comments. The page has no texts of
-// several lines, in which they would matter. A comment after code has no quotation
-// marks, so that no text is taken for one.
+// shorten removes indentation, blank lines, comments, and line ends between tags. The
+// page has no texts of several lines, in which they would matter. A comment after code
+// has no quotation marks, so that no text is taken for one. In the style it also
+// removes the space around punctuation.
 func shorten(page []byte) []byte {
-	return regexp.MustCompile("(?m)^[ \t]*(//.*)?\n|^[ \t]+|[ \t]+// [^\"'`\n]*$").ReplaceAll(page, nil)
+	page = regexp.MustCompile("(?m)^[ \t]*(//.*)?\n|^[ \t]+|[ \t]+// [^\"'`\n]*$").ReplaceAll(page, nil)
+	page = bytes.ReplaceAll(page, []byte(">\n<"), []byte("><"))
+	return regexp.MustCompile("(?s)<style>.*?</style>").ReplaceAllFunc(page, func(style []byte) []byte {
+		style = regexp.MustCompile(`(?s)/\*.*?\*/`).ReplaceAll(style, nil)
+		style = regexp.MustCompile(`\s*([{};,])\s*|(:)\s+`).ReplaceAll(style, []byte("$1$2"))
+		return bytes.ReplaceAll(style, []byte(";}"), []byte("}"))
+	})
 }
 
 // policy returns a Content-Security-Policy under which the page may use its
@@ -64,15 +71,19 @@ func hashes(page []byte, element string) string {
 	return b.String()
 }
 
-// renderPage returns the page with the title and the link that the options chose.
-// Neither changes a script or a style, and so the policy.
+// renderPage returns the page as the options chose it.
+// They do not change a script or a style, and so the policy.
 func (h *handler) renderPage() []byte {
 	title := html.EscapeString(h.title)
 	heading := "<h1>" + title + "</h1>"
 	if h.homeURL != "" {
 		heading += `<a class="button" href="` + html.EscapeString(h.homeURL) + `">` + html.EscapeString(h.homeText) + "</a>"
 	}
-	return []byte(strings.NewReplacer("<title>Tasks</title>", "<title>"+title+"</title>", "<h1>Tasks</h1>", heading).Replace(string(pageHTML)))
+	body := "<body>"
+	if h.runAgain != nil {
+		body = "<body data-again>" // the script then offers it
+	}
+	return []byte(strings.NewReplacer("<title>Tasks</title>", "<title>"+title+"</title>", "<body>", body, "<h1>Tasks</h1>", heading).Replace(string(pageHTML)))
 }
 
 func (h *handler) serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {

@@ -176,7 +176,7 @@ func TestLost(t *testing.T) {
 func TestLostContext(t *testing.T) {
 	s := newLeaseStore()
 	m, err := task.New(s)
-	must(t, err)
+	testkit.Must(t, err)
 	errs := make(map[string]error)
 	op, err := m.Submit("work", func(ctx context.Context, _ func(int)) (any, error) {
 		s.fence()
@@ -187,10 +187,10 @@ func TestLostContext(t *testing.T) {
 		errs["Checkpoint"] = task.Checkpoint(ctx)
 		return nil, nil
 	})
-	must(t, err)
+	testkit.Must(t, err)
 	_, err = m.Wait(t.Context(), op.ID)
-	must(t, err)
-	must(t, m.Close())
+	testkit.Must(t, err)
+	testkit.Must(t, m.Close())
 	for _, what := range []string{"SetMessage", "SetMetadata", "Checkpoint"} {
 		if !errors.Is(errs[what], task.ErrLost) {
 			t.Errorf("%s: %v", what, errs[what])
@@ -266,7 +266,7 @@ func TestLostBeforeResumed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := &fencedStore{leaseStore: newLeaseStore(), owner: "dead", again: again}
-				must(t, s.MemoryStore.Save(&task.Operation{ID: "left", Name: "left", State: task.StateRunning, CreatedAt: time.Now()}))
+				testkit.Must(t, s.MemoryStore.Save(&task.Operation{ID: "left", Name: "left", State: task.StateRunning, CreatedAt: time.Now()}))
 				runs := 0
 				m, err := task.New(s, task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) {
 					return func(context.Context, func(int)) (any, error) {
@@ -275,9 +275,9 @@ func TestLostBeforeResumed(t *testing.T) {
 						return nil, nil
 					}, nil
 				}))
-				must(t, err)
+				testkit.Must(t, err)
 				op, err := m.Wait(t.Context(), "left")
-				must(t, err)
+				testkit.Must(t, err)
 				want, wantRuns := task.StateFailed, 0
 				if again {
 					want, wantRuns = task.StateDone, 1
@@ -286,7 +286,7 @@ func TestLostBeforeResumed(t *testing.T) {
 					t.Errorf("ran %d times and is %+v, want %s and %d", runs, op, want, wantRuns)
 				}
 				time.Sleep(time.Minute) // in which nothing more happens
-				must(t, m.Close())
+				testkit.Must(t, m.Close())
 				if stored, err := s.Get("left"); err != nil || stored.State != want || runs != wantRuns {
 					t.Errorf("ran %d times, stored is %+v, %v", runs, stored, err)
 				}

@@ -178,11 +178,13 @@ func TestResumeOddIDs(t *testing.T) {
 	testkit.Exec(t, path, `INSERT INTO tasks (id, name, state) VALUES (NULL, 'odd', 'RUNNING'), (NULL, 'odd', 'PENDING'),
 		('', 'odd', 'RUNNING'), (x'ff', 'odd', 'RUNNING')`)
 	m := make(chan *task.Manager)
-	go func() { m <- newManager(t, openSQLite(t, path), quiet, resuming(nothing)) }()
+	go func() { m <- testkit.NewManager(t, testkit.OpenSQLite(t, path), resuming(testkit.Nothing)) }()
 	select {
 	case m := <-m:
-		wantListed(t, m, 4, task.ByName("odd"), task.ByState(task.StateFailed))
-		if op := wait(t, m, "good"); op.State != task.StateDone {
+		if ops, err := m.List(10, 0, task.ByName("odd"), task.ByState(task.StateFailed)); err != nil || len(ops) != 4 {
+			t.Errorf("%d odd ones are FAILED, %v; want 4", len(ops), err)
+		}
+		if op := testkit.Wait(t, m, "good"); op.State != task.StateDone {
 			t.Errorf("good is %+v", op)
 		}
 	case <-time.After(time.Minute):
@@ -327,7 +329,7 @@ func TestResumeAfterCrash(t *testing.T) {
 		break
 	}
 	testkit.Must(t, crashed.Close())
-	m := testkit.NewManager(t, testkit.OpenSQLite(t, path), testkit.Quiet, resuming(testkit.Nothing))
+	m := testkit.NewManager(t, testkit.OpenSQLite(t, path), resuming(testkit.Nothing))
 	for _, id := range []string{"a", "b"} {
 		if op := testkit.Wait(t, m, id); op.State != task.StateDone {
 			t.Errorf("%+v", op)
@@ -556,7 +558,7 @@ func TestDrainWithResume(t *testing.T) {
 				t.Errorf("running: %+v, %v", op, err)
 			}
 			testkit.Must(t, store.Close())
-			next := testkit.NewManager(t, testkit.OpenSQLite(t, path), testkit.Quiet, resuming(testkit.Nothing))
+			next := testkit.NewManager(t, testkit.OpenSQLite(t, path), resuming(testkit.Nothing))
 			op := testkit.Wait(t, next, waiting.ID)
 			if drain != (op.State == task.StateDone) || op.Metadata != "tank" || op.Interrupted() == drain {
 				t.Errorf("after the next start: %+v", op)

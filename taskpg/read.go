@@ -271,17 +271,7 @@ func (c *condition) inStates(f task.Filter, last int) string {
 	if len(f.States) == 0 {
 		return c.and(fmt.Sprintf(`CASE WHEN %s THEN %s ELSE %s END`, unfinished, now(`TRUE`), metadata))
 	}
-	var live, failed, other []task.State
-	for _, state := range f.States {
-		switch state {
-		case task.StatePending, task.StateRunning:
-			live = append(live, state)
-		case task.StateFailed, task.StateCancelled:
-			failed = append(failed, state)
-		default:
-			other = append(other, state)
-		}
-	}
+	live, failed, other := byIndex(f.States)
 	var all []string
 	if len(live)+len(f.Include) > 0 {
 		all = append(all, c.and(unfinished+` AND `+now(`state = ANY (`+c.arg(texts(live))+`::text[])`)))
@@ -303,6 +293,21 @@ func (c *condition) inStates(f task.Filter, last int) string {
 		all[i] = `(SELECT seq FROM {}tasks WHERE ` + where + ` ORDER BY seq DESC LIMIT ` + limit + `)`
 	}
 	return `seq IN (` + strings.Join(all, ` UNION ALL `) + `)`
+}
+
+// byIndex sorts states by the index that has their operations.
+func byIndex(states []task.State) (live, failed, other []task.State) {
+	for _, state := range states {
+		switch state {
+		case task.StatePending, task.StateRunning:
+			live = append(live, state)
+		case task.StateFailed, task.StateCancelled:
+			failed = append(failed, state)
+		default:
+			other = append(other, state)
+		}
+	}
+	return live, failed, other
 }
 
 // metadata returns a condition that holds for all operations that have the filter's

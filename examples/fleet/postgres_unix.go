@@ -1,0 +1,121 @@
+//go:build unix
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/mynt-nas/task/taskpg"
+)
+
+// startPostgres starts a server in a temporary directory, and returns the
+// connection string of a database. The server ends, and its directory goes, with
+// stop or with this process, whatever ends that.
+func startPostgres(ctx context.Context) (dsn string, stop func(), err error) {
+	as, err := serverUser()
+	if err != nil {
+		return "", nil, err
+	}
+	dir, err := os.MkdirTemp("", "fleet-") // short, as the path of a Unix socket must be
+	if err != nil {
+		return "", nil, err
+	}
+	remove := func() { os.RemoveAll(dir) }
+	if as != nil {
+		err = os.Chown(dir, int(as.Uid), int(as.Gid))
+	}
+	data := filepath.Join(dir, "data")
+	initdb := exec.CommandContext(ctx, binary("initdb"), "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "-N")
+	initdb.Dir, initdb.SysProcAttr = dir, &syscall.SysProcAttr{Credential: as}
+	if err == nil {
+		var out []byte
+		if out, err = initdb.CombinedOutput(); err != nil {
+			err = fmt.Errorf("initdb: %w %s", err, out)
+		}
+	}
+	if err != nil {
+		remove()
+		return "", nil, err
+	}
+	// The shell outlives this process, until its standard input ends.
+	const script = `"$@" </dev/null & cat >/dev/null; kill -INT $!; wait; rm -rf "$0"`
+	server := exec.Command("/bin/sh", "-c", script, dir, binary("postgres"), "-D", data, "-k", dir,
+		"-c", "listen_addresses=", "-c", "log_min_messages=fatal")
+	server.Dir = dir
+	server.SysProcAttr = &syscall.SysProcAttr{Credential: as, Setpgid: true} // Ctrl-C is for the nodes first
+	in, err := server.StdinPipe()
+	if err == nil {
+		err = server.Start()
+	}
+	if err != nil {
+		remove()
+		return "", nil, err
+	}
+	stop = func() {
+		in.Close()
+		server.Wait()
+		remove()
+	}
+	dsn = fmt.Sprintf("host=%s user=postgres dbname=postgres sslmode=disable", dir)
+	if err := ready(ctx, dsn); err != nil {
+		stop()
+		return "", nil, err
+	}
+	return dsn, stop, nil
+}
+
+// ready waits until the server accepts connections.
+func ready(ctx context.Context, dsn string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		store, err := taskpg.Open(ctx, dsn)
+		if err == nil {
+			return store.Close()
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// binary returns the path of a program of PostgreSQL, or its name.
+func binary(name string) string {
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)
+	if len(found) == 0 {
+		return name
+	}
+	return found[len(found)-1]
+}
+
+// serverUser returns another user for the server where this process is root, as
+// which PostgreSQL does not run, and else nil.
+func serverUser() (*syscall.Credential, error) {
+	if os.Geteuid() != 0 {
+		return nil, nil
+	}
+	for _, name := range []string{"postgres", "nobody"} {
+		u, err := user.Lookup(name)
+		if err != nil {
+			continue
+		}
+		uid, err1 := strconv.ParseUint(u.Uid, 10, 32)
+		gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
+		return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, errors.Join(err1, err2)
+	}
+	return nil, errors.New("it does not run as root, and there is no user postgres or nobody")
+}

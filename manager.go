@@ -947,6 +947,9 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		}
 		leave()
 	}
+	if err != nil && !errors.Is(err, ErrNotFound) && m.ctx.Err() != nil { // then the store may be closed, too
+		err = fmt.Errorf("%w: %w", ErrClosed, err)
+	}
 	if err != nil {
 		return nil, nil, err
 	}

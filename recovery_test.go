@@ -248,31 +248,35 @@ func TestRecoveryPaths(t *testing.T) {
 }
 
 // TestRecoveryWaitEnds closes manager and store while Wait waits for an
-// operation of another manager.
+// operation of another manager, or is about to.
 func TestRecoveryWaitEnds(t *testing.T) {
-	path := testkit.Path(t)
-	other := openSQLite(t, path)
-	must(t, other.Save(&task.Operation{ID: "other's", State: task.StateRunning}))
-	store := openSQLite(t, path)
-	db, looked := testkit.NewFake(store), make(chan struct{})
-	db.After(func(c *testkit.Call) {
-		if c.Method == "Get" && c.N == 0 {
-			close(looked)
+	for reads := range 2 { // of Wait, before the manager is closed
+		path := testkit.Path(t)
+		other := openSQLite(t, path)
+		must(t, other.Save(&task.Operation{ID: "other's", State: task.StateRunning}))
+		store := openSQLite(t, path)
+		db, looked, closed := testkit.NewFake(store), make(chan struct{}), make(chan struct{})
+		db.After(func(c *testkit.Call) {
+			if c.Method == "Get" && c.N == reads {
+				close(looked)
+				<-closed
+			}
+		})
+		m, _ := testkit.NewLogged(t, db)
+		done := make(chan error)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		go func() {
+			_, err := m.Wait(ctx, "other's")
+			done <- err
+		}()
+		<-looked
+		must(t, m.Close())
+		must(t, store.Close())
+		close(closed)
+		if err := <-done; !errors.Is(err, task.ErrClosed) {
+			t.Errorf("closed after %d reads, Wait: %v, want %v", reads+1, err, task.ErrClosed)
 		}
-	})
-	m, _ := testkit.NewLogged(t, db)
-	done := make(chan error)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	go func() {
-		_, err := m.Wait(ctx, "other's")
-		done <- err
-	}()
-	<-looked
-	must(t, m.Close())
-	must(t, store.Close())
-	if err := <-done; !errors.Is(err, task.ErrClosed) {
-		t.Errorf("Wait: %v, want %v", err, task.ErrClosed)
 	}
 }
 

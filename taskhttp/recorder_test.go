@@ -246,8 +246,7 @@ func TestRecorderReplay(t *testing.T) {
 		defer leave()
 		p := &replay{t: t, ops: make(map[string]*task.Operation), finished: make(map[string]bool)}
 		live, _, r := rec.snapshot()
-		before := l.submitted()
-		p.begin(m, live, before)
+		p.begin(m, live)
 		replays = append(replays, p)
 		all.Go(func() { p.read(r) })
 		time.Sleep(time.Millisecond)
@@ -315,18 +314,19 @@ type replay struct {
 	finished map[string]bool // operations not in the snapshot that had finished
 }
 
-// begin applies a snapshot. An operation that was submitted before and is not in it
-// has either finished, or its first event will follow: the recorder may be behind
-// the manager.
-func (p *replay) begin(m *task.Manager, live []light, before []string) {
+// begin applies a snapshot. An operation that is stored and not in it has either
+// finished, maybe before its Submit returns, or its first event will follow: the
+// recorder may be behind the manager.
+func (p *replay) begin(m *task.Manager, live []light) {
 	for _, op := range live {
 		p.ops[op.ID] = op.Operation
 	}
-	for _, id := range before {
-		if p.ops[id] == nil {
-			op, ok := m.Get(id)
-			p.finished[id] = ok && op.State.Finished()
-		}
+	stored, err := m.List(1000, 0)
+	if err != nil {
+		p.t.Error(err)
+	}
+	for _, op := range stored {
+		p.finished[op.ID] = p.ops[op.ID] == nil && op.State.Finished()
 	}
 }
 

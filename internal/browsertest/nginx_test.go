@@ -216,6 +216,7 @@ func (n *nginx) use(b *tab, url, connection string) {
 
 const (
 	http11       = "proxy_http_version 1.1;"
+	http10       = "proxy_http_version 1.0;"
 	ignoreHeader = "proxy_ignore_headers X-Accel-Buffering;"
 )
 
@@ -224,9 +225,9 @@ const (
 func TestNginxLive(t *testing.T) {
 	for name, c := range map[string]setup{
 		"as documented":  {},
-		"HTTP 1.0":       {without: http11},
+		"HTTP 1.0":       {without: http11, location: http10},
 		"header ignored": {location: ignoreHeader},
-		"buffering off":  {without: http11, location: ignoreHeader + "proxy_buffering off;"},
+		"buffering off":  {without: http11, location: http10 + ignoreHeader + "proxy_buffering off;"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNginx(t, newSite(t, nil), c)
@@ -237,7 +238,7 @@ func TestNginxLive(t *testing.T) {
 
 // TestNginxHeld: where nginx holds events back, the page says so and polls.
 func TestNginxHeld(t *testing.T) {
-	n := newNginx(t, newSite(t, nil), setup{without: http11, location: ignoreHeader})
+	n := newNginx(t, newSite(t, nil), setup{without: http11, location: http10 + ignoreHeader})
 	n.use(newTab(t), "http://"+n.address+subPath+"ui", "No live updates, refreshed every 5 s")
 }
 

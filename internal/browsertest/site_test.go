@@ -28,6 +28,12 @@ type site struct {
 // stored before.
 func newSite(t *testing.T, wrap func(http.Handler) http.Handler, history ...*task.Operation) *site {
 	t.Helper()
+	return newSiteWith(t, nil, wrap, history...)
+}
+
+// newSiteWith is newSite with options of the handler.
+func newSiteWith(t *testing.T, opts []taskhttp.Option, wrap func(http.Handler) http.Handler, history ...*task.Operation) *site {
+	t.Helper()
 	store, err := task.OpenSQLite(filepath.Join(t.TempDir(), "tasks.db"))
 	must(t, err)
 	t.Cleanup(func() { store.Close() })
@@ -36,7 +42,7 @@ func newSite(t *testing.T, wrap func(http.Handler) http.Handler, history ...*tas
 	}
 	m, err := task.New(store, task.WithLimit(300))
 	must(t, err)
-	h := http.StripPrefix(prefix, taskhttp.Handler(m))
+	h := http.StripPrefix(prefix, taskhttp.Handler(m, opts...))
 	if wrap != nil {
 		h = wrap(h)
 	}

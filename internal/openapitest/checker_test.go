@@ -121,6 +121,9 @@ func (c *checker) validate(in *openapi3filter.RequestValidationInput, response *
 	if len(documented.Value.Content) > 0 && documented.Value.Content.Get(contentType) == nil {
 		return fmt.Errorf("content type %q is not documented", contentType)
 	}
+	if strings.HasSuffix(contentType, "json") && !head && !json.Valid(body) { // the validator ignores what follows a value
+		return fmt.Errorf("invalid JSON")
+	}
 	for name, h := range documented.Value.Headers { // the validator skips those of redirects
 		if h.Value.Required && response.Header.Get(name) == "" {
 			return fmt.Errorf("header %s is missing", name)

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -19,7 +20,8 @@ import (
 
 // An api is the REST API of the daemon:
 //
-//	GET  /api/pools                     all pools, with the outcome of their last operations
+//	GET  /api/pools                     all pools, with what they hold, the bytes that are free on
+//	                                    their disk, and the outcome of their last operations
 //	POST /api/pools                     {"name": NAME} creates a pool
 //	PUT  /api/pools/NAME/files/PATH     stores the body as a file
 //	POST /api/pools/NAME/scrub          reads all files and finds corrupted ones
@@ -35,6 +37,7 @@ import (
 type api struct {
 	storage *storage
 	last    *lastResults
+	usages  *usages
 }
 
 // tasksPath is the prefix of the operations.
@@ -43,7 +46,7 @@ const tasksPath = "/api/tasks"
 // newAPI returns the API. If local, it accepts only IP addresses and "localhost"
 // as Host.
 func newAPI(s *storage, last *lastResults, local bool) http.Handler {
-	a := &api{s, last}
+	a := &api{s, last, &usages{storage: s, pool: make(map[string]*measurement)}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /api/pools", a.create)
 	mux.HandleFunc("GET /api/pools", a.pools)
@@ -137,12 +140,18 @@ func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	type pool struct {
-		Name string                     `json:"name"`
-		Last map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
+		Name  string                     `json:"name"`
+		Usage *usage                     `json:"usage,omitempty"` // unless still unknown
+		Free  *int64                     `json:"free,omitempty"`
+		Last  map[string]*task.Operation `json:"last,omitempty"`  // finished, by kind
 	}
 	pools := make([]pool, 0, len(names))
 	for _, name := range names {
-		pools = append(pools, pool{name, a.last.of(name)})
+		p := pool{Name: name, Usage: a.usages.of(r.Context(), name), Last: a.last.of(name)}
+		if free, err := freeBytes(filepath.Join(a.storage.pools.Name(), name)); err == nil { // not known on all systems
+			p.Free = &free
+		}
+		pools = append(pools, p)
 	}
 	writeJSON(w, map[string]any{"pools": pools})
 }

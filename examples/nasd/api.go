@@ -28,7 +28,9 @@ import (
 //	POST /api/pools/NAME/accept         accepts the present content of all files
 //	POST /api/pools/NAME/replicate      {"to": NAME} copies changed files to another pool
 //	POST /api/pools/NAME/snapshot       takes a snapshot
-//	GET  /api/pools/NAME/snapshots      the IDs of all snapshots, oldest first
+//	GET  /api/pools/NAME/snapshots      all snapshots, oldest first
+//	POST /api/pools/NAME/snapshots/ID/restore
+//	                                    {"path": PATH} restores a file out of a snapshot
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
 //	GET  /                              the web page
 //
@@ -54,8 +56,9 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux.HandleFunc("POST /api/pools/{name}/scrub", a.on(s.scrub))
 	mux.HandleFunc("POST /api/pools/{name}/accept", a.on(s.accept))
 	mux.HandleFunc("POST /api/pools/{name}/replicate", a.replicate)
-	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(func(pool string) (*task.Operation, error) { return s.snapshot(pool) }))
+	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(s.snapshot))
 	mux.HandleFunc("GET /api/pools/{name}/snapshots", a.snapshots)
+	mux.HandleFunc("POST /api/pools/{name}/snapshots/{id}/restore", a.restore)
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
 
@@ -143,7 +146,7 @@ func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 		Name  string                     `json:"name"`
 		Usage *usage                     `json:"usage,omitempty"` // unless still unknown
 		Free  *int64                     `json:"free,omitempty"`
-		Last  map[string]*task.Operation `json:"last,omitempty"`  // finished, by kind
+		Last  map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
 	}
 	pools := make([]pool, 0, len(names))
 	for _, name := range names {
@@ -162,7 +165,23 @@ func (a *api) snapshots(w http.ResponseWriter, r *http.Request) {
 		fail(w, r, err)
 		return
 	}
-	writeJSON(w, map[string]any{"snapshots": ids})
+	snapshots := make([]snapshotInfo, 0, len(ids))
+	for _, id := range ids {
+		snapshots = append(snapshots, newSnapshotInfo(id))
+	}
+	writeJSON(w, map[string]any{"snapshots": snapshots})
+}
+
+func (a *api) restore(w http.ResponseWriter, r *http.Request) {
+	var in struct {
+		Path string `json:"path"`
+	}
+	if err := readJSON(w, r, &in); err != nil {
+		fail(w, r, err)
+		return
+	}
+	op, err := a.storage.restore(r.PathValue("name"), r.PathValue("id"), in.Path)
+	answer(w, r, op, err)
 }
 
 func (a *api) put(w http.ResponseWriter, r *http.Request) {

@@ -339,9 +339,7 @@ func TestDaemon(t *testing.T) {
 		d.finish("/api/pools/tank/snapshot", "", task.StateDone, &first)
 		d.put("/api/pools/tank/files/a.txt", "three")
 		d.finish("/api/pools/tank/snapshot", "", task.StateDone, &second)
-		var got struct{ Snapshots []string }
-		d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
-		if !slices.Equal(got.Snapshots, []string{first.ID, second.ID}) || second.Linked != 2 {
+		if got := d.snapshots("tank", false); !slices.Equal(got, []string{first.ID, second.ID}) || second.Linked != 2 {
 			t.Errorf("the list is %v after taking %+v and %+v", got, first, second)
 		}
 		wantTree(t, filepath.Join(d.dir, "pools/tank/snapshots", first.ID), want)
@@ -392,6 +390,21 @@ func (d *daemon) untilLast(pool, kind, id string) {
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// snapshots returns the IDs of the snapshots of a pool, and checks whether they were
+// taken automatically.
+func (d *daemon) snapshots(pool string, automatic bool) (ids []string) {
+	d.t.Helper()
+	var got struct{ Snapshots []snapshotInfo }
+	d.do("GET", "/api/pools/"+pool+"/snapshots", "", 200, &got)
+	for _, s := range got.Snapshots {
+		if s.Automatic != automatic || s.Time.IsZero() {
+			d.t.Errorf("got %+v, want automatic: %v", s, automatic)
+		}
+		ids = append(ids, s.ID)
+	}
+	return ids
 }
 
 func TestGreeting(t *testing.T) {
@@ -505,6 +518,33 @@ func TestKill(t *testing.T) {
 	d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 }
 
+// TestKillRestore checks that a kill leaves the old file in its place, and that the
+// next daemon resumes the restore.
+func TestKillRestore(t *testing.T) {
+	d := start(t, t.TempDir())
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.put("/api/pools/tank/files/a", "old")
+	var snap snapshotResult
+	d.finish("/api/pools/tank/snapshot", "", task.StateDone, &snap)
+	d.put("/api/pools/tank/files/a", "new")
+	in := filepath.Join(d.dir, "pools/tank/snapshots", snap.ID, "a")
+	must(t, os.Rename(in, in+".kept"))
+	makeHuge(t, in)
+	op := d.begin("/api/pools/tank/snapshots/"+snap.ID+"/restore", `{"path":"a"}`)
+	d.untilAt(op.ID, "a")
+	d.end(syscall.SIGKILL)
+	wantTree(t, d.file("tank", "a"), map[string]string{".": "new"})
+
+	must(t, os.Rename(in+".kept", in))
+	d = start(t, d.dir)
+	var r restoreResult
+	d.wait(op.ID, task.StateDone, &r)
+	if want := (restoreResult{Path: "a", Bytes: 3}); r != want {
+		t.Errorf("got %+v, want %+v", r, want)
+	}
+	wantTree(t, d.file("tank", ""), map[string]string{"a": "old"})
+}
+
 // TestSchedule checks that the scheduler takes snapshots and thins them out, with
 // operations.
 func TestSchedule(t *testing.T) {
@@ -538,10 +578,9 @@ func TestSchedule(t *testing.T) {
 			break
 		}
 	}
-	var got struct{ Snapshots []string }
-	d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
-	slices.Reverse(got.Snapshots)
-	if len(got.Snapshots) < 2 || len(got.Snapshots) >= len(want) || !slices.Equal(got.Snapshots, want[:len(got.Snapshots)]) {
-		t.Errorf("the snapshots are %v, want some of the newest of %v", got.Snapshots, want)
+	got := d.snapshots("tank", true)
+	slices.Reverse(got)
+	if len(got) < 2 || len(got) >= len(want) || !slices.Equal(got, want[:len(got)]) {
+		t.Errorf("the snapshots are %v, want some of the newest of %v", got, want)
 	}
 }

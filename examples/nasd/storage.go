@@ -28,11 +28,14 @@ type storage struct {
 
 // An about is the metadata of an operation.
 type about struct {
-	Kind  string `json:"kind"`            // create, scrub, accept, replicate, snapshot or thin
-	Pool  string `json:"pool"`            // the pool that it works on
-	To    string `json:"to,omitempty"`    // the pool that it writes to, if another one
-	Keep  int    `json:"keep,omitempty"`  // how many snapshots thin keeps
-	Place *place `json:"place,omitempty"` // how far a scrub has got
+	Kind      string `json:"kind"`                // create, scrub, accept, replicate, snapshot, thin or restore
+	Pool      string `json:"pool"`                // the pool that it works on
+	To        string `json:"to,omitempty"`        // the pool that it writes to, if another one
+	Keep      int    `json:"keep,omitempty"`      // how many snapshots thin keeps
+	Place     *place `json:"place,omitempty"`     // how far a scrub has got
+	Automatic bool   `json:"automatic,omitempty"` // whether the scheduler takes the snapshot
+	Snapshot  string `json:"snapshot,omitempty"`  // the ID of the snapshot that restore reads
+	Path      string `json:"path,omitempty"`      // the file that it restores
 }
 
 // openStorage opens the storage service in the directory data, and removes the
@@ -101,8 +104,29 @@ func (s *storage) replicate(name, to string) (*task.Operation, error) {
 }
 
 // snapshot takes a snapshot of a pool.
-func (s *storage) snapshot(name string, opts ...task.SubmitOption) (*task.Operation, error) {
-	return s.submitOn(about{Kind: "snapshot", Pool: name}, opts...)
+func (s *storage) snapshot(name string) (*task.Operation, error) {
+	return s.submitOn(about{Kind: "snapshot", Pool: name})
+}
+
+// autoSnapshot is snapshot for the scheduler.
+func (s *storage) autoSnapshot(name, id string) (*task.Operation, error) {
+	return s.submitOn(about{Kind: "snapshot", Pool: name, Automatic: true}, task.WithID(id))
+}
+
+// restore replaces a file of a pool by the one in a snapshot.
+func (s *storage) restore(name, id, path string) (*task.Operation, error) {
+	if _, err := localPath(path); err != nil {
+		return nil, err
+	}
+	p, err := s.open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer p.close()
+	if err := p.mustHave(id, path); err != nil {
+		return nil, err
+	}
+	return s.submitOn(about{Kind: "restore", Pool: name, Snapshot: id, Path: path})
 }
 
 // thin removes the expired snapshots of a pool.
@@ -165,14 +189,21 @@ func (s *storage) on(a about) task.Func {
 			return p.snapshot(ctx, w)
 		case "thin":
 			return p.thin(ctx, w, a.Keep)
+		case "restore":
+			return p.restore(ctx, w, a.Snapshot, a.Path)
 		}
 		return nil, fmt.Errorf("unknown kind of operation %q", a.Kind)
 	}
 }
 
+// name returns the name of an operation. Operations that differ in what they do
+// differ in their names.
 func (a about) name() string {
-	if a.To != "" {
+	switch {
+	case a.To != "":
 		return a.Kind + " " + a.Pool + " to " + a.To
+	case a.Kind == "restore":
+		return a.Kind + " " + a.Pool + "/" + a.Path + " from " + a.Snapshot
 	}
 	return a.Kind + " " + a.Pool
 }
@@ -309,7 +340,7 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	return syncDir(s.pools, ".")
 }
 
-// snapshots returns the IDs of all snapshots of a pool, oldest first.
+// snapshots returns the IDs of the snapshots of a pool, oldest first.
 func (s *storage) snapshots(name string) ([]string, error) {
 	p, err := s.open(name)
 	if err != nil {

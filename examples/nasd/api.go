@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -23,6 +24,7 @@ import (
 //	GET  /api/pools                     all pools, with what they hold, the bytes that are free on
 //	                                    their disk, and the outcome of their last operations
 //	POST /api/pools                     {"name": NAME} creates a pool
+//	DELETE /api/pools/NAME?confirm=NAME deletes a pool and its snapshots
 //	PUT  /api/pools/NAME/files/PATH     stores the body as a file
 //	POST /api/pools/NAME/scrub          reads all files and finds corrupted ones
 //	POST /api/pools/NAME/accept         accepts the present content of all files
@@ -34,7 +36,7 @@ import (
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
 //	GET  /                              the web page
 //
-// The response to a POST is 202 and the operation that was started, or the one that
+// The response to a POST or DELETE is 202 and the operation that was started, or the one that
 // was started before if the same is already waiting or running.
 type api struct {
 	storage *storage
@@ -52,6 +54,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /api/pools", a.create)
 	mux.HandleFunc("GET /api/pools", a.pools)
+	mux.HandleFunc("DELETE /api/pools/{name}", a.remove)
 	mux.HandleFunc("PUT /api/pools/{name}/files/{path...}", a.put)
 	mux.HandleFunc("POST /api/pools/{name}/scrub", a.on(s.scrub))
 	mux.HandleFunc("POST /api/pools/{name}/accept", a.on(s.accept))
@@ -106,6 +109,19 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	answer(w, r, op, err)
+}
+
+func (a *api) remove(w http.ResponseWriter, r *http.Request) {
+	name := r.PathValue("name")
+	switch confirm := r.URL.Query().Get("confirm"); confirm {
+	case name:
+		op, err := a.storage.remove(name)
+		answer(w, r, op, err)
+	case "":
+		fail(w, r, inputError("deleting a pool needs the query ?confirm=NAME with its name"))
+	default:
+		taskhttp.Problem(w, r, http.StatusConflict, fmt.Errorf("confirm is %q, not the name of the pool", confirm))
+	}
 }
 
 func (a *api) replicate(w http.ResponseWriter, r *http.Request) {

@@ -366,13 +366,13 @@ func (s *scheduler) run(ctx context.Context) {
 
 // submitDue submits the operations that are due for a pool. The ID of the snapshot
 // is that of the period: it is taken at most once, even if it fails or the daemon is
-// restarted, unless it was interrupted. Nothing is submitted while the last snapshot
+// restarted, unless it was interrupted or was of an earlier pool of that name. Nothing is submitted while the last snapshot
 // is unfinished, so that snapshots do not accumulate behind a scrub that takes days.
 func (s *scheduler) submitDue(name string, now time.Time) error {
 	ids, listErr := s.storage.snapshots(name)
 	period := "auto-" + name + "-" + now.UTC().Truncate(s.every).Format(snapshotID)
 	op, err := s.storage.autoSnapshot(name, period)
-	for try := 2; errors.Is(err, task.ErrExists) && op.Interrupted(); try++ {
+	for try := 2; errors.Is(err, task.ErrExists) && (op.Interrupted()); try++ {
 		op, err = s.storage.autoSnapshot(name, fmt.Sprintf("%s.%d", period, try))
 	}
 	if err == nil {
@@ -385,4 +385,11 @@ func (s *scheduler) submitDue(name string, now time.Time) error {
 		return nil
 	}
 	return err
+}
+
+// ofEarlier reports whether a finished operation was submitted before the pool of that
+// name was created: it was of an earlier pool.
+func (s *storage) ofEarlier(name string, op *task.Operation) bool {
+	created, err := s.tasks.List(1, 0, task.ByName(about{Kind: "create", Pool: name}.name()))
+	return err == nil && len(created) > 0 && op.State.Finished() && op.CreatedAt.Before(created[0].CreatedAt)
 }

@@ -337,3 +337,29 @@ func TestAutomatic(t *testing.T) {
 		t.Errorf("got %v, %v, want %v", got, err, want)
 	}
 }
+
+// TestSchedulerRecreated checks that a new pool gets a snapshot in the period in which
+// an earlier pool of that name got one, and only one.
+func TestSchedulerRecreated(t *testing.T) {
+	s := newStorage(t)
+	sched := &scheduler{storage: s, every: time.Hour, keep: 10}
+	now := time.Now()
+	finish := func(op *task.Operation, err error) {
+		t.Helper()
+		must(t, err)
+		if op, err := s.tasks.Wait(t.Context(), op.ID); err != nil || op.State != task.StateDone {
+			t.Fatalf("%+v, %v", op, err)
+		}
+	}
+	for range 3 {
+		finish(s.create("tank"))
+		for range 2 {
+			must(t, sched.submitDue("tank", now))
+			finish(s.scrub("tank")) // after the snapshot
+		}
+		if ids, err := s.snapshots("tank"); err != nil || len(ids) != 1 {
+			t.Errorf("the snapshots are %v, %v, want one", ids, err)
+		}
+		finish(s.remove("tank"))
+	}
+}

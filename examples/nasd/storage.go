@@ -28,7 +28,7 @@ type storage struct {
 
 // An about is the metadata of an operation.
 type about struct {
-	Kind      string `json:"kind"`                // create, scrub, accept, replicate, snapshot, thin or restore
+	Kind      string `json:"kind"`                // create, scrub, accept, replicate, snapshot, thin, restore or delete
 	Pool      string `json:"pool"`                // the pool that it works on
 	To        string `json:"to,omitempty"`        // the pool that it writes to, if another one
 	Keep      int    `json:"keep,omitempty"`      // how many snapshots thin keeps
@@ -38,8 +38,8 @@ type about struct {
 	Path      string `json:"path,omitempty"`      // the file that it restores
 }
 
-// openStorage opens the storage service in the directory data, and removes the
-// incomplete files of killed writers. The caller then sets tasks to a manager, which
+// openStorage opens the storage service in the directory data, removes the
+// incomplete files of killed writers and finishes the removal of pools. The caller then sets tasks to a manager, which
 // may call resume and run the functions that it returns.
 func openStorage(data string) (*storage, error) {
 	dir := filepath.Join(data, "pools")
@@ -57,6 +57,11 @@ func openStorage(data string) (*storage, error) {
 		return nil, err
 	}
 	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), deleting) {
+			if err := root.RemoveAll(e.Name()); err != nil {
+				slog.Error("deleted pool not removed", "dir", e.Name(), "err", err)
+			}
+		}
 		if !validName.MatchString(e.Name()) {
 			continue
 		}
@@ -134,6 +139,17 @@ func (s *storage) thin(name string, keep int) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "thin", Pool: name, Keep: keep})
 }
 
+// remove deletes a pool with its snapshots, after the operations on it that were
+// submitted before. Uploads do not wait for it: they fail.
+func (s *storage) remove(name string) (*task.Operation, error) {
+	if err := s.mustExist(name); err != nil {
+		return nil, err
+	}
+	return s.submit(about{Kind: "delete", Pool: name}, func(ctx context.Context, update func(int)) (any, error) {
+		return nil, s.removePool(ctx, name, update)
+	})
+}
+
 // submitOn submits an operation on an existing pool.
 func (s *storage) submitOn(a about, opts ...task.SubmitOption) (*task.Operation, error) {
 	if err := s.mustExist(a.Pool); err != nil {
@@ -150,12 +166,22 @@ func (s *storage) submit(a about, fn task.Func, opts ...task.SubmitOption) (*tas
 }
 
 // resume continues an operation that was interrupted because the daemon was
-// killed. It does not continue the creation of a pool, nor an accept: the user
-// should look at the files again.
+// killed. It does not continue the creation of a pool, nor an accept or a delete:
+// the user should look at the files again. A delete that had begun is done, because
+// openStorage has finished it.
 func (s *storage) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	var a about
-	if op.DecodeMetadata(&a) != nil || a.Kind == "create" || a.Kind == "accept" {
+	if op.DecodeMetadata(&a) != nil {
 		return nil, nil
+	}
+	switch a.Kind {
+	case "create", "accept":
+		return nil, nil
+	case "delete":
+		if s.mustBeFree(a.Pool) != nil {
+			return nil, nil
+		}
+		return func(context.Context, func(int)) (any, error) { return nil, nil }, a.keys()
 	}
 	return s.on(a), a.keys()
 }
@@ -338,6 +364,28 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 		return err
 	}
 	return syncDir(s.pools, ".")
+}
+
+// deleting begins the names of pools that are being removed. No pool has such a name.
+const deleting = ".deleting-"
+
+// removePool renames a pool first, so that a partly removed pool is never visible.
+func (s *storage) removePool(ctx context.Context, name string, update func(int)) error {
+	temp := deleting + name
+	if err := s.pools.RemoveAll(temp); err != nil { // left by a removal that failed
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := s.pools.Rename(name, temp); err != nil {
+		return err
+	}
+	if err := syncDir(s.pools, "."); err != nil {
+		return err
+	}
+	update(10)
+	return s.pools.RemoveAll(temp)
 }
 
 // snapshots returns the IDs of the snapshots of a pool, oldest first.

@@ -372,7 +372,7 @@ func (s *scheduler) submitDue(name string, now time.Time) error {
 	ids, listErr := s.storage.snapshots(name)
 	period := "auto-" + name + "-" + now.UTC().Truncate(s.every).Format(snapshotID)
 	op, err := s.storage.autoSnapshot(name, period)
-	for try := 2; errors.Is(err, task.ErrExists) && (op.Interrupted()); try++ {
+	for try := 2; errors.Is(err, task.ErrExists) && (op.Interrupted() || s.storage.ofEarlier(name, op)); try++ {
 		op, err = s.storage.autoSnapshot(name, fmt.Sprintf("%s.%d", period, try))
 	}
 	if err == nil {

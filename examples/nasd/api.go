@@ -152,6 +152,9 @@ func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err erro
 	taskhttp.Accepted(w, r, tasksPath, op)
 }
 
+// patience is how long the list of pools waits for measurements that are under way.
+const patience = 200 * time.Millisecond
+
 func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 	names, err := a.storage.names()
 	if err != nil {
@@ -165,8 +168,10 @@ func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 		Last  map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
 	}
 	pools := make([]pool, 0, len(names))
+	ctx, cancel := context.WithTimeout(r.Context(), patience)
+	defer cancel()
 	for _, name := range names {
-		p := pool{Name: name, Usage: a.usages.of(r.Context(), name), Last: a.last.of(name)}
+		p := pool{Name: name, Usage: a.usages.of(ctx, name), Last: a.last.of(name)}
 		if free, err := freeBytes(filepath.Join(a.storage.pools.Name(), name)); err == nil { // not known on all systems
 			p.Free = &free
 		}

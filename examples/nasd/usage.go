@@ -29,11 +29,8 @@ type measurement struct {
 	done  chan struct{} // closed when no measurement is under way
 }
 
-// patience is how long an answer waits for a measurement that is under way.
-const patience = 200 * time.Millisecond
-
 // of returns the latest usage of a pool, or nil while none is known. It starts a
-// measurement if the latest is outdated.
+// measurement if the latest is outdated, and waits for it until ctx is done.
 func (u *usages) of(ctx context.Context, name string) *usage {
 	u.mu.Lock()
 	m := u.pool[name]
@@ -54,7 +51,6 @@ func (u *usages) of(ctx context.Context, name string) *usage {
 	u.mu.Unlock()
 	select {
 	case <-done:
-	case <-time.After(patience):
 	case <-ctx.Done():
 	}
 	u.mu.Lock()

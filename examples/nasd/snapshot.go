@@ -221,8 +221,9 @@ type restoreResult struct {
 	Bytes int64  `json:"bytes"`
 }
 
-// restore replaces a file by the one in a snapshot, atomically. The time of the file
-// is that of the snapshot's, so that the next scrub compares it with its checksum.
+// restore replaces a file by the one in a snapshot, atomically. It keeps the time of
+// the file: if a disk has corrupted the file, the next scrub then compares the restored
+// one with the old checksum.
 func (p *pool) restore(ctx context.Context, w *worker, id, name string) (*restoreResult, error) {
 	path, err := localPath(name)
 	if err != nil {

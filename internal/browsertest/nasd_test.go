@@ -342,6 +342,44 @@ func TestNasdTabs(t *testing.T) {
 	}
 }
 
+// TestNasdAxe is TestAxe for the page of nasd.
+func TestNasdAxe(t *testing.T) {
+	file := os.Getenv("TASK_AXE")
+	if file == "" {
+		t.Skip("TASK_AXE is not set")
+	}
+	script, err := os.ReadFile(file)
+	must(t, err)
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots/20260102T030405.000Z-auto"), 0o700))
+	b.press("tank", "Snapshot")
+	b.last("tank", "snapshot", "DONE", "0 files")
+	huge := d.file("tank", "huge")
+	must(t, os.WriteFile(huge, nil, 0o600))
+	must(t, os.Truncate(huge, 10<<40)) // takes hours to read
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "RUNNING", "huge")
+	b.do(chromedp.Evaluate(string(script), nil))
+	b.do(chromedp.Evaluate(`document.querySelectorAll("details").forEach(e => e.open = true)`, nil))
+	b.until(`document.querySelectorAll(".snapshot").length === 2`)
+	for name, look := range map[string]chromedp.Action{
+		"light": emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: "light"}}),
+		"dark":  emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: "dark"}}),
+		"phone": emulation.SetDeviceMetricsOverride(390, 844, 2, true),
+	} {
+		b.do(look)
+		b.axe(name + ", pools")
+		b.press("tank", "Delete…")
+		b.until(`$("delete").open`)
+		b.axe(name + ", delete")
+		b.do(chromedp.Click("#delete-no", chromedp.ByQuery))
+		b.until(`!$("delete").open`)
+	}
+}
+
 // TestNasdPhone checks that a phone shows everything without scrolling sideways.
 func TestNasdPhone(t *testing.T) {
 	b := newTab(t)

@@ -4,12 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -19,22 +21,27 @@ import (
 
 // An api is the REST API of the daemon:
 //
-//	GET  /api/pools                     all pools, with the outcome of their last operations
+//	GET  /api/pools                     all pools, with what they hold, the bytes that are free on
+//	                                    their disk, and the outcome of their last operations
 //	POST /api/pools                     {"name": NAME} creates a pool
+//	DELETE /api/pools/NAME?confirm=NAME deletes a pool and its snapshots
 //	PUT  /api/pools/NAME/files/PATH     stores the body as a file
 //	POST /api/pools/NAME/scrub          reads all files and finds corrupted ones
 //	POST /api/pools/NAME/accept         accepts the present content of all files
 //	POST /api/pools/NAME/replicate      {"to": NAME} copies changed files to another pool
 //	POST /api/pools/NAME/snapshot       takes a snapshot
-//	GET  /api/pools/NAME/snapshots      the IDs of all snapshots, oldest first
+//	GET  /api/pools/NAME/snapshots      all snapshots, oldest first
+//	POST /api/pools/NAME/snapshots/ID/restore
+//	                                    {"path": PATH} restores a file out of a snapshot
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
 //	GET  /                              the web page
 //
-// The response to a POST is 202 and the operation that was started, or the one that
+// The response to a POST or DELETE is 202 and the operation that was started, or the one that
 // was started before if the same is already waiting or running.
 type api struct {
 	storage *storage
 	last    *lastResults
+	usages  *usages
 }
 
 // tasksPath is the prefix of the operations.
@@ -43,16 +50,18 @@ const tasksPath = "/api/tasks"
 // newAPI returns the API. If local, it accepts only IP addresses and "localhost"
 // as Host.
 func newAPI(s *storage, last *lastResults, local bool) http.Handler {
-	a := &api{s, last}
+	a := &api{s, last, &usages{storage: s, pool: make(map[string]*measurement)}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /api/pools", a.create)
 	mux.HandleFunc("GET /api/pools", a.pools)
+	mux.HandleFunc("DELETE /api/pools/{name}", a.remove)
 	mux.HandleFunc("PUT /api/pools/{name}/files/{path...}", a.put)
 	mux.HandleFunc("POST /api/pools/{name}/scrub", a.on(s.scrub))
 	mux.HandleFunc("POST /api/pools/{name}/accept", a.on(s.accept))
 	mux.HandleFunc("POST /api/pools/{name}/replicate", a.replicate)
-	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(func(pool string) (*task.Operation, error) { return s.snapshot(pool) }))
+	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(s.snapshot))
 	mux.HandleFunc("GET /api/pools/{name}/snapshots", a.snapshots)
+	mux.HandleFunc("POST /api/pools/{name}/snapshots/{id}/restore", a.restore)
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
 
@@ -102,6 +111,19 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 	answer(w, r, op, err)
 }
 
+func (a *api) remove(w http.ResponseWriter, r *http.Request) {
+	name := r.PathValue("name")
+	switch confirm := r.URL.Query().Get("confirm"); confirm {
+	case name:
+		op, err := a.storage.remove(name)
+		answer(w, r, op, err)
+	case "":
+		fail(w, r, inputError("deleting a pool needs the query ?confirm=NAME with its name"))
+	default:
+		taskhttp.Problem(w, r, http.StatusConflict, fmt.Errorf("confirm is %q, not the name of the pool", confirm))
+	}
+}
+
 func (a *api) replicate(w http.ResponseWriter, r *http.Request) {
 	var in struct {
 		To string `json:"to"`
@@ -130,6 +152,9 @@ func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err erro
 	taskhttp.Accepted(w, r, tasksPath, op)
 }
 
+// patience is how long the list of pools waits for measurements that are under way.
+const patience = 200 * time.Millisecond
+
 func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 	names, err := a.storage.names()
 	if err != nil {
@@ -137,12 +162,20 @@ func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	type pool struct {
-		Name string                     `json:"name"`
-		Last map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
+		Name  string                     `json:"name"`
+		Usage *usage                     `json:"usage,omitempty"` // unless still unknown
+		Free  *int64                     `json:"free,omitempty"`
+		Last  map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
 	}
 	pools := make([]pool, 0, len(names))
+	ctx, cancel := context.WithTimeout(r.Context(), patience)
+	defer cancel()
 	for _, name := range names {
-		pools = append(pools, pool{name, a.last.of(name)})
+		p := pool{Name: name, Usage: a.usages.of(ctx, name), Last: a.last.of(name)}
+		if free, err := freeBytes(filepath.Join(a.storage.pools.Name(), name)); err == nil { // not known on all systems
+			p.Free = &free
+		}
+		pools = append(pools, p)
 	}
 	writeJSON(w, map[string]any{"pools": pools})
 }
@@ -153,7 +186,23 @@ func (a *api) snapshots(w http.ResponseWriter, r *http.Request) {
 		fail(w, r, err)
 		return
 	}
-	writeJSON(w, map[string]any{"snapshots": ids})
+	snapshots := make([]snapshotInfo, 0, len(ids))
+	for _, id := range ids {
+		snapshots = append(snapshots, newSnapshotInfo(id))
+	}
+	writeJSON(w, map[string]any{"snapshots": snapshots})
+}
+
+func (a *api) restore(w http.ResponseWriter, r *http.Request) {
+	var in struct {
+		Path string `json:"path"`
+	}
+	if err := readJSON(w, r, &in); err != nil {
+		fail(w, r, err)
+		return
+	}
+	op, err := a.storage.restore(r.PathValue("name"), r.PathValue("id"), in.Path)
+	answer(w, r, op, err)
 }
 
 func (a *api) put(w http.ResponseWriter, r *http.Request) {

@@ -26,6 +26,8 @@ func TestAPIErrors(t *testing.T) {
 	for name, target := range map[string]string{"out": t.TempDir(), "nowhere": "gone", "loop": "loop"} {
 		must(t, os.Symlink(target, filepath.Join(files.Name(), name)))
 	}
+	const snap, restore = "20260102T030405.000Z", "/api/pools/tank/snapshots/20260102T030405.000Z/restore"
+	write(t, openPool(t, s, "tank").root, snapshotsDir+"/"+snap+"/dir/a", "a")
 	local, open := newAPI(s, newLastResults(s.tasks), true), newAPI(s, newLastResults(s.tasks), false)
 	const other = "http://evil.example"
 	tests := []struct {
@@ -64,6 +66,21 @@ func TestAPIErrors(t *testing.T) {
 		{name: "put into .incoming", method: "PUT", path: "/api/pools/tank/files/.incoming/x", want: 400},
 		{name: "put without a name", method: "PUT", path: "/api/pools/tank/files/", want: 400},
 		{name: "put into an unknown pool", method: "PUT", path: "/api/pools/x/files/a", want: 404},
+		{name: "restore outside of the snapshot", method: "POST", path: restore, body: `{"path":"../../manifest"}`, want: 400},
+		{name: "restore an absolute path", method: "POST", path: restore, body: `{"path":"/etc/passwd"}`, want: 400},
+		{name: "restore a path with NUL", method: "POST", path: restore, body: `{"path":"dir/a\u0000"}`, want: 400},
+		{name: "restore without a path", method: "POST", path: restore, body: `{}`, want: 400},
+		{name: "restore into .incoming", method: "POST", path: restore, body: `{"path":".incoming/x"}`, want: 400},
+		{name: "restore an unknown file", method: "POST", path: restore, body: `{"path":"dir/b"}`, want: 404},
+		{name: "restore a directory", method: "POST", path: restore, body: `{"path":"dir"}`, want: 409},
+		{name: "restore from an unknown snapshot", method: "POST", path: strings.Replace(restore, "2026", "2025", 1), body: `{"path":"dir/a"}`, want: 404},
+		{name: "restore from no snapshot", method: "POST", path: "/api/pools/tank/snapshots/%2e%2e/restore", body: `{"path":"manifest"}`, want: 400},
+		{name: "restore into an unknown pool", method: "POST", path: strings.Replace(restore, "tank", "x", 1), body: `{"path":"dir/a"}`, want: 404},
+		{name: "delete without confirmation", method: "DELETE", path: "/api/pools/tank", want: 400},
+		{name: "delete with another name", method: "DELETE", path: "/api/pools/tank?confirm=backup", want: 409},
+		{name: "delete an unknown pool", method: "DELETE", path: "/api/pools/x?confirm=x", want: 404},
+		{name: "delete a bad name", method: "DELETE", path: "/api/pools/%2e%2e?confirm=%2e%2e", want: 400},
+		{name: "another site deletes", method: "DELETE", path: "/api/pools/tank?confirm=tank", origin: other, want: 403},
 		{name: "another site", method: "POST", path: "/api/pools/tank/scrub", origin: other, want: 403},
 		{name: "another site puts", method: "PUT", path: "/api/pools/tank/files/a", origin: other, want: 403},
 		{name: "another site cancels", method: "POST", path: "/api/tasks/x/cancel", origin: other, want: 403},

@@ -178,8 +178,14 @@ func (l *lastResults) add(op *task.Operation) {
 		kinds = make(map[string]*task.Operation)
 		l.pool[a.Pool] = kinds
 	}
+	if last := kinds["delete"]; last != nil && last.State == task.StateDone && op.UpdatedAt.Before(last.UpdatedAt) {
+		return // it was of an earlier pool of that name
+	}
 	if last := kinds[a.Kind]; last == nil || last.UpdatedAt.Before(op.UpdatedAt) {
 		kinds[a.Kind] = op
+	}
+	if a.Kind == "delete" && op.State == task.StateDone {
+		maps.DeleteFunc(kinds, func(_ string, other *task.Operation) bool { return other.UpdatedAt.Before(op.UpdatedAt) })
 	}
 }
 

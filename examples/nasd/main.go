@@ -4,15 +4,16 @@
 //	nasd -data DIR [-listen ADDR]
 //
 // The storage service (storage.go, scrub.go, replicate.go) has pools, which
-// are directories, scrubs them and replicates them to each other. The snapshot
-// scheduler (snapshot.go) takes snapshots of each pool and thins them out.
+// are directories, scrubs them, replicates them to each other and restores files out
+// of snapshots. The snapshot scheduler (snapshot.go) takes snapshots of each pool and
+// thins them out.
 // All long work is done by operations of one task.Manager. Its events go to an
 // event bus (bus.go), and the REST API (api.go) serves the operations under
 // /api/tasks. A user can try all of this on the page at / (page.html).
 //
 // On each pool one operation runs at a time. A replication occupies two pools. After
-// a kill, the next nasd resumes the scrubs, replications and snapshots that were
-// interrupted: a scrub from its last recorded place.
+// a kill, the next nasd resumes the scrubs, replications, snapshots and restores that
+// were interrupted: a scrub from its last recorded place.
 //
 // DIR holds everything:
 //
@@ -21,7 +22,8 @@
 //	pools/NAME/files/          the files of a pool, for you to read and write;
 //	                           .incoming holds files that are being written
 //	pools/NAME/manifest        the checksums of the files
-//	pools/NAME/snapshots/ID/   snapshots of the files, for reading only
+//	pools/NAME/snapshots/ID/   snapshots of the files, for reading only; the IDs of
+//	                           automatic ones end with -auto
 //
 // It has no users: every client that can connect may do everything. By default it listens
 // on 127.0.0.1, so that only programs on this machine can connect; to admit

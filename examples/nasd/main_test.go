@@ -339,9 +339,7 @@ func TestDaemon(t *testing.T) {
 		d.finish("/api/pools/tank/snapshot", "", task.StateDone, &first)
 		d.put("/api/pools/tank/files/a.txt", "three")
 		d.finish("/api/pools/tank/snapshot", "", task.StateDone, &second)
-		var got struct{ Snapshots []string }
-		d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
-		if !slices.Equal(got.Snapshots, []string{first.ID, second.ID}) || second.Linked != 2 {
+		if got := d.snapshots("tank", false); !slices.Equal(got, []string{first.ID, second.ID}) || second.Linked != 2 {
 			t.Errorf("the list is %v after taking %+v and %+v", got, first, second)
 		}
 		wantTree(t, filepath.Join(d.dir, "pools/tank/snapshots", first.ID), want)
@@ -392,6 +390,21 @@ func (d *daemon) untilLast(pool, kind, id string) {
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// snapshots returns the IDs of the snapshots of a pool, and checks whether they were
+// taken automatically.
+func (d *daemon) snapshots(pool string, automatic bool) (ids []string) {
+	d.t.Helper()
+	var got struct{ Snapshots []snapshotInfo }
+	d.do("GET", "/api/pools/"+pool+"/snapshots", "", 200, &got)
+	for _, s := range got.Snapshots {
+		if s.Automatic != automatic || s.Time.IsZero() {
+			d.t.Errorf("got %+v, want automatic: %v", s, automatic)
+		}
+		ids = append(ids, s.ID)
+	}
+	return ids
 }
 
 func TestGreeting(t *testing.T) {
@@ -505,6 +518,140 @@ func TestKill(t *testing.T) {
 	d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 }
 
+// TestKillRestore checks that a kill leaves the old file in its place, and that the
+// next daemon resumes the restore.
+func TestKillRestore(t *testing.T) {
+	d := start(t, t.TempDir())
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.put("/api/pools/tank/files/a", "old")
+	var snap snapshotResult
+	d.finish("/api/pools/tank/snapshot", "", task.StateDone, &snap)
+	d.put("/api/pools/tank/files/a", "new")
+	in := filepath.Join(d.dir, "pools/tank/snapshots", snap.ID, "a")
+	must(t, os.Rename(in, in+".kept"))
+	makeHuge(t, in)
+	op := d.begin("/api/pools/tank/snapshots/"+snap.ID+"/restore", `{"path":"a"}`)
+	d.untilAt(op.ID, "a")
+	d.end(syscall.SIGKILL)
+	wantTree(t, d.file("tank", "a"), map[string]string{".": "new"})
+
+	must(t, os.Rename(in+".kept", in))
+	d = start(t, d.dir)
+	var r restoreResult
+	d.wait(op.ID, task.StateDone, &r)
+	if want := (restoreResult{Path: "a", Bytes: 3}); r != want {
+		t.Errorf("got %+v, want %+v", r, want)
+	}
+	wantTree(t, d.file("tank", ""), map[string]string{"a": "old"})
+}
+
+// remove starts the deletion of a pool.
+func (d *daemon) remove(pool string) (op task.Operation) {
+	d.t.Helper()
+	d.do("DELETE", "/api/pools/"+pool+"?confirm="+pool, "", 202, &op)
+	return op
+}
+
+// TestDelete checks that a pool is deleted after the operations before, and that a
+// new pool of that name knows nothing of the old one.
+func TestDelete(t *testing.T) {
+	d := start(t, t.TempDir())
+	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.put("/api/pools/tank/files/dir/a", "a")
+	d.finish("/api/pools/tank/snapshot", "", task.StateDone, nil)
+	makeHuge(t, d.file("tank", "huge"))
+	scrub := d.begin("/api/pools/tank/scrub", "")
+	d.untilAt(scrub.ID, "huge")
+	op := d.remove("tank")
+	if again := d.remove("tank"); again.ID != op.ID {
+		t.Errorf("a second request has started %+v beside %+v", again, op)
+	}
+	d.put("/api/pools/tank/files/b", "an upload does not wait")
+	if op := d.get(op.ID); op.State != task.StatePending {
+		t.Errorf("during a scrub the delete is %s", op.State)
+	}
+	d.do("POST", "/api/tasks/"+scrub.ID+"/cancel", "", 202, nil)
+	d.wait(op.ID, task.StateDone, nil)
+	wantTree(t, filepath.Join(d.dir, "pools"), map[string]string{})
+	d.do("POST", "/api/pools/tank/scrub", "", 404, nil)
+
+	created := d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+	d.untilLast("tank", "create", created.ID)
+	for range 2 { // from events, then from the history
+		var got struct {
+			Pools []struct{ Last map[string]task.Operation }
+		}
+		d.do("GET", "/api/pools", "", 200, &got)
+		if len(got.Pools) != 1 || len(got.Pools[0].Last) != 2 || got.Pools[0].Last["delete"].ID != op.ID {
+			t.Errorf("the pools are %+v", got)
+		}
+		must(t, d.end(syscall.SIGTERM))
+		d = start(t, d.dir)
+	}
+	wantTree(t, d.file("tank", ""), map[string]string{})
+}
+
+// TestKillDelete checks that a kill leaves no half of a pool. The next daemon finishes
+// a removal that had begun, and does not begin one.
+func TestKillDelete(t *testing.T) {
+	d := start(t, t.TempDir(), "-limit", "0")
+	ops := make(map[string]task.Operation)
+	for _, pool := range []string{"begun", "waiting"} {
+		d.finish("/api/pools", `{"name":"`+pool+`"}`, task.StateDone, nil)
+		makeHuge(t, d.file(pool, "huge"))
+		d.untilAt(d.begin("/api/pools/"+pool+"/scrub", "").ID, "huge")
+		ops[pool] = d.remove(pool)
+	}
+	d.end(syscall.SIGKILL)
+	// As after a kill in the middle of the removal.
+	must(t, os.Rename(filepath.Join(d.dir, "pools/begun"), filepath.Join(d.dir, "pools", deleting+"begun")))
+	must(t, os.Remove(filepath.Join(d.dir, "pools", deleting+"begun", manifestFile)))
+	must(t, os.Remove(d.file("waiting", "huge")))
+
+	d = start(t, d.dir)
+	d.wait(ops["begun"].ID, task.StateDone, nil)
+	if op := d.wait(ops["waiting"].ID, task.StateFailed, nil); !op.Interrupted() {
+		t.Errorf("the delete that had to wait is %+v", op)
+	}
+	entries, err := os.ReadDir(filepath.Join(d.dir, "pools"))
+	if err != nil || len(entries) != 1 || entries[0].Name() != "waiting" {
+		t.Errorf("left are %v, %v", entries, err)
+	}
+	d.finish("/api/pools", `{"name":"begun"}`, task.StateDone, nil)
+	d.finish("/api/pools/waiting/scrub", "", task.StateDone, nil)
+}
+
+// TestKillDuringDelete kills daemons that are removing many files, and checks that the
+// pool is there as a whole or not at all.
+func TestKillDuringDelete(t *testing.T) {
+	for round := range 5 {
+		d := start(t, t.TempDir())
+		d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
+		for i := range 300 {
+			must(t, os.WriteFile(d.file("tank", fmt.Sprint(i)), nil, 0o600))
+		}
+		op := d.remove("tank")
+		if round > 0 {
+			time.Sleep(time.Duration(round) * time.Millisecond) // any moment is right
+		}
+		d.end(syscall.SIGKILL)
+		d = start(t, d.dir)
+		d.do("GET", "/api/tasks/"+op.ID+"/wait?timeout=5m", "", 200, &op)
+		files, err := os.ReadDir(d.file("tank", ""))
+		switch {
+		case op.State == task.StateDone && !errors.Is(err, os.ErrNotExist):
+			t.Errorf("the delete is done, and there are %d files, %v", len(files), err)
+		case op.State == task.StateFailed && len(files) != 300:
+			t.Errorf("the delete is %s, and there are %d files, %v", op.Error, len(files), err)
+		case op.State != task.StateDone && op.State != task.StateFailed:
+			t.Errorf("the delete is %s", op.State)
+		}
+		if _, err := os.Stat(filepath.Join(d.dir, "pools", deleting+"tank")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("what was being removed is still there: %v", err)
+		}
+	}
+}
+
 // TestSchedule checks that the scheduler takes snapshots and thins them out, with
 // operations.
 func TestSchedule(t *testing.T) {
@@ -538,10 +685,9 @@ func TestSchedule(t *testing.T) {
 			break
 		}
 	}
-	var got struct{ Snapshots []string }
-	d.do("GET", "/api/pools/tank/snapshots", "", 200, &got)
-	slices.Reverse(got.Snapshots)
-	if len(got.Snapshots) < 2 || len(got.Snapshots) >= len(want) || !slices.Equal(got.Snapshots, want[:len(got.Snapshots)]) {
-		t.Errorf("the snapshots are %v, want some of the newest of %v", got.Snapshots, want)
+	got := d.snapshots("tank", true)
+	slices.Reverse(got)
+	if len(got) < 2 || len(got) >= len(want) || !slices.Equal(got, want[:len(got)]) {
+		t.Errorf("the snapshots are %v, want some of the newest of %v", got, want)
 	}
 }

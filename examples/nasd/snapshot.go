@@ -9,14 +9,18 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/mynt-nas/task"
 )
 
 // snapshotID is the layout of the names of snapshots: the time in UTC, so that
-// names sort by time.
-const snapshotID = "20060102T150405.000Z"
+// names sort by time. The names of automatic snapshots then have a suffix.
+const (
+	snapshotID = "20060102T150405.000Z"
+	autoSuffix = "-auto"
+)
 
 // Incomplete snapshots have names that are not IDs.
 const (
@@ -66,6 +70,9 @@ func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error)
 		return nil, err
 	}
 	s.result.ID = newSnapshotID(time.Now(), ids)
+	if w.about.Automatic {
+		s.result.ID += autoSuffix
+	}
 	s.result.Bytes, s.result.Others = w.done, w.others
 	if err := p.root.Rename(partialSnapshot, snapshotsDir+"/"+s.result.ID); err != nil {
 		return nil, err
@@ -80,11 +87,19 @@ func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error)
 // back.
 func newSnapshotID(now time.Time, ids []string) string {
 	id := now.UTC().Format(snapshotID)
-	if len(ids) > 0 && id <= ids[len(ids)-1] {
-		last, _ := time.Parse(snapshotID, ids[len(ids)-1])
+	if len(ids) == 0 {
+		return id
+	}
+	last, _ := snapshotTime(ids[len(ids)-1]) // all ids are valid
+	if id <= last.Format(snapshotID) {
 		id = last.Add(time.Millisecond).Format(snapshotID)
 	}
 	return id
+}
+
+// snapshotTime returns the time of a snapshot, or an error if that is not an ID.
+func snapshotTime(id string) (time.Time, error) {
+	return time.Parse(snapshotID, strings.TrimSuffix(id, autoSuffix))
 }
 
 // snapshots returns the IDs of all snapshots, oldest first.
@@ -92,7 +107,7 @@ func (p *pool) snapshots() ([]string, error) {
 	ids := []string{}
 	entries, err := fs.ReadDir(p.root.FS(), snapshotsDir) // sorted by name
 	for _, e := range entries {
-		if _, err := time.Parse(snapshotID, e.Name()); err == nil && e.IsDir() {
+		if _, err := snapshotTime(e.Name()); err == nil && e.IsDir() {
 			ids = append(ids, e.Name())
 		}
 	}
@@ -157,6 +172,92 @@ func (s *snapshot) link(name, to string, info fs.FileInfo) bool {
 		s.pool.root.Link(s.before+"/"+name, to) == nil // some file systems have no links
 }
 
+// A snapshotInfo describes a snapshot to clients.
+type snapshotInfo struct {
+	ID        string    `json:"id"`
+	Time      time.Time `json:"time"`
+	Automatic bool      `json:"automatic"` // taken by the scheduler
+}
+
+func newSnapshotInfo(id string) snapshotInfo {
+	t, _ := snapshotTime(id)
+	return snapshotInfo{ID: id, Time: t, Automatic: strings.HasSuffix(id, autoSuffix)}
+}
+
+// openSnapshot returns the directory of a snapshot as a root of its own, so that
+// no path leads out of it. The caller must close it.
+func (p *pool) openSnapshot(id string) (*os.Root, error) {
+	if _, err := snapshotTime(id); err != nil {
+		return nil, inputError(fmt.Sprintf("%q is not the ID of a snapshot", id))
+	}
+	root, err := p.root.OpenRoot(snapshotsDir + "/" + id)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %w", id, err)
+	}
+	return root, nil
+}
+
+// mustHave checks that a snapshot has a file.
+func (p *pool) mustHave(id, path string) error {
+	from, err := p.openSnapshot(id)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	f, _, err := openRegular(from, path)
+	switch {
+	case err == nil:
+		return f.Close()
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("snapshot %s: %w", id, err)
+	default: // for example, a directory
+		return placeError{fmt.Errorf("snapshot %s: %w", id, err)}
+	}
+}
+
+// A restoreResult is what a restore has done.
+type restoreResult struct {
+	Path  string `json:"path"`
+	Bytes int64  `json:"bytes"`
+}
+
+// restore replaces a file by the one in a snapshot, atomically. It keeps the time of
+// the file: if a disk has corrupted the file, the next scrub then compares the restored
+// one with the old checksum.
+func (p *pool) restore(ctx context.Context, w *worker, id, name string) (*restoreResult, error) {
+	path, err := localPath(name)
+	if err != nil {
+		return nil, err
+	}
+	from, err := p.openSnapshot(id)
+	if err != nil {
+		return nil, err
+	}
+	defer from.Close()
+	src, info, err := open(ctx, from, path)
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	if old, err := p.files.Lstat(path); err == nil && !old.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: not a file: %w", name, fs.ErrExist)
+	}
+	w.total = info.Size()
+	w.at(ctx, name)
+	m := meta{perm: info.Mode().Perm() | 0o200, mtime: info.ModTime()} // a snapshot has taken the permission to write
+	err = replace(p.files, path, m, func(dst *os.File) error {
+		if _, err := w.copy(ctx, sparse{dst}, contents(src, info)); err != nil {
+			return err
+		}
+		return sparse{dst}.truncate()
+	})
+	if err != nil {
+		return nil, err
+	}
+	w.at(ctx, "")
+	return &restoreResult{Path: name, Bytes: w.done}, syncParents(p.files, path)
+}
+
 // A thinResult is the result of thinning out.
 type thinResult struct {
 	Kept    int      `json:"kept"`
@@ -208,7 +309,7 @@ func expired(ids []string, keep int) (old []string) {
 	hours := period{length: time.Hour, left: keepHours}
 	days := period{length: 24 * time.Hour, left: keepDays}
 	for i, id := range slices.Backward(ids) {
-		t, _ := time.Parse(snapshotID, id)
+		t, _ := snapshotTime(id)
 		lastOfHour, lastOfDay := hours.begins(t), days.begins(t) // no short-circuit: both count
 		if len(ids)-i > keep && !lastOfHour && !lastOfDay {
 			old = append(old, id)
@@ -266,14 +367,14 @@ func (s *scheduler) run(ctx context.Context) {
 
 // submitDue submits the operations that are due for a pool. The ID of the snapshot
 // is that of the period: it is taken at most once, even if it fails or the daemon is
-// restarted, unless it was interrupted. Nothing is submitted while the last snapshot
+// restarted, unless it was interrupted or was of an earlier pool of that name. Nothing is submitted while the last snapshot
 // is unfinished, so that snapshots do not accumulate behind a scrub that takes days.
 func (s *scheduler) submitDue(name string, now time.Time) error {
 	ids, listErr := s.storage.snapshots(name)
 	period := "auto-" + name + "-" + now.UTC().Truncate(s.every).Format(snapshotID)
-	op, err := s.storage.snapshot(name, task.WithID(period))
-	for try := 2; errors.Is(err, task.ErrExists) && op.Interrupted(); try++ {
-		op, err = s.storage.snapshot(name, task.WithID(fmt.Sprintf("%s.%d", period, try)))
+	op, err := s.storage.autoSnapshot(name, period)
+	for try := 2; errors.Is(err, task.ErrExists) && (op.Interrupted() || s.storage.ofEarlier(name, op)); try++ {
+		op, err = s.storage.autoSnapshot(name, fmt.Sprintf("%s.%d", period, try))
 	}
 	if err == nil {
 		err = listErr
@@ -285,4 +386,11 @@ func (s *scheduler) submitDue(name string, now time.Time) error {
 		return nil
 	}
 	return err
+}
+
+// ofEarlier reports whether a finished operation was submitted before the pool of that
+// name was created: it was of an earlier pool.
+func (s *storage) ofEarlier(name string, op *task.Operation) bool {
+	created, err := s.tasks.List(1, 0, task.ByName(about{Kind: "create", Pool: name}.name()))
+	return err == nil && len(created) > 0 && op.State.Finished() && op.CreatedAt.Before(created[0].CreatedAt)
 }

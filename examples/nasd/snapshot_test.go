@@ -235,7 +235,7 @@ func TestSchedulerErrors(t *testing.T) {
 			}
 		}
 	}
-	if ids, err := p.snapshots(); err != nil || len(ids) != 1 || ids[0] != "29990102T030405.003Z" {
+	if ids, err := p.snapshots(); err != nil || len(ids) != 1 || ids[0] != "29990102T030405.003Z-auto" {
 		t.Errorf("snapshots are %v, %v", ids, err)
 	}
 	must(t, p.root.RemoveAll(snapshotsDir))
@@ -281,5 +281,85 @@ func TestSchedulerInterrupted(t *testing.T) {
 			t.Errorf("got %v, want %v", got, wants)
 		}
 		must(t, m.Close())
+	}
+}
+
+func TestRestore(t *testing.T) {
+	p := newPool(t)
+	write(t, p.files, "dir/a", "old")
+	write(t, p.files, "b", "untouched")
+	snap, err := p.snapshot(t.Context(), new(worker))
+	must(t, err)
+	restore := func() {
+		t.Helper()
+		r, err := p.restore(t.Context(), new(worker), snap.ID, "dir/a")
+		if want := (restoreResult{Path: "dir/a", Bytes: 3}); err != nil || *r != want {
+			t.Fatalf("got %+v, %v, want %+v", r, err, want)
+		}
+		wantTree(t, p.files.Name(), map[string]string{"dir/a": "old", "b": "untouched"})
+		info, err := p.files.Stat("dir/a")
+		if err != nil || info.Mode().Perm() != 0o640 || !info.ModTime().Equal(longAgo) {
+			t.Errorf("got %v, %v", info, err)
+		}
+	}
+	write(t, p.files, "dir/a", "changed")
+	restore()
+	must(t, p.files.RemoveAll("dir"))
+	restore()
+
+	must(t, p.files.Remove("dir/a"))
+	must(t, p.files.Mkdir("dir/a", 0o700))
+	if r, err := p.restore(t.Context(), new(worker), snap.ID, "dir/a"); !errors.Is(err, os.ErrExist) {
+		t.Errorf("over a directory: got %+v, %v", r, err)
+	}
+	must(t, p.files.Remove("dir/a"))
+	ctx, w := cancelled(t)
+	if r, err := p.restore(ctx, w, snap.ID, "dir/a"); !errors.Is(err, task.ErrCancelled) {
+		t.Errorf("cancelled: got %+v, %v", r, err)
+	}
+	wantTree(t, p.files.Name(), map[string]string{"b": "untouched"})
+}
+
+// TestAutomatic checks that the names of snapshots say who took them, and sort by
+// time.
+func TestAutomatic(t *testing.T) {
+	p := newPool(t)
+	var want []string
+	for _, automatic := range []bool{true, false, false, true, true} {
+		r, err := p.snapshot(t.Context(), &worker{about: about{Automatic: automatic}})
+		must(t, err)
+		if got := newSnapshotInfo(r.ID); got.Automatic != automatic || got.Time.Year() < 2000 {
+			t.Errorf("got %+v, want automatic: %v", got, automatic)
+		}
+		want = append(want, r.ID)
+	}
+	if got, err := p.snapshots(); err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %v, %v, want %v", got, err, want)
+	}
+}
+
+// TestSchedulerRecreated checks that a new pool gets a snapshot in the period in which
+// an earlier pool of that name got one, and only one.
+func TestSchedulerRecreated(t *testing.T) {
+	s := newStorage(t)
+	sched := &scheduler{storage: s, every: time.Hour, keep: 10}
+	now := time.Now()
+	finish := func(op *task.Operation, err error) {
+		t.Helper()
+		must(t, err)
+		if op, err := s.tasks.Wait(t.Context(), op.ID); err != nil || op.State != task.StateDone {
+			t.Fatalf("%+v, %v", op, err)
+		}
+	}
+	for range 3 {
+		finish(s.create("tank"))
+		for range 2 {
+			must(t, sched.submitDue("tank", now))
+			finish(s.scrub("tank")) // after the snapshot
+		}
+		if ids, err := s.snapshots("tank"); err != nil || len(ids) != 1 {
+			t.Errorf("the snapshots are %v, %v, want one", ids, err)
+		}
+		finish(s.remove("tank"))
 	}
 }

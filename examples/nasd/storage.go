@@ -28,15 +28,18 @@ type storage struct {
 
 // An about is the metadata of an operation.
 type about struct {
-	Kind  string `json:"kind"`            // create, scrub, accept, replicate, snapshot or thin
-	Pool  string `json:"pool"`            // the pool that it works on
-	To    string `json:"to,omitempty"`    // the pool that it writes to, if another one
-	Keep  int    `json:"keep,omitempty"`  // how many snapshots thin keeps
-	Place *place `json:"place,omitempty"` // how far a scrub has got
+	Kind      string `json:"kind"`                // create, scrub, accept, replicate, snapshot, thin, restore or delete
+	Pool      string `json:"pool"`                // the pool that it works on
+	To        string `json:"to,omitempty"`        // the pool that it writes to, if another one
+	Keep      int    `json:"keep,omitempty"`      // how many snapshots thin keeps
+	Place     *place `json:"place,omitempty"`     // how far a scrub has got
+	Automatic bool   `json:"automatic,omitempty"` // whether the scheduler takes the snapshot
+	Snapshot  string `json:"snapshot,omitempty"`  // the ID of the snapshot that restore reads
+	Path      string `json:"path,omitempty"`      // the file that it restores
 }
 
-// openStorage opens the storage service in the directory data, and removes the
-// incomplete files of killed writers. The caller then sets tasks to a manager, which
+// openStorage opens the storage service in the directory data, removes the
+// incomplete files of killed writers and finishes the removal of pools. The caller then sets tasks to a manager, which
 // may call resume and run the functions that it returns.
 func openStorage(data string) (*storage, error) {
 	dir := filepath.Join(data, "pools")
@@ -54,6 +57,11 @@ func openStorage(data string) (*storage, error) {
 		return nil, err
 	}
 	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), deleting) {
+			if err := root.RemoveAll(e.Name()); err != nil {
+				slog.Error("deleted pool not removed", "dir", e.Name(), "err", err)
+			}
+		}
 		if !validName.MatchString(e.Name()) {
 			continue
 		}
@@ -101,13 +109,45 @@ func (s *storage) replicate(name, to string) (*task.Operation, error) {
 }
 
 // snapshot takes a snapshot of a pool.
-func (s *storage) snapshot(name string, opts ...task.SubmitOption) (*task.Operation, error) {
-	return s.submitOn(about{Kind: "snapshot", Pool: name}, opts...)
+func (s *storage) snapshot(name string) (*task.Operation, error) {
+	return s.submitOn(about{Kind: "snapshot", Pool: name})
+}
+
+// autoSnapshot is snapshot for the scheduler.
+func (s *storage) autoSnapshot(name, id string) (*task.Operation, error) {
+	return s.submitOn(about{Kind: "snapshot", Pool: name, Automatic: true}, task.WithID(id))
+}
+
+// restore replaces a file of a pool by the one in a snapshot.
+func (s *storage) restore(name, id, path string) (*task.Operation, error) {
+	if _, err := localPath(path); err != nil {
+		return nil, err
+	}
+	p, err := s.open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer p.close()
+	if err := p.mustHave(id, path); err != nil {
+		return nil, err
+	}
+	return s.submitOn(about{Kind: "restore", Pool: name, Snapshot: id, Path: path})
 }
 
 // thin removes the expired snapshots of a pool.
 func (s *storage) thin(name string, keep int) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "thin", Pool: name, Keep: keep})
+}
+
+// remove deletes a pool with its snapshots, after the operations on it that were
+// submitted before. Uploads do not wait for it: they fail.
+func (s *storage) remove(name string) (*task.Operation, error) {
+	if err := s.mustExist(name); err != nil {
+		return nil, err
+	}
+	return s.submit(about{Kind: "delete", Pool: name}, func(ctx context.Context, update func(int)) (any, error) {
+		return nil, s.removePool(ctx, name, update)
+	})
 }
 
 // submitOn submits an operation on an existing pool.
@@ -126,12 +166,22 @@ func (s *storage) submit(a about, fn task.Func, opts ...task.SubmitOption) (*tas
 }
 
 // resume continues an operation that was interrupted because the daemon was
-// killed. It does not continue the creation of a pool, nor an accept: the user
-// should look at the files again.
+// killed. It does not continue the creation of a pool, nor an accept or a delete:
+// the user should look at the files again. A delete that had begun is done, because
+// openStorage has finished it.
 func (s *storage) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	var a about
-	if op.DecodeMetadata(&a) != nil || a.Kind == "create" || a.Kind == "accept" {
+	if op.DecodeMetadata(&a) != nil {
 		return nil, nil
+	}
+	switch a.Kind {
+	case "create", "accept":
+		return nil, nil
+	case "delete":
+		if s.mustBeFree(a.Pool) != nil {
+			return nil, nil
+		}
+		return func(context.Context, func(int)) (any, error) { return nil, nil }, a.keys()
 	}
 	return s.on(a), a.keys()
 }
@@ -165,14 +215,21 @@ func (s *storage) on(a about) task.Func {
 			return p.snapshot(ctx, w)
 		case "thin":
 			return p.thin(ctx, w, a.Keep)
+		case "restore":
+			return p.restore(ctx, w, a.Snapshot, a.Path)
 		}
 		return nil, fmt.Errorf("unknown kind of operation %q", a.Kind)
 	}
 }
 
+// name returns the name of an operation. Operations that differ in what they do
+// differ in their names.
 func (a about) name() string {
-	if a.To != "" {
+	switch {
+	case a.To != "":
 		return a.Kind + " " + a.Pool + " to " + a.To
+	case a.Kind == "restore":
+		return a.Kind + " " + a.Pool + "/" + a.Path + " from " + a.Snapshot
 	}
 	return a.Kind + " " + a.Pool
 }
@@ -309,7 +366,29 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	return syncDir(s.pools, ".")
 }
 
-// snapshots returns the IDs of all snapshots of a pool, oldest first.
+// deleting begins the names of pools that are being removed. No pool has such a name.
+const deleting = ".deleting-"
+
+// removePool renames a pool first, so that a partly removed pool is never visible.
+func (s *storage) removePool(ctx context.Context, name string, update func(int)) error {
+	temp := deleting + name
+	if err := s.pools.RemoveAll(temp); err != nil { // left by a removal that failed
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := s.pools.Rename(name, temp); err != nil {
+		return err
+	}
+	if err := syncDir(s.pools, "."); err != nil {
+		return err
+	}
+	update(10)
+	return s.pools.RemoveAll(temp)
+}
+
+// snapshots returns the IDs of the snapshots of a pool, oldest first.
 func (s *storage) snapshots(name string) ([]string, error) {
 	p, err := s.open(name)
 	if err != nil {

@@ -8,10 +8,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/chromedp"
 )
 
@@ -87,7 +89,7 @@ func (b *tab) create(name string) {
 // press presses a button of a pool.
 func (b *tab) press(pool, text string) {
 	b.t.Helper()
-	b.do(chromedp.Click(fmt.Sprintf(`//section[@data-pool=%q]//button[.=%q and not(@hidden)]`, pool, text), chromedp.BySearch))
+	b.do(chromedp.Click(fmt.Sprintf(`//section[@data-pool=%q]//button[.=%q and not(@hidden) and not(@disabled)]`, pool, text), chromedp.BySearch))
 }
 
 // upload chooses files for a pool.
@@ -124,6 +126,7 @@ func TestNasdLongResult(t *testing.T) {
 	b.last("tank", "scrub", "FAILED", "corrupted: "+name(0))
 	b.press("tank", "Accept as it is")
 	b.last("tank", "accept", "DONE", "100 files")
+	b.nothingWrong("alert: Accept the present content of 100 files of tank that may be corrupted?\n\n" + name(0) + "\n" + name(1) + "\n")
 }
 
 // TestNasd tries everything that examples/nasd does in the browser.
@@ -175,7 +178,9 @@ func TestNasd(t *testing.T) {
 	b.until(`!$("trouble").hidden && $("trouble").textContent.includes("the name tank is already taken")`)
 	b.press("tank", "Snapshot") // hides the error
 	b.until(`$("trouble").hidden`)
-	b.nothingWrong("409") // the browser logs the refusal
+	b.nothingWrong("409", // the browser logs the refusal
+		"alert: Accept the present content of 1 file of tank that may be corrupted?\n\n"+name,
+		"alert: The checksums of tank are damaged.")
 
 	b.do(chromedp.Click(".title a", chromedp.ByQuery), chromedp.WaitVisible("#history li", chromedp.ByQuery))
 }
@@ -202,13 +207,177 @@ func TestNasdRestarts(t *testing.T) {
 	b.last("tank", "scrub", "RUNNING", "huge") // resumed, as is what waits for it
 	b.until(`document.querySelectorAll("li").length === 2`)
 	must(t, os.Remove(huge))
-	b.do(chromedp.Evaluate(`fetch("api/tasks/?state=RUNNING").then(r => r.json()).then(page =>
-		fetch("api/tasks/" + page.tasks[0].id + "/cancel", {method: "POST"}))`, nil))
+	b.do(chromedp.Click(`//li[@data-kind="scrub"]//button[.="Cancel" and not(@disabled)]`, chromedp.BySearch))
 	b.last("tank", "scrub", "CANCELLED", "")
 	b.last("tank", "snapshot", "DONE", "")
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "DONE", "0 files")
 	b.nothingWrong("net::ERR_", "Failed to load resource") // while no daemon ran
+}
+
+// TestNasdUsage checks that the page shows what a pool holds and how much is free.
+func TestNasdUsage(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	const usage = `document.querySelector("section[data-pool=tank] .usage").innerText`
+	b.until(usage + `.startsWith("0 files, 0 bytes · ") && ` + usage + `.endsWith("B free")`)
+	path := filepath.Join(t.TempDir(), "a")
+	must(t, os.WriteFile(path, make([]byte, 1_234_567), 0o600))
+	b.upload("tank", path)
+	b.until(usage + `.startsWith("1 file, 1.2 MB · ")`)
+}
+
+// TestNasdRestore checks that the page lists snapshots, folds automatic ones away, and
+// restores a file.
+func TestNasdRestore(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	must(t, os.WriteFile(d.file("tank", "a b"), []byte("old"), 0o600))
+	const auto = "20260102T030405.000Z-auto"
+	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots", auto), 0o700))
+	b.press("tank", "Snapshot")
+	b.last("tank", "snapshot", "DONE", "1 file")
+	must(t, os.WriteFile(d.file("tank", "a b"), []byte("new"), 0o600))
+	b.do(chromedp.Click(".snapshots summary", chromedp.ByQuery))
+	const folded = `[...document.querySelectorAll(".snapshots details .snapshot")]`
+	b.until(folded + `.length === 1 && ` + folded + `.every(e => !e.checkVisibility())`)
+	b.until(`document.querySelectorAll(".snapshots > div .snapshot").length === 1`)
+	b.do(chromedp.SendKeys(".snapshots input", "a b", chromedp.ByQuery))
+	b.press("tank", "Restore")
+	b.last("tank", "restore", "DONE", "a b, 3 bytes")
+	if got, err := os.ReadFile(d.file("tank", "a b")); err != nil || string(got) != "old" {
+		t.Errorf("the file is %q, %v", got, err)
+	}
+	b.do(chromedp.Click(".snapshots details summary", chromedp.ByQuery))
+	b.until(folded + `.every(e => e.checkVisibility() && e.innerText.includes("2026"))`)
+}
+
+// TestNasdDelete checks that a pool is deleted once its name has been typed, and by
+// no other.
+func TestNasdDelete(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	b.press("tank", "Delete…")
+	b.until(`$("delete").open && $("delete-go").disabled`)
+	b.do(chromedp.SendKeys("#delete-name", "tan", chromedp.ByQuery))
+	b.until(`$("delete-go").disabled`)
+	b.do(chromedp.SendKeys("#delete-name", "k", chromedp.ByQuery))
+	b.until(`!$("delete-go").disabled`)
+	b.do(chromedp.SendKeys("#delete-name", "\r", chromedp.ByQuery))
+	b.until(`!document.querySelector("section") && !$("empty").hidden`)
+	if _, err := os.Stat(filepath.Join(d.data, "pools/tank")); !os.IsNotExist(err) {
+		t.Errorf("the pool is still there: %v", err)
+	}
+}
+
+// TestNasdNoNews checks that the buttons are disabled while the daemon is stopped.
+func TestNasdNoNews(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	const buttons = `[...document.querySelectorAll("section button, #create-go")]`
+	b.until(buttons + `.length > 5 && ` + buttons + `.every(e => !e.disabled)`)
+	must(t, d.cmd.Process.Signal(syscall.SIGSTOP))
+	b.until(`$("connection").textContent === "No news: nasd does not answer" && ` + buttons + `.every(e => e.disabled)`)
+	must(t, d.cmd.Process.Signal(syscall.SIGCONT))
+	b.until(`$("connection").textContent === "Live" && ` + buttons + `.every(e => !e.disabled)`)
+}
+
+// TestNasdDoubleClick checks that a button makes one request at a time.
+func TestNasdDoubleClick(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	n := eval[int](b, `(() => {
+		let n = 0;
+		const send = fetch;
+		fetch = (path, options) => { n += options?.method === "POST"; return send(path, options); };
+		const scrub = [...document.querySelectorAll("section button")].find(e => e.textContent === "Scrub");
+		scrub.click();
+		scrub.click();
+		return n;
+	})()`)
+	if n != 1 {
+		t.Errorf("two clicks have made %d requests", n)
+	}
+	b.last("tank", "scrub", "DONE", "0 files")
+}
+
+// TestNasdTabs checks that eight tabs of one browser follow an operation, over HTTP/1.1.
+func TestNasdTabs(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	tabs := []*tab{b}
+	for range 7 {
+		ctx, cancel := chromedp.NewContext(b.ctx)
+		t.Cleanup(cancel)
+		other := &tab{t: t, ctx: ctx}
+		other.openNasd(d)
+		tabs = append(tabs, other)
+	}
+	front := func(i int) *tab { // a browser draws only the tab in front
+		tabs[i].do(page.BringToFront())
+		return tabs[i]
+	}
+	front(0).create("tank")
+	huge := d.file("tank", "huge")
+	must(t, os.WriteFile(huge, nil, 0o600))
+	must(t, os.Truncate(huge, 10<<40))
+	b.press("tank", "Scrub")
+	for i := range tabs {
+		front(i).last("tank", "scrub", "RUNNING", "huge")
+	}
+	front(7).press("tank", "Cancel")
+	for i := range tabs {
+		front(i).last("tank", "scrub", "CANCELLED", "")
+	}
+}
+
+// TestNasdAxe is TestAxe for the page of nasd.
+func TestNasdAxe(t *testing.T) {
+	file := os.Getenv("TASK_AXE")
+	if file == "" {
+		t.Skip("TASK_AXE is not set")
+	}
+	script, err := os.ReadFile(file)
+	must(t, err)
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots/20260102T030405.000Z-auto"), 0o700))
+	b.press("tank", "Snapshot")
+	b.last("tank", "snapshot", "DONE", "0 files")
+	huge := d.file("tank", "huge")
+	must(t, os.WriteFile(huge, nil, 0o600))
+	must(t, os.Truncate(huge, 10<<40)) // takes hours to read
+	b.press("tank", "Scrub")
+	b.last("tank", "scrub", "RUNNING", "huge")
+	b.do(chromedp.Evaluate(string(script), nil))
+	b.do(chromedp.Evaluate(`document.querySelectorAll("details").forEach(e => e.open = true)`, nil))
+	b.until(`document.querySelectorAll(".snapshot").length === 2`)
+	for name, look := range map[string]chromedp.Action{
+		"light": emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: "light"}}),
+		"dark":  emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: "dark"}}),
+		"phone": emulation.SetDeviceMetricsOverride(390, 844, 2, true),
+	} {
+		b.do(look)
+		b.axe(name + ", pools")
+		b.press("tank", "Delete…")
+		b.until(`$("delete").open`)
+		b.axe(name + ", delete")
+		b.do(chromedp.Click("#delete-no", chromedp.ByQuery))
+		b.until(`!$("delete").open`)
+	}
 }
 
 // TestNasdPhone checks that a phone shows everything without scrolling sideways.
@@ -228,7 +397,7 @@ func TestNasdPhone(t *testing.T) {
 	d.corrupt(d.file("tank", filepath.Base(path)), "hallo")
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "FAILED", "corrupted: yyy")
-	b.do(chromedp.Click("summary", chromedp.ByQuery))
+	b.do(chromedp.Click("footer summary", chromedp.ByQuery))
 	if w := eval[int](b, "document.documentElement.scrollWidth"); w != 360 {
 		t.Errorf("the page is %d pixels wide", w)
 	}
@@ -273,7 +442,7 @@ func TestNasdScreenshots(t *testing.T) {
 	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
 	shoot("phone-dark")
 	b.scheme("light")
-	b.do(chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery), chromedp.Click("summary", chromedp.ByQuery))
+	b.do(chromedp.SendKeys("#name", "tank\r", chromedp.ByQuery), chromedp.Click("footer summary", chromedp.ByQuery))
 	b.until(`!$("trouble").hidden`)
 	shoot("phone-light")
 	b.do(chromedp.Evaluate("scrollTo(0, 1e6)", nil))

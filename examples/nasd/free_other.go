@@ -1,0 +1,8 @@
+//go:build !linux && !darwin
+
+package main
+
+import "errors"
+
+// freeBytes is not supported here.
+func freeBytes(dir string) (int64, error) { return 0, errors.ErrUnsupported }

@@ -919,7 +919,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 	if t := m.live(id); t != nil {
 		return &t.life, func() {}, nil
 	}
-	row, err := get(m.db, id)
+	row, err := m.load(id)
 	if err == nil && row.State.live() {
 		if t := m.liveRow(id); t != nil { // it was stored just now
 			return &t.life, func() {}, nil
@@ -932,7 +932,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		}
 		f := m.follow(id)
 		leave = func() { m.unfollow(id, f) }
-		row, err = get(m.db, id) // again: only what happens from now on gets a look
+		row, err = m.load(id) // again: only what happens from now on gets a look
 		m.mu.Lock()
 		if err == nil && row.State.live() && m.foreign[id] == f { // else the row is older than the end
 			m.take(id, row, nil, false)
@@ -947,13 +947,20 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		}
 		leave()
 	}
-	if err != nil && !errors.Is(err, ErrNotFound) && m.ctx.Err() != nil { // then the store may be closed, too
-		err = fmt.Errorf("%w: %w", ErrClosed, err)
-	}
 	if err != nil {
 		return nil, nil, err
 	}
 	return endedLife(row, nil), func() {}, nil
+}
+
+// load returns what the store has of an operation. Once the manager is closed, the
+// store may be, too: any error but ErrNotFound then wraps ErrClosed.
+func (m *Manager) load(id string) (*Operation, error) {
+	op, err := get(m.db, id)
+	if err != nil && !errors.Is(err, ErrNotFound) && m.ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	return op, err
 }
 
 // Prune deletes the operations that finished before that time from the history,

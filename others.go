@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -255,12 +254,8 @@ func (m *Manager) readRest(look int) error {
 	}
 	m.mu.Unlock()
 	for _, id := range rest {
-		row, err := get(m.db, id)
-		switch {
-		case err == nil || errors.Is(err, ErrNotFound):
-		case m.ctx.Err() != nil: // the store has been closed after the manager, or nearly so
-			err = fmt.Errorf("%w: %w", ErrClosed, err)
-		default:
+		row, err := m.load(id)
+		if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrClosed) {
 			return err
 		}
 		m.mu.Lock()

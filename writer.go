@@ -110,12 +110,8 @@ func (b *backlog) take(now time.Time, all bool) batch {
 		case out.empty():
 			along = 0
 		}
-		if b.urgent { // those that Checkpoint waits for come first
-			slices.SortStableFunc(b.changed, func(x, y *task) int { return cmp.Compare(len(y.checkpoints), len(x.checkpoints)) })
-			for along < len(b.changed) && len(b.changed[along].checkpoints) > 0 {
-				along++
-			}
-			b.urgent = false
+		if b.urgent {
+			along = max(along, b.checkpointsFirst())
 		}
 		changed, b.changed = cut(b.changed, along, false)
 	}
@@ -134,6 +130,21 @@ func (b *backlog) take(now time.Time, all bool) batch {
 		}
 	}
 	return out
+}
+
+// checkpointsFirst moves the tasks for which Checkpoint waits to the front of
+// changed, and returns how many there are.
+func (b *backlog) checkpointsFirst() int {
+	var first, rest []*task
+	for _, t := range b.changed {
+		if len(t.checkpoints) > 0 {
+			first = append(first, t)
+		} else {
+			rest = append(rest, t)
+		}
+	}
+	b.changed, b.urgent = append(first, rest...), false
+	return len(first)
 }
 
 // fitting returns how many of the first records go into one write.

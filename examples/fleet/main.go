@@ -6,9 +6,9 @@
 // Without -dsn it starts a PostgreSQL of its own, where one is installed, and
 // removes that in the end. Each node prints its process ID and the address of its
 // web page, which shows the operations of all nodes and cancels them. Kill a node
-// with kill -9 and watch the page of another: after 1 to 1 1/3 leases its
-// operations are FAILED or, with -resume, go on elsewhere from the place that they
-// have stored.
+// with kill -9 and watch the page of another: after 1 to 1 1/3 leases, and up to a
+// second more, its operations are FAILED or, with -resume, go on elsewhere from the
+// place that they have stored.
 //
 // Ctrl-C ends all nodes, and so does the end of the first process, whatever ends it.
 package main

@@ -69,18 +69,10 @@ func (n *node) serve(ctx context.Context, addr string) error {
 	return nil
 }
 
-// follow watches all operations. A manager recovers those of dead nodes for as long
-// as somebody watches.
+// follow watches all operations: for as long as somebody does, a manager recovers
+// those of dead nodes.
 func (n *node) follow(ctx context.Context) {
-	for ctx.Err() == nil {
-		for op, err := range n.Watch(ctx) {
-			if errors.Is(err, task.ErrClosed) {
-				return
-			}
-			if err == nil && op.State.Finished() {
-				slog.Debug("finished", "node", n.name, "id", op.ID, "state", op.State)
-			}
-		}
+	for range n.Watch(ctx) {
 	}
 }
 

@@ -46,7 +46,23 @@ func startPostgres(ctx context.Context) (dsn string, stop func(), err error) {
 		remove()
 		return "", nil, err
 	}
-	// The shell outlives this process, until its standard input ends.
+	end, err := serve(dir, data, as)
+	if err != nil {
+		remove()
+		return "", nil, err
+	}
+	stop = func() { end(); remove() }
+	dsn = fmt.Sprintf("host=%s user=postgres dbname=postgres sslmode=disable", dir)
+	if err := ready(ctx, dsn); err != nil {
+		stop()
+		return "", nil, err
+	}
+	return dsn, stop, nil
+}
+
+// serve starts the server. A shell, which outlives this process, ends it and removes
+// the directory once the shell's standard input ends.
+func serve(dir, data string, as *syscall.Credential) (end func(), err error) {
 	const script = `"$@" </dev/null & cat >/dev/null; kill -INT $!; wait; rm -rf "$0"`
 	server := exec.Command("/bin/sh", "-c", script, dir, binary("postgres"), "-D", data, "-k", dir,
 		"-c", "listen_addresses=", "-c", "log_min_messages=fatal")
@@ -56,21 +72,7 @@ func startPostgres(ctx context.Context) (dsn string, stop func(), err error) {
 	if err == nil {
 		err = server.Start()
 	}
-	if err != nil {
-		remove()
-		return "", nil, err
-	}
-	stop = func() {
-		in.Close()
-		server.Wait()
-		remove()
-	}
-	dsn = fmt.Sprintf("host=%s user=postgres dbname=postgres sslmode=disable", dir)
-	if err := ready(ctx, dsn); err != nil {
-		stop()
-		return "", nil, err
-	}
-	return dsn, stop, nil
+	return func() { in.Close(); server.Wait() }, err
 }
 
 // ready waits until the server accepts connections.

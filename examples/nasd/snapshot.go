@@ -367,8 +367,9 @@ func (s *scheduler) run(ctx context.Context) {
 
 // submitDue submits the operations that are due for a pool. The ID of the snapshot
 // is that of the period: it is taken at most once, even if it fails or the daemon is
-// restarted, unless it was interrupted or was of an earlier pool of that name. Nothing is submitted while the last snapshot
-// is unfinished, so that snapshots do not accumulate behind a scrub that takes days.
+// restarted, unless it was interrupted or was of an earlier pool of that name. Nothing
+// is submitted while the last snapshot is unfinished, so that snapshots do not
+// accumulate behind a scrub that takes days.
 func (s *scheduler) submitDue(name string, now time.Time) error {
 	ids, listErr := s.storage.snapshots(name)
 	period := "auto-" + name + "-" + now.UTC().Truncate(s.every).Format(snapshotID)

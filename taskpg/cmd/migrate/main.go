@@ -49,11 +49,12 @@ func isPostgres(name string) bool {
 	return strings.HasPrefix(name, "postgres://") || strings.HasPrefix(name, "postgresql://") || strings.Contains(name, "host=")
 }
 
-func open(ctx context.Context, name string) (store, error) {
+// open opens a store. sqlite opens those that are files.
+func open(ctx context.Context, name string, sqlite func(path string) (*task.SQLiteStore, error)) (store, error) {
 	if isPostgres(name) {
 		return taskpg.Open(ctx, name)
 	}
-	return task.OpenSQLite(name)
+	return sqlite(name)
 }
 
 // migrate copies a history, and returns how many operations it has.
@@ -61,17 +62,12 @@ func migrate(ctx context.Context, from, to string) (n int, err error) {
 	if isPostgres(from) == isPostgres(to) {
 		return 0, errors.New("one of FROM and TO must be a path, and the other a connection string of PostgreSQL")
 	}
-	if !isPostgres(from) {
-		if _, err := os.Stat(from); err != nil { // opening would make it
-			return 0, err
-		}
-	}
-	src, err := open(ctx, from)
+	src, err := open(ctx, from, task.AttachSQLite) // which changes nothing there
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
-	dst, err := open(ctx, to)
+	dst, err := open(ctx, to, task.OpenSQLite)
 	if err != nil {
 		return 0, err
 	}

@@ -6,10 +6,12 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,7 +40,7 @@ func TestMain(m *testing.M) {
 
 // history makes finished operations with odd values.
 func history(t *testing.T, name string, n int) {
-	s, err := open(t.Context(), name)
+	s, err := open(t.Context(), name, task.OpenSQLite)
 	testkit.Must(t, err)
 	created := time.Date(2024, 2, 29, 23, 59, 59, 123456000, time.UTC)
 	var ops []*task.Operation
@@ -97,10 +99,10 @@ func TestMigrate(t *testing.T) {
 			t.Logf("%d operations in %v", n, time.Since(began))
 		}
 	}
-	a, err := open(t.Context(), path)
+	a, err := open(t.Context(), path, task.OpenSQLite)
 	testkit.Must(t, err)
 	defer a.Close()
-	b, err := open(t.Context(), back)
+	b, err := open(t.Context(), back, task.OpenSQLite)
 	testkit.Must(t, err)
 	defer b.Close()
 	if got, err := compare(a, b); err != nil || got != n {
@@ -157,5 +159,27 @@ func TestCompare(t *testing.T) {
 		if _, err := migrate(t.Context(), path, other); err == nil || !strings.Contains(err.Error(), `"id0"`) {
 			t.Errorf("%s: %v", change, err)
 		}
+	}
+}
+
+// TestFromStays checks that FROM stays as it is, also where it can't be copied.
+func TestFromStays(t *testing.T) {
+	to := pgtest.Database(t)
+	older := filepath.Join(t.TempDir(), "older.db")
+	testkit.Exec(t, older, `CREATE TABLE tasks (id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, progress INTEGER DEFAULT 0,
+		metadata TEXT, result TEXT, error TEXT, created_at DATETIME, updated_at DATETIME)`)
+	before := testkit.Traces(t, older)
+	if _, err := migrate(t.Context(), older, to); err == nil {
+		t.Error("a table of an earlier version was copied")
+	}
+	if after := testkit.Traces(t, older); !slices.Equal(before, after) {
+		t.Errorf("it was %v, and is %v", before, after)
+	}
+	missing := filepath.Join(t.TempDir(), "missing.db")
+	if _, err := migrate(t.Context(), missing, to); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a missing file: %v", err)
+	}
+	if _, err := os.Stat(missing); err == nil {
+		t.Error("a missing file was made")
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"iter"
 	"maps"
 	"math"
-	"math/bits"
 	"os"
 	"slices"
 	"strings"
@@ -471,15 +470,18 @@ func chunk(writes []write) (n int) {
 }
 
 // writeRows writes rows of the same kind with one statement. There are few such
-// statements to prepare: if the number of rows is no power of two, rows of NULL,
-// which are not written, make it one.
+// statements to prepare: rows of NULL, which are not written, make the number of rows
+// 2, 4 or a multiple of 8.
 func writeRows(c *sql.Conn, writes []write) (err error) {
 	stmt, n := writes[0].statement, 0
 	args := writes[0].args[:len(writes)*stmt.params]
 	if len(writes) == 1 {
 		n, err = changes(c, stmt.one, args...)
 	} else {
-		size := 1 << bits.Len(uint(len(writes)-1))
+		size := (len(writes) + 7) &^ 7
+		if len(writes) <= 4 {
+			size = (len(writes) + 1) &^ 1
+		}
 		args = append(args[:len(args):len(args)], make([]any, (size-len(writes))*stmt.params)...)
 		// A query, because go-sqlite3 passes the arguments of those to C all at once.
 		err = cmp.Or(sqlitefile.Each(c, stmt.many(size), args, func() {}), sqlText(`SELECT changes()`).row(c, &n))

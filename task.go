@@ -571,14 +571,14 @@ func (t *task) run(ctx context.Context, update func(int), log *slog.Logger, end 
 	}()
 	ctx, region := trace.NewTask(ctx, t.name)
 	defer region.End()
-	pprof.Do(ctx, pprof.Labels("task", t.name, "task_id", t.id), func(ctx context.Context) {
-		value, err := t.fn(ctx, update)
-		t.word.Or(wordReturned)
-		*end = ending(context.Cause(ctx), err)
-		if err := end.setResult(value); err != nil {
-			log.Error("task: result not kept", "id", t.id, "name", t.name, "err", err)
-		}
-	})
+	ctx = pprof.WithLabels(ctx, pprof.Labels("task", t.name, "task_id", t.id))
+	pprof.SetGoroutineLabels(ctx) // for good: the goroutine ends soon after
+	value, err := t.fn(ctx, update)
+	t.word.Or(wordReturned)
+	*end = ending(context.Cause(ctx), err)
+	if err := end.setResult(value); err != nil {
+		log.Error("task: result not kept", "id", t.id, "name", t.name, "err", err)
+	}
 }
 
 // ending returns how a function ended that has returned err after its context

@@ -1509,19 +1509,23 @@ func TestSQLitePrune(t *testing.T) {
 // specification.
 func BenchmarkWriteBatch(b *testing.B) {
 	const rows = 64
-	for _, bm := range []struct {
-		name string
-		open func(path string) (*SQLiteStore, error)
-	}{
-		{"OpenSQLite", OpenSQLite},
-		{"application", func(path string) (*SQLiteStore, error) {
-			db, err := sql.Open("sqlite3", path+"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000")
+	application := func(more string) func(path string) (*SQLiteStore, error) {
+		return func(path string) (*SQLiteStore, error) {
+			db, err := sql.Open("sqlite3", path+"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=5000"+more)
 			if err != nil {
 				return nil, err
 			}
 			b.Cleanup(func() { db.Close() })
 			return NewSQLiteStore(db)
-		}},
+		}
+	}
+	for _, bm := range []struct {
+		name string
+		open func(path string) (*SQLiteStore, error)
+	}{
+		{"OpenSQLite", OpenSQLite},
+		{"application", application("")},
+		{"application with a cache", application("&_stmt_cache_size=32")},
 	} {
 		b.Run(bm.name, func(b *testing.B) {
 			s, err := bm.open(filepath.Join(b.TempDir(), "tasks.db"))

@@ -237,8 +237,11 @@ func (m *model) settle() {
 	for _, evenNamed := range []bool{false, true} {
 		live := m.live()
 		for _, e := range live[:max(len(live), 1)-1] {
+			if !m.full() {
+				break
+			}
 			isNamed := slices.ContainsFunc(m.open(), func(r *modelReader) bool { return slices.Contains(r.keys, e.Key) })
-			if m.full() && (evenNamed || !isNamed) {
+			if evenNamed || !isNamed {
 				m.evict(e)
 			}
 		}

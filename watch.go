@@ -311,10 +311,10 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 }
 
 // pause lets functions and Submit run. Few watchers don't hold them up, but a
-// thousand do: then each gets some 1,300 events a second.
+// thousand do: then each gets some 640 events a second.
 func (w *watcher) pause(ctx context.Context) {
 	const few = 10
 	if n := w.events.Readers(); n > few {
-		sleep(ctx, time.Duration(n*n)*50*time.Nanosecond)
+		sleep(ctx, time.Duration(n*n)*100*time.Nanosecond)
 	}
 }

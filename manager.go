@@ -74,7 +74,7 @@ type Manager struct {
 	leaving  bool            // Drain leaves what is PENDING to the next manager that resumes
 	left     map[string]bool // the IDs of what was left
 	lost     map[*task]bool  // lost operations whose functions still run
-	resuming bool            // recoverOthers is recovering
+	resuming bool            // recoverNow is recovering
 	stopping bool            // the functions have returned: the writer stores the rest
 	lastTry  bool            // Close will not try again
 	deadline time.Time       // when it won't
@@ -112,6 +112,7 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 	}
 	m.start(resumed)
 	m.functions.Go(m.pruneLoop)
+	m.functions.Go(m.recoverDead)
 	m.logs.flush()
 	return m, nil
 }
@@ -130,6 +131,7 @@ func NewManager(db Persistence, opts ...Option) *Manager {
 		m.functions.Go(m.recoverLoop)
 	}
 	m.functions.Go(m.pruneLoop)
+	m.functions.Go(m.recoverDead)
 	m.logs.flush()
 	return m
 }

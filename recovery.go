@@ -177,30 +177,54 @@ func (m *Manager) admit(t *task) {
 }
 
 // recoverOthers recovers what dead processes have left, while somebody waits for
-// operations of others, until ctx is done. Close waits for what is under way: a
-// function of WithResume may take its time.
+// operations of others, until ctx is done.
 func (m *Manager) recoverOthers(ctx context.Context) {
 	for ok := true; ok; ok = sleep(ctx, recoverInterval) {
 		m.mu.Lock()
-		begin := !m.closing && !m.resuming && len(m.foreign) > 0
-		if begin {
-			m.resuming = true
-			m.functions.Add(1)
-		}
+		followed := len(m.foreign) > 0
 		m.mu.Unlock()
-		if !begin {
-			continue
+		if followed {
+			m.recoverNow()
 		}
-		resumed, err := m.recoverFrom(nil)
-		if err != nil {
-			m.log.Debug("task: recovery failed", "err", err)
-		}
-		m.start(resumed)
-		m.mu.Lock()
-		m.resuming = false
-		m.mu.Unlock()
-		m.functions.Done()
 	}
+}
+
+// recoverDead recovers what dead processes have left whenever the store tells of
+// one, until the manager is closed.
+func (m *Manager) recoverDead() {
+	s, ok := m.db.(interface{ Deaths() <-chan struct{} })
+	for ok {
+		select {
+		case <-s.Deaths():
+			m.recoverNow()
+		case <-m.ctx.Done():
+			return
+		}
+	}
+}
+
+// recoverNow recovers what dead processes have left, unless that is under way. Close
+// waits for it: a function of WithResume may take its time.
+func (m *Manager) recoverNow() {
+	m.mu.Lock()
+	begin := !m.closing && !m.resuming
+	if begin {
+		m.resuming = true
+		m.functions.Add(1)
+	}
+	m.mu.Unlock()
+	if !begin {
+		return
+	}
+	resumed, err := m.recoverFrom(nil)
+	if err != nil {
+		m.log.Debug("task: recovery failed", "err", err)
+	}
+	m.start(resumed)
+	m.mu.Lock()
+	m.resuming = false
+	m.mu.Unlock()
+	m.functions.Done()
 }
 
 // recoverLoop calls recover until it succeeds or the manager is closed.

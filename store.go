@@ -192,6 +192,12 @@ func history(db Persistence) iter.Seq2[*Operation, error] {
 // wraps [ErrLost], and Changes ends with such an error. The manager then gives up
 // those operations: the contexts of their functions are cancelled, those that have
 // not started never do, and what the store has of them counts from then on.
+//
+// A store that notices by itself that a process has ended may have a method
+// Deaths() <-chan struct{}. Its channel holds a token when there is something to
+// recover, and again for as long as there is: the managers on the store then call
+// Recover. Without it, only those do that start, or that wait for or watch
+// operations of others.
 type Recoverer interface {
 	Persistence
 

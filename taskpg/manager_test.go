@@ -85,6 +85,38 @@ func TestManagerDies(t *testing.T) {
 	}
 }
 
+// TestIdleManagers have nothing to wait for, and recover what a killed process has
+// left.
+func TestIdleManagers(t *testing.T) {
+	dsn := pgtest.Database(t)
+	for range 2 {
+		testkit.NewManager(t, open(t, dsn))
+	}
+	p, r := startStore(t, dsn)
+	p.Kill()
+	died := time.Now()
+	state := func() string {
+		return pgtest.Value[string](t, dsn, `SELECT state FROM tasks WHERE id = $1`, r.ID)
+	}
+	until(t, "recovered", func() bool { return state() == string(task.StateFailed) })
+	t.Logf("recovered after %v", time.Since(died))
+	until(t, "forgotten", func() bool { return pgtest.Value[int](t, dsn, `SELECT count(*) FROM task_owners`) == 2 })
+}
+
+// TestIdleManagerResumes has an idle manager run what a killed process has left.
+func TestIdleManagerResumes(t *testing.T) {
+	dsn := pgtest.Database(t)
+	s := open(t, dsn)
+	testkit.NewManager(t, s, task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) { return testkit.Nothing, nil }))
+	p, r := startStore(t, dsn)
+	p.Kill()
+	until(t, "resumed", func() bool {
+		op, err := s.Get(r.ID)
+		testkit.Must(t, err)
+		return op.State == task.StateDone && op.Owner == s.Owner()
+	})
+}
+
 // TestManagerLost cuts a manager off until it is declared gone. Its function hears of
 // that, and it goes on.
 func TestManagerLost(t *testing.T) {

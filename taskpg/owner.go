@@ -49,14 +49,32 @@ func (s *Store) observe() {
 		o.commit(instant{began.mono - idle, began.wall - idle})
 		s.hints.others.Store(slices.ContainsFunc(owners, func(o sighting) bool { return !o.gone }))
 		dead, next := o.observe(began, s.clock(), owners)
+		orphaned := slices.ContainsFunc(owners, s.leaves)
 		for _, owner := range dead {
 			if s.declareGone(owner) == nil {
 				s.hints.written()
+				orphaned = true
+			}
+		}
+		if orphaned {
+			select {
+			case s.deaths <- struct{}{}:
+			default:
 			}
 		}
 		wait = min(wait, next)
 	}
 }
+
+// leaves reports whether an owner has left something to recover. What this store has
+// lost a moment ago is for others to recover: a function may still run here.
+func (s *Store) leaves(o sighting) bool {
+	return o.gone && !(s.hasLost(o.id) && s.fencedAfter(time.Now().Add(-s.lease)))
+}
+
+// Deaths returns a channel that holds a token when a process has died and left
+// something to recover: see [task.Recoverer].
+func (s *Store) Deaths() <-chan struct{} { return s.deaths }
 
 // idle returns for how long the store has written nothing.
 func (s *Store) idle() time.Duration {
@@ -82,7 +100,7 @@ func (s *Store) owners() ([]sighting, error) {
 }
 
 // declareGone declares an owner gone unless its beat has changed. What it has left
-// is then recovered by whoever calls Recover.
+// is then recovered by the managers that hear of it: see Deaths.
 func (s *Store) declareGone(owner sighting) error {
 	return s.transact(time.Now().Add(s.lease/3), transaction{victim: owner.id, queue: func(b *pgx.Batch, _ string, _ bool) {
 		b.Queue(s.sql.Replace(`UPDATE {}task_owners SET gone = true WHERE id = $1::text AND beat = $2::bigint`), owner.id, owner.beat)

@@ -92,6 +92,7 @@ type Store struct {
 	ctx     context.Context // ends with Close
 	loops   sync.WaitGroup
 	hints   *hints
+	deaths  chan struct{} // see Deaths
 
 	// turn is held during an attempt to write, and guards beat and registered. The
 	// beat orders the transactions of an owner anyway.
@@ -150,7 +151,7 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, error) {
 	host, _ := os.Hostname()
 	s := &Store{pool: pool, node: cmp.Or(host, "unknown"), lease: 30 * time.Second, clock: systemClock(),
-		turn: make(chan struct{}, 1), lost: make(map[string]bool), hints: newHints()}
+		turn: make(chan struct{}, 1), lost: make(map[string]bool), hints: newHints(), deaths: make(chan struct{}, 1)}
 	for _, opt := range opts {
 		opt(s)
 	}

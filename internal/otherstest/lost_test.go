@@ -99,6 +99,54 @@ func (s *leaseStore) Changes(ctx context.Context) iter.Seq[error] {
 	}
 }
 
+// A mortalStore is a leaseStore that tells of deaths.
+type mortalStore struct {
+	*leaseStore
+	deaths chan struct{}
+}
+
+func (s mortalStore) Deaths() <-chan struct{} { return s.deaths }
+
+// A manager that waits for nothing recovers what others leave when its store tells of
+// a death, until it is closed.
+func TestDeaths(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := mortalStore{newLeaseStore(), make(chan struct{}, 1)}
+		m, err := task.New(s)
+		testkit.Must(t, err)
+		save := func(id string) {
+			testkit.Must(t, s.Save(&task.Operation{ID: id, Name: id, State: task.StateRunning, Owner: "another"}))
+		}
+		die := func() {
+			s.mu.Lock()
+			s.gone["another"] = true
+			s.mu.Unlock()
+			s.deaths <- struct{}{}
+			synctest.Wait()
+			s.mu.Lock()
+			delete(s.gone, "another")
+			s.mu.Unlock()
+		}
+		for _, id := range []string{"first", "second"} {
+			save(id)
+			synctest.Wait()
+			if op, _ := s.Get(id); op.State != task.StateRunning {
+				t.Errorf("%s is %s before its process has died", id, op.State)
+			}
+			die()
+			if op, _ := s.Get(id); op.State != task.StateFailed || op.Error != testkit.RestartText {
+				t.Errorf("%s is %s with the error %q, want FAILED", id, op.State, op.Error)
+			}
+		}
+		testkit.Must(t, m.Close())
+		save("third")
+		die()
+		if op, _ := s.Get("third"); op.State != task.StateRunning {
+			t.Errorf("a closed manager has recovered: %s", op.State)
+		}
+	})
+}
+
 // A manager whose store was fenced gives up what it ran, and goes on.
 func TestLost(t *testing.T) {
 	for name, report := range map[string]bool{"noticed by a write": true, "noticed by Changes": false} {

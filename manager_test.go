@@ -817,6 +817,7 @@ func TestPanicIsLogged(t *testing.T) {
 	if op.Error != "panic: find me" {
 		t.Errorf("Error is %q", op.Error)
 	}
+	m.Close() // after which everything has been logged
 	if got := log.String(); !strings.Contains(got, "manager_test.go") || !strings.Contains(got, op.ID) {
 		t.Errorf("logged: %s", got)
 	}

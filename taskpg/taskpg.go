@@ -112,18 +112,22 @@ type Store struct {
 // user may not make them, have [Schema] run by one who may.
 //
 // Unless the connection string sets default_query_exec_mode, the store prepares
-// no statements, so that it works behind a pooler in transaction mode.
+// its statements, once on each connection, if Open reaches the server directly, and
+// prepares none behind a pooler, which may give each transaction another connection.
 func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	config, err := pgxpool.ParseConfig(dsn)
 	if err != nil { // its text may contain the password
 		return nil, errors.New("taskpg: open: the connection string is invalid: " +
 			"it should look like postgres://USER@HOST:5432/DATABASE or host=HOST user=USER dbname=DATABASE")
 	}
-	if !strings.Contains(dsn, "default_query_exec_mode") {
-		config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
-	}
 	if config.ConnConfig.ConnectTimeout == 0 {
 		config.ConnConfig.ConnectTimeout = 5 * time.Second
+	}
+	if !strings.Contains(dsn, "default_query_exec_mode") {
+		config.ConnConfig.DefaultQueryExecMode, err = execMode(ctx, config.ConnConfig)
+		if err != nil {
+			return nil, fmt.Errorf("taskpg: open: %w", explain(err))
+		}
 	}
 	watchDials(&config.ConnConfig.Config)
 	pool, err := pgxpool.NewWithConfig(ctx, config)
@@ -137,6 +141,27 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	}
 	s.ownPool = true
 	return s, nil
+}
+
+// execMode returns how to execute queries. Where the process that greets a new
+// connection is the one that serves it, there is no pooler between, and a prepared
+// statement is where it was prepared.
+func execMode(ctx context.Context, config *pgx.ConnConfig) (pgx.QueryExecMode, error) {
+	config = config.Copy()
+	config.DefaultQueryExecMode = pgx.QueryExecModeExec
+	c, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close(ctx)
+	var pid int64
+	if err := c.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
+		return 0, err
+	}
+	if pid == int64(c.PgConn().PID()) {
+		return pgx.QueryExecModeCacheStatement, nil
+	}
+	return pgx.QueryExecModeExec, nil
 }
 
 // OpenPool is Open for an application's own pool, which Close leaves open. The

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,21 +61,22 @@ func BenchmarkJobs(b *testing.B) {
 	}
 }
 
-// submitAll has several goroutines submit n jobs, and waits for these.
+// submitAll has several goroutines submit n jobs, and waits for these. None waits
+// for another one to be given its next call.
 func submitAll(n, submitters, batch int, run session) {
-	calls := make(chan int)
+	var taken atomic.Int64
 	var all sync.WaitGroup
 	for range submitters {
 		all.Go(func() {
-			for some := range calls {
-				run.submit(some)
+			for {
+				end := int(taken.Add(int64(batch)))
+				if end-batch >= n {
+					return
+				}
+				run.submit(min(batch, n-end+batch))
 			}
 		})
 	}
-	for left := n; left > 0; left -= batch {
-		calls <- min(left, batch)
-	}
-	close(calls)
 	all.Wait()
 	run.wait(n)
 }

@@ -134,6 +134,7 @@ func TestHungCommit(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it takes 10 seconds")
 	}
+	t.Parallel()
 	server := pgtest.New(t)
 	dsn := server.Database("tasks")
 	s := open(t, dsn, WithLease(3*time.Second))
@@ -142,8 +143,8 @@ func TestHungCommit(t *testing.T) {
 	time.Sleep(200 * time.Millisecond)
 	start := time.Now()
 	err := s.Update(finished(op))
-	if took := time.Since(start); err == nil || took > callLimit+time.Second {
-		t.Errorf("Update = %v after %v, want an error after 10s at most", err, took)
+	if took := time.Since(start); err == nil || took > callLimit+5*time.Second {
+		t.Errorf("Update = %v after %v, want an error after about 10s", err, took)
 	}
 	wantState(t, s, op.ID, task.StateRunning)
 	pgtest.Exec(t, server.DSN("template1"), `ALTER SYSTEM RESET synchronous_standby_names`, `SELECT pg_reload_conf()`)

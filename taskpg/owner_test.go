@@ -173,6 +173,9 @@ func TestNetwork(t *testing.T) {
 				if c.leases == 10 && testing.Short() {
 					t.Skip("it takes 20 seconds")
 				}
+				if c.dies { // else it has to be in time
+					t.Parallel()
+				}
 				dsn := pgtest.Database(t)
 				proxy := pgtest.NewProxy(t, dsn)
 				observer := open(t, dsn, WithLease(lease))

@@ -124,8 +124,7 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 		config.ConnConfig.ConnectTimeout = 5 * time.Second
 	}
 	if !strings.Contains(dsn, "default_query_exec_mode") {
-		config.ConnConfig.DefaultQueryExecMode, err = execMode(ctx, config.ConnConfig)
-		if err != nil {
+		if err := prepares(ctx, config.ConnConfig); err != nil {
 			return nil, fmt.Errorf("taskpg: open: %w", explain(err))
 		}
 	}
@@ -143,25 +142,27 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	return s, nil
 }
 
-// execMode returns how to execute queries. Where the process that greets a new
-// connection is the one that serves it, there is no pooler between, and a prepared
-// statement is where it was prepared.
-func execMode(ctx context.Context, config *pgx.ConnConfig) (pgx.QueryExecMode, error) {
-	config = config.Copy()
+// prepares makes connections prepare statements, or not. Where the process that
+// greets a new connection is the one that serves it, there is no pooler between,
+// and a prepared statement is where it was prepared.
+func prepares(ctx context.Context, config *pgx.ConnConfig) error {
 	config.DefaultQueryExecMode = pgx.QueryExecModeExec
 	c, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer c.Close(ctx)
 	var pid int64
 	if err := c.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
-		return 0, err
+		return err
 	}
 	if pid == int64(c.PgConn().PID()) {
-		return pgx.QueryExecModeCacheStatement, nil
+		config.DefaultQueryExecMode = pgx.QueryExecModeCacheStatement
+		// Reads are planned each time: the plan for a small table, or for one value,
+		// would be kept while the table grows, or for another value.
+		config.RuntimeParams["plan_cache_mode"] = "force_custom_plan"
 	}
-	return pgx.QueryExecModeExec, nil
+	return nil
 }
 
 // OpenPool is Open for an application's own pool, which Close leaves open. The

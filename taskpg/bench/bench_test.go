@@ -155,8 +155,7 @@ func BenchmarkProgress(b *testing.B) {
 		ops[i] = &task.Operation{ID: strconv.Itoa(i), Name: "scrub", State: task.StateRunning, Owner: s.Owner(), CreatedAt: now, UpdatedAt: now}
 	}
 	mustAll(b, s.WriteBatch(ops, nil))
-	const size = `SELECT pg_total_relation_size('tasks') / 1024.0`
-	before := pgtest.Value[float64](b, dsn, size)
+	before := sizes(b, dsn)
 	b.ResetTimer()
 	for n := 0; n < b.N; n += len(ops) {
 		for _, op := range ops {
@@ -166,16 +165,23 @@ func BenchmarkProgress(b *testing.B) {
 		mustAll(b, s.WriteBatch(nil, ops))
 	}
 	b.StopTimer()
-	after := pgtest.Value[float64](b, dsn, size)
+	after := sizes(b, dsn)
 	testkit.Must(b, s.Close()) // its connections tell the server their statistics
 	for deadline := time.Now().Add(time.Minute); pgtest.Value[int64](b, dsn, `SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'tasks'`) < int64(b.N); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			b.Fatal("the server does not tell its statistics")
 		}
 	}
-	b.ReportMetric(before, "KiB-before")
-	b.ReportMetric(after, "KiB-after")
+	for i, name := range []string{"table-KiB", "index-KiB"} {
+		b.ReportMetric(before[i], name+"-before")
+		b.ReportMetric(after[i], name+"-after")
+	}
 	b.ReportMetric(pgtest.Value[float64](b, dsn, `SELECT 100.0 * n_tup_hot_upd / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'tasks'`), "%-HOT")
+}
+
+// sizes returns the KiB of the table and of its indexes.
+func sizes(b *testing.B, dsn string) []float64 {
+	return pgtest.Value[[]float64](b, dsn, `SELECT ARRAY[pg_table_size('tasks') / 1024.0, pg_indexes_size('tasks') / 1024.0]::float8[]`)
 }
 
 func mustAll(b *testing.B, errs []error) {

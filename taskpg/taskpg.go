@@ -146,6 +146,8 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 // greets a new connection is the one that serves it, there is no pooler between,
 // and a prepared statement is where it was prepared.
 func prepares(ctx context.Context, config *pgx.ConnConfig) error {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
 	config.DefaultQueryExecMode = pgx.QueryExecModeExec
 	c, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
@@ -167,7 +169,9 @@ func prepares(ctx context.Context, config *pgx.ConnConfig) error {
 
 // OpenPool is Open for an application's own pool, which Close leaves open. The
 // store takes one connection out of the pool to listen on; writes use one at a
-// time, and so do beats and reads.
+// time, and so do beats and reads. If the pool prepares statements, as pgx does by
+// default, set plan_cache_mode=force_custom_plan, as Open does: the server may keep
+// the plan of a read for a small table while that grows.
 //
 // When a write takes too long, the store closes the connection. pgx then asks the
 // server to cancel what that does. With synchronous standbys this ends the wait

@@ -242,7 +242,7 @@ func (s *Store) RequestCancel(id, cause string) error {
 		found = false
 		b.Queue(s.sql.Replace(`UPDATE {}tasks SET cancel_requested_at = coalesce(cancel_requested_at, $2::text::timestamptz),
 			cancel_cause = CASE WHEN cancel_requested_at IS NULL THEN $3::text ELSE cancel_cause END
-			WHERE id = $1::text AND `+unfinished), escape(id), timeCell(time.Now()), text(cause)).
+			WHERE id = $1::text AND `+stillUnfinished), escape(id), timeCell(time.Now()), text(cause)).
 			Exec(func(tag pgconn.CommandTag) error {
 				found = tag.RowsAffected() > 0
 				return nil

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
@@ -152,6 +153,43 @@ func TestOpenPool(t *testing.T) {
 			testkit.Must(t, m.Close())
 			testkit.Must(t, s.Close())
 			testkit.Must(t, pool.Ping(t.Context()))
+		})
+	}
+}
+
+// TestPrepares shows that a store prepares statements where it reaches the server
+// itself, and none behind a pooler unless it is told to.
+func TestPrepares(t *testing.T) {
+	for _, c := range []struct {
+		name, pooler, setting string
+		want                  bool
+	}{
+		{"straight", "", "", true},
+		{"straight, told not to", "", " default_query_exec_mode=exec", false},
+		{"session", "session", "", false},
+		{"session, told to", "session", " default_query_exec_mode=cache_statement", true},
+		{"transaction", "transaction", "", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dsn := pgtest.Database(t)
+			if c.pooler != "" {
+				dsn = pgtest.Pooler(t, dsn, c.pooler)
+			}
+			s := open(t, dsn+c.setting)
+			op := save(t, s, task.StateRunning)
+			testkit.Must(t, s.Update(finished(op)))
+			wantState(t, s, op.ID, task.StateDone)
+			var names []string // of this connection's, except for the query's own
+			testkit.Must(t, s.pool.AcquireFunc(t.Context(), func(conn *pgxpool.Conn) error {
+				rows, err := conn.Query(t.Context(), `SELECT name FROM pg_prepared_statements WHERE statement LIKE '%task%'`)
+				if err == nil {
+					names, err = pgx.CollectRows(rows, pgx.RowTo[string])
+				}
+				return err
+			}))
+			if got := len(names) > 0; got != c.want {
+				t.Errorf("the connection has the prepared statements %q, want any: %v", names, c.want)
+			}
 		})
 	}
 }

@@ -283,9 +283,9 @@ func (s *Store) recoverThese(owner, reason string, orphans []*task.Operation, re
 
 // The statements that recover. An operation to resume whose cancellation was asked
 // for meanwhile fails. The term for the owner keeps the server from reading all that
-// the owner has left, for each chunk, through tasks_unfinished.
+// the owner has left, for each chunk, through an index.
 const (
-	ofDead = `WHERE id IN (SELECT id FROM {}tasks WHERE owner || '' = $1::text AND ` + unfinished + ` AND id = ANY ($2::text[])
+	ofDead = `WHERE id IN (SELECT id FROM {}tasks WHERE owner || '' = $1::text AND ` + stillUnfinished + ` AND id = ANY ($2::text[])
 		ORDER BY id FOR UPDATE SKIP LOCKED)`
 	recoveredAt = `greatest($4::text::timestamptz, updated_at, started_at, created_at)`
 

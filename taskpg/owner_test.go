@@ -173,6 +173,9 @@ func TestNetwork(t *testing.T) {
 				if c.leases == 10 && testing.Short() {
 					t.Skip("it takes 20 seconds")
 				}
+				if c.dies { // else it has to be in time
+					t.Parallel()
+				}
 				dsn := pgtest.Database(t)
 				proxy := pgtest.NewProxy(t, dsn)
 				observer := open(t, dsn, WithLease(lease))
@@ -249,7 +252,7 @@ func TestHalfSent(t *testing.T) {
 	op, second := save(t, s, task.StateRunning), save(t, s, task.StateRunning)
 	large := *op
 	large.Metadata = strings.Repeat("long ", 1<<18)
-	met := proxy.Once(pgtest.Rule{Text: "RETURNING t.id", Hold: true}) // behind the statement that locks both rows
+	met := proxy.Once(pgtest.Rule{Text: second.ID, Hold: true}) // first in the statement that locks both rows
 	failed := make(chan error, 1)
 	go func() { failed <- s.WriteBatch(nil, []*task.Operation{&large, finished(second)})[0] }()
 	<-met

@@ -113,18 +113,21 @@ type Store struct {
 // user may not make them, have [Schema] run by one who may.
 //
 // Unless the connection string sets default_query_exec_mode, the store prepares
-// no statements, so that it works behind a pooler in transaction mode.
+// its statements, once on each connection, if Open reaches the server directly, and
+// prepares none behind a pooler, which may give each transaction another connection.
 func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	config, err := pgxpool.ParseConfig(dsn)
 	if err != nil { // its text may contain the password
 		return nil, errors.New("taskpg: open: the connection string is invalid: " +
 			"it should look like postgres://USER@HOST:5432/DATABASE or host=HOST user=USER dbname=DATABASE")
 	}
-	if !strings.Contains(dsn, "default_query_exec_mode") {
-		config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
-	}
 	if config.ConnConfig.ConnectTimeout == 0 {
 		config.ConnConfig.ConnectTimeout = 5 * time.Second
+	}
+	if !strings.Contains(dsn, "default_query_exec_mode") {
+		if err := prepares(ctx, config.ConnConfig); err != nil {
+			return nil, fmt.Errorf("taskpg: open: %w", explain(err))
+		}
 	}
 	watchDials(&config.ConnConfig.Config)
 	pool, err := pgxpool.NewWithConfig(ctx, config)
@@ -140,9 +143,36 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	return s, nil
 }
 
+// prepares makes connections prepare statements, or not. Where the process that
+// greets a new connection is the one that serves it, there is no pooler between,
+// and a prepared statement is where it was prepared.
+func prepares(ctx context.Context, config *pgx.ConnConfig) error {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	config.DefaultQueryExecMode = pgx.QueryExecModeExec
+	c, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return err
+	}
+	defer c.Close(ctx)
+	var pid int64
+	if err := c.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
+		return err
+	}
+	if pid == int64(c.PgConn().PID()) {
+		config.DefaultQueryExecMode = pgx.QueryExecModeCacheStatement
+		// Reads are planned each time: the plan for a small table, or for one value,
+		// would be kept while the table grows, or for another value.
+		config.RuntimeParams["plan_cache_mode"] = "force_custom_plan"
+	}
+	return nil
+}
+
 // OpenPool is Open for an application's own pool, which Close leaves open. The
 // store takes one connection out of the pool to listen on; writes use one at a
-// time, and so do beats and reads.
+// time, and so do beats and reads. If the pool prepares statements, as pgx does by
+// default, set plan_cache_mode=force_custom_plan, as Open does: the server may keep
+// the plan of a read for a small table while that grows.
 //
 // When a write takes too long, the store closes the connection. pgx then asks the
 // server to cancel what that does. With synchronous standbys this ends the wait

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -115,10 +116,8 @@ func earlier(a, b time.Time) time.Time {
 // sends, its owner's row is not locked.
 func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) error {
 	b := new(pgx.Batch)
-	limit := s.attemptLimit().Milliseconds()
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE`)
-	b.Queue(fmt.Sprintf(`SET LOCAL statement_timeout = %d`, limit))
-	b.Queue(fmt.Sprintf(`SET LOCAL idle_in_transaction_session_timeout = %d`, limit))
+	b.Queue(settings, strconv.FormatInt(s.attemptLimit().Milliseconds(), 10))
 	if t.victim != "" {
 		b.Queue(s.sql.Replace(`SELECT FROM {}task_owners WHERE id = ANY ($1::text[]) ORDER BY id FOR UPDATE`),
 			[]string{owner, t.victim})
@@ -142,6 +141,14 @@ func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) e
 	}
 	return err
 }
+
+// settings are those of a transaction: its limits, and how its statements are
+// planned. They find rows by ID. A plan that reads a whole table or index instead,
+// because it was made while the table was small, would be kept while that grows.
+const settings = `SELECT set_config('statement_timeout', $1::text, true),
+	set_config('idle_in_transaction_session_timeout', $1::text, true),
+	set_config('plan_cache_mode', 'force_generic_plan', true), set_config('enable_seqscan', 'off', true),
+	set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`
 
 // queueBeat adds the statement that renews the owner, or makes its row.
 func (s *Store) queueBeat(b *pgx.Batch, owner string) {

@@ -244,12 +244,17 @@ const (
 	created_at, updated_at, started_at, cancel_requested_at, finished_at, owner, $15::uuid
 	FROM ` + unnest + ` ORDER BY n ON CONFLICT (id) DO NOTHING RETURNING id`
 
-	lock = `SELECT FROM {}tasks WHERE id = ANY ($1::text[]) AND state IN ('PENDING', 'RUNNING') ORDER BY id FOR UPDATE`
+	// stillUnfinished is a condition on rows that are looked for by ID. It hides the
+	// index tasks_unfinished from the server, which may have a million other rows, or
+	// what has finished and is not vacuumed yet.
+	stillUnfinished = `state || '' IN ('PENDING', 'RUNNING')`
+
+	lock = `SELECT FROM {}tasks WHERE id = ANY ($1::text[]) AND ` + stillUnfinished + ` ORDER BY id FOR UPDATE`
 
 	update = `UPDATE {}tasks t SET state = u.state, progress = u.progress, metadata = u.metadata, result = u.result,
 	error = u.error, message = u.message, updated_at = u.updated_at, started_at = u.started_at,
 	cancel_requested_at = coalesce(t.cancel_requested_at, u.cancel_requested_at), finished_at = u.finished_at, attempt = $15::uuid
-	FROM ` + unnest + ` WHERE t.id = u.id AND t.state IN ('PENDING', 'RUNNING') AND t.owner = coalesce(u.owner, t.owner)
+	FROM ` + unnest + ` WHERE t.id = u.id AND t.` + stillUnfinished + ` AND t.owner = coalesce(u.owner, t.owner)
 	RETURNING t.id`
 
 	confirm = `SELECT id FROM {}tasks WHERE id = ANY ($1::text[]) AND attempt = $2::uuid`

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,21 +61,22 @@ func BenchmarkJobs(b *testing.B) {
 	}
 }
 
-// submitAll has several goroutines submit n jobs, and waits for these.
+// submitAll has several goroutines submit n jobs, and waits for these. None waits
+// for another one to be given its next call.
 func submitAll(n, submitters, batch int, run session) {
-	calls := make(chan int)
+	var taken atomic.Int64
 	var all sync.WaitGroup
 	for range submitters {
 		all.Go(func() {
-			for some := range calls {
-				run.submit(some)
+			for {
+				end := int(taken.Add(int64(batch)))
+				if end-batch >= n {
+					return
+				}
+				run.submit(min(batch, n-end+batch))
 			}
 		})
 	}
-	for left := n; left > 0; left -= batch {
-		calls <- min(left, batch)
-	}
-	close(calls)
 	all.Wait()
 	run.wait(n)
 }
@@ -153,8 +155,7 @@ func BenchmarkProgress(b *testing.B) {
 		ops[i] = &task.Operation{ID: strconv.Itoa(i), Name: "scrub", State: task.StateRunning, Owner: s.Owner(), CreatedAt: now, UpdatedAt: now}
 	}
 	mustAll(b, s.WriteBatch(ops, nil))
-	const size = `SELECT pg_total_relation_size('tasks') / 1024.0`
-	before := pgtest.Value[float64](b, dsn, size)
+	before := sizes(b, dsn)
 	b.ResetTimer()
 	for n := 0; n < b.N; n += len(ops) {
 		for _, op := range ops {
@@ -164,16 +165,23 @@ func BenchmarkProgress(b *testing.B) {
 		mustAll(b, s.WriteBatch(nil, ops))
 	}
 	b.StopTimer()
-	after := pgtest.Value[float64](b, dsn, size)
+	after := sizes(b, dsn)
 	testkit.Must(b, s.Close()) // its connections tell the server their statistics
 	for deadline := time.Now().Add(time.Minute); pgtest.Value[int64](b, dsn, `SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'tasks'`) < int64(b.N); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			b.Fatal("the server does not tell its statistics")
 		}
 	}
-	b.ReportMetric(before, "KiB-before")
-	b.ReportMetric(after, "KiB-after")
+	for i, name := range []string{"table-KiB", "index-KiB"} {
+		b.ReportMetric(before[i], name+"-before")
+		b.ReportMetric(after[i], name+"-after")
+	}
 	b.ReportMetric(pgtest.Value[float64](b, dsn, `SELECT 100.0 * n_tup_hot_upd / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'tasks'`), "%-HOT")
+}
+
+// sizes returns the KiB of the table and of its indexes.
+func sizes(b *testing.B, dsn string) []float64 {
+	return pgtest.Value[[]float64](b, dsn, `SELECT ARRAY[pg_table_size('tasks') / 1024.0, pg_indexes_size('tasks') / 1024.0]::float8[]`)
 }
 
 func mustAll(b *testing.B, errs []error) {

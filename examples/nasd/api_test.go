@@ -116,8 +116,9 @@ func TestAPIErrors(t *testing.T) {
 			}
 		})
 	}
-	if ops, err := s.tasks.List(10, 0); err != nil || len(ops) > 0 {
-		t.Errorf("the requests have started %v, %v", ops, err)
+	ops, err := s.tasks.List(10, 0)
+	if err != nil || len(ops) != 1 || ops[0].Name != "upload tank/b" || ops[0].State != task.StateDone {
+		t.Errorf("the requests have started %v, %v, want the one upload", ops, err)
 	}
 }
 
@@ -196,6 +197,9 @@ func TestFailStatus(t *testing.T) {
 		{syscall.ENOSPC, 507},
 		{placeError{syscall.ELOOP}, 409},
 		{placeError{syscall.ENAMETOOLONG}, 400},
+		{deletedError{}, 404},
+		{task.ErrCancelled, 409},
+		{task.ErrClosed, 503},
 		{errors.New("anything else"), 500},
 	} {
 		w := httptest.NewRecorder()

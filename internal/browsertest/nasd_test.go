@@ -248,7 +248,8 @@ func TestNasdRestore(t *testing.T) {
 	b.until(`document.querySelectorAll(".snapshots > div .snapshot").length === 1`)
 	b.do(chromedp.SendKeys(".snapshots input", "a b", chromedp.ByQuery))
 	b.press("tank", "Restore")
-	b.last("tank", "restore", "DONE", "a b, 3 bytes")
+	b.last("tank", "restore", "DONE", "Restore a b")
+	b.last("tank", "restore", "DONE", "3 bytes")
 	if got, err := os.ReadFile(d.file("tank", "a b")); err != nil || string(got) != "old" {
 		t.Errorf("the file is %q, %v", got, err)
 	}
@@ -401,6 +402,39 @@ func TestNasdPhone(t *testing.T) {
 	if w := eval[int](b, "document.documentElement.scrollWidth"); w != 360 {
 		t.Errorf("the page is %d pixels wide", w)
 	}
+}
+
+// TestNasdUpload checks that a long upload is on the page of each tab, with its progress,
+// and that another tab can cancel it.
+func TestNasdUpload(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	dir := t.TempDir()
+	big, small := filepath.Join(dir, "big.img"), filepath.Join(dir, "small.txt")
+	must(t, os.WriteFile(small, []byte("small"), 0o600))
+	must(t, os.WriteFile(big, nil, 0o600))
+	must(t, os.Truncate(big, 8<<30)) // sparse; takes longer to upload than to cancel
+	other := b.another()
+	other.openNasd(d)
+	b.do(chromedp.SetUploadFiles(`section[data-pool=tank] input[type=file]`, []string{big, small}, chromedp.ByQuery))
+	for _, tab := range []*tab{b, other} {
+		tab.last("tank", "upload", "RUNNING", "Upload big.img")
+		tab.last("tank", "upload", "RUNNING", "of 8.6 GB")
+		tab.until(`document.querySelector("li[data-kind=upload] progress").value > 0`)
+	}
+	other.press("tank", "Cancel")
+	b.until(`document.querySelector("section[data-pool=tank] .note").textContent === "Uploaded small.txt. Cancelled: big.img."`)
+	other.last("tank", "upload", "DONE", "Upload small.txt")
+	entries, err := os.ReadDir(d.file("tank", ""))
+	must(t, err)
+	for _, e := range entries {
+		if e.Name() != "small.txt" && e.Name() != ".incoming" {
+			t.Errorf("the pool has %s", e.Name())
+		}
+	}
+	b.nothingWrong("409", "net::ERR_")
 }
 
 // TestNasdScreenshots stores pictures of the page for people to look at.

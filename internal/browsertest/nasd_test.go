@@ -416,14 +416,17 @@ func TestNasdUpload(t *testing.T) {
 	must(t, os.WriteFile(small, []byte("small"), 0o600))
 	must(t, os.WriteFile(big, nil, 0o600))
 	must(t, os.Truncate(big, 8<<30)) // sparse; takes longer to upload than to cancel
+	b.do(chromedp.SetUploadFiles(`section[data-pool=tank] input[type=file]`, []string{big, small}, chromedp.ByQuery))
+	running := func(b *tab) {
+		t.Helper()
+		b.last("tank", "upload", "RUNNING", "Upload big.img")
+		b.last("tank", "upload", "RUNNING", "of 8.6 GB")
+		b.until(`document.querySelector("li[data-kind=upload] progress").value > 0`)
+	}
+	running(b) // before it is in the background, where browsers don't draw
 	other := b.another()
 	other.openNasd(d)
-	b.do(chromedp.SetUploadFiles(`section[data-pool=tank] input[type=file]`, []string{big, small}, chromedp.ByQuery))
-	for _, tab := range []*tab{b, other} {
-		tab.last("tank", "upload", "RUNNING", "Upload big.img")
-		tab.last("tank", "upload", "RUNNING", "of 8.6 GB")
-		tab.until(`document.querySelector("li[data-kind=upload] progress").value > 0`)
-	}
+	running(other)
 	other.press("tank", "Cancel")
 	b.until(`document.querySelector("section[data-pool=tank] .note").textContent === "Uploaded small.txt. Cancelled: big.img."`)
 	other.last("tank", "upload", "DONE", "Upload small.txt")

@@ -31,6 +31,9 @@ import (
 //	POST /api/pools/NAME/replicate      {"to": NAME} copies changed files to another pool
 //	POST /api/pools/NAME/snapshot       takes a snapshot
 //	GET  /api/pools/NAME/snapshots      all snapshots, oldest first
+//	GET  /api/pools/NAME/snapshots/ID/files?prefix=PREFIX
+//	                                    the first 1,000 files of a snapshot whose paths begin so,
+//	                                    and whether there are more
 //	POST /api/pools/NAME/snapshots/ID/restore
 //	                                    {"path": PATH} restores a file out of a snapshot
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
@@ -61,6 +64,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux.HandleFunc("POST /api/pools/{name}/replicate", a.replicate)
 	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(s.snapshot))
 	mux.HandleFunc("GET /api/pools/{name}/snapshots", a.snapshots)
+	mux.HandleFunc("GET /api/pools/{name}/snapshots/{id}/files", a.filesOf)
 	mux.HandleFunc("POST /api/pools/{name}/snapshots/{id}/restore", a.restore)
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
@@ -191,6 +195,21 @@ func (a *api) snapshots(w http.ResponseWriter, r *http.Request) {
 		snapshots = append(snapshots, newSnapshotInfo(id))
 	}
 	writeJSON(w, map[string]any{"snapshots": snapshots})
+}
+
+func (a *api) filesOf(w http.ResponseWriter, r *http.Request) {
+	p, err := a.storage.open(r.PathValue("name"))
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	defer p.close()
+	files, more, err := p.filesOf(r.Context(), r.PathValue("id"), r.URL.Query().Get("prefix"))
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	writeJSON(w, map[string]any{"files": files, "more": more})
 }
 
 func (a *api) restore(w http.ResponseWriter, r *http.Request) {

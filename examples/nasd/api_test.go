@@ -38,6 +38,10 @@ func TestAPIErrors(t *testing.T) {
 	}{
 		{name: "pools", method: "GET", path: "/api/pools", want: 200},
 		{name: "snapshots", method: "GET", path: "/api/pools/tank/snapshots", want: 200},
+		{name: "files of a snapshot", method: "GET", path: "/api/pools/tank/snapshots/" + snap + "/files?prefix=dir/", want: 200},
+		{name: "files of an unknown snapshot", method: "GET", path: "/api/pools/backup/snapshots/" + snap + "/files", want: 404},
+		{name: "files of no snapshot", method: "GET", path: "/api/pools/tank/snapshots/%2e%2e/files", want: 400},
+		{name: "files in an unknown pool", method: "GET", path: "/api/pools/x/snapshots/" + snap + "/files", want: 404},
 		{name: "page", method: "GET", path: "/", want: 200},
 		{name: "tasks", method: "GET", path: "/api/tasks/", want: 200},
 		{name: "unknown path", method: "GET", path: "/x", want: 404},

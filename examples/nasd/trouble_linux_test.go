@@ -174,4 +174,9 @@ func TestBadNames(t *testing.T) {
 		t.Errorf("replicate: %+v, %v; want one file copied", r, err)
 	}
 	wantTree(t, to.files.Name(), map[string]string{"bad\xffdir/b\xfed/\n": "x"})
+	r, err := p.snapshot(t.Context(), new(worker))
+	must(t, err)
+	if files, _, err := p.filesOf(t.Context(), r.ID, "bad\xff"); err != nil || len(files) != 1 || !files[0].NotUTF8 || files[0].Size != 1 {
+		t.Errorf("files of the snapshot: %+v, %v; want one that says that its name is not UTF-8", files, err)
+	}
 }

@@ -237,17 +237,24 @@ func TestNasdRestore(t *testing.T) {
 	b.openNasd(d)
 	b.create("tank")
 	must(t, os.WriteFile(d.file("tank", "a b"), []byte("old"), 0o600))
+	must(t, os.WriteFile(d.file("tank", "c"), nil, 0o600))
 	const auto = "20260102T030405.000Z-auto"
 	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots", auto), 0o700))
 	b.press("tank", "Snapshot")
-	b.last("tank", "snapshot", "DONE", "1 file")
+	b.last("tank", "snapshot", "DONE", "2 files")
 	must(t, os.WriteFile(d.file("tank", "a b"), []byte("new"), 0o600))
 	b.do(chromedp.Click(".snapshots summary", chromedp.ByQuery))
 	const folded = `[...document.querySelectorAll(".snapshots details .snapshot")]`
 	b.until(folded + `.length === 1 && ` + folded + `.every(e => !e.checkVisibility())`)
 	b.until(`document.querySelectorAll(".snapshots > div .snapshot").length === 1`)
-	b.do(chromedp.SendKeys(".snapshots input", "a b", chromedp.ByQuery))
-	b.press("tank", "Restore")
+	b.press("tank", "Files…")
+	const listed = `[...document.querySelectorAll("#files-list bdi")].map(e => e.textContent).join()`
+	b.until(listed + ` === "a b,c"`)
+	b.do(chromedp.SendKeys("#files-prefix", "a", chromedp.ByQuery))
+	b.until(listed + ` === "a b" && $("files-note").textContent === "1 file"`)
+	b.do(chromedp.Click("#files-list button", chromedp.ByQuery))
+	b.until(`$("files-note").textContent === "Restoring a b"`)
+	b.do(chromedp.Click("#files-close", chromedp.ByQuery))
 	b.last("tank", "restore", "DONE", "Restore a b")
 	b.last("tank", "restore", "DONE", "3 bytes")
 	if got, err := os.ReadFile(d.file("tank", "a b")); err != nil || string(got) != "old" {

@@ -363,8 +363,9 @@ func TestNasdAxe(t *testing.T) {
 	b.openNasd(d)
 	b.create("tank")
 	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots/20260102T030405.000Z-auto"), 0o700))
+	must(t, os.WriteFile(d.file("tank", "small"), nil, 0o600))
 	b.press("tank", "Snapshot")
-	b.last("tank", "snapshot", "DONE", "0 files")
+	b.last("tank", "snapshot", "DONE", "1 file")
 	huge := d.file("tank", "huge")
 	must(t, os.WriteFile(huge, nil, 0o600))
 	must(t, os.Truncate(huge, 10<<40)) // takes hours to read
@@ -385,6 +386,11 @@ func TestNasdAxe(t *testing.T) {
 		b.axe(name + ", delete")
 		b.do(chromedp.Click("#delete-no", chromedp.ByQuery))
 		b.until(`!$("delete").open`)
+		b.do(chromedp.Click(`//section[@data-pool="tank"]//button[.="Files…"]`, chromedp.BySearch))
+		b.until(`$("files").open && $("files-note").textContent.endsWith("file") && $("files-list").children.length === 1`)
+		b.axe(name + ", files of a snapshot")
+		b.do(chromedp.Click("#files-close", chromedp.ByQuery))
+		b.until(`!$("files").open`)
 	}
 }
 
@@ -483,6 +489,13 @@ func TestNasdScreenshots(t *testing.T) {
 	shoot("desktop-light")
 	b.scheme("dark")
 	shoot("desktop-dark")
+	b.do(chromedp.Click("section[data-pool=tank] .snapshots summary", chromedp.ByQuery))
+	b.press("tank", "Files…")
+	b.until(`$("files-note").textContent === "3 files"`)
+	shoot("files-dark")
+	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
+	shoot("files-phone")
+	b.do(chromedp.Click("#files-close", chromedp.ByQuery))
 	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
 	shoot("phone-dark")
 	b.scheme("light")

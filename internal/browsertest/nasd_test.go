@@ -262,6 +262,8 @@ func TestNasdRestore(t *testing.T) {
 	}
 	b.do(chromedp.Click(".snapshots details summary", chromedp.ByQuery))
 	b.until(folded + `.every(e => e.checkVisibility() && e.innerText.includes("2026"))`)
+	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
+	b.until(`[...document.querySelectorAll(".snapshots code")].every(e => e.offsetHeight < 40)`) // one line each
 }
 
 // TestNasdDelete checks that a pool is deleted once its name has been typed, and by

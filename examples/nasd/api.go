@@ -25,12 +25,15 @@ import (
 //	                                    their disk, and the outcome of their last operations
 //	POST /api/pools                     {"name": NAME} creates a pool
 //	DELETE /api/pools/NAME?confirm=NAME deletes a pool and its snapshots
-//	PUT  /api/pools/NAME/files/PATH     stores the body as a file
+//	PUT  /api/pools/NAME/files/PATH     stores the body as a file, by an operation; 204 at its end
 //	POST /api/pools/NAME/scrub          reads all files and finds corrupted ones
 //	POST /api/pools/NAME/accept         accepts the present content of all files
 //	POST /api/pools/NAME/replicate      {"to": NAME} copies changed files to another pool
 //	POST /api/pools/NAME/snapshot       takes a snapshot
 //	GET  /api/pools/NAME/snapshots      all snapshots, oldest first
+//	GET  /api/pools/NAME/snapshots/ID/files?prefix=PREFIX
+//	                                    the first 1,000 files of a snapshot whose paths begin so,
+//	                                    and whether there are more
 //	POST /api/pools/NAME/snapshots/ID/restore
 //	                                    {"path": PATH} restores a file out of a snapshot
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
@@ -61,6 +64,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux.HandleFunc("POST /api/pools/{name}/replicate", a.replicate)
 	mux.HandleFunc("POST /api/pools/{name}/snapshot", a.on(s.snapshot))
 	mux.HandleFunc("GET /api/pools/{name}/snapshots", a.snapshots)
+	mux.HandleFunc("GET /api/pools/{name}/snapshots/{id}/files", a.filesOf)
 	mux.HandleFunc("POST /api/pools/{name}/snapshots/{id}/restore", a.restore)
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
@@ -193,6 +197,21 @@ func (a *api) snapshots(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, map[string]any{"snapshots": snapshots})
 }
 
+func (a *api) filesOf(w http.ResponseWriter, r *http.Request) {
+	p, err := a.storage.open(r.PathValue("name"))
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	defer p.close()
+	files, more, err := p.filesOf(r.Context(), r.PathValue("id"), r.URL.Query().Get("prefix"))
+	if err != nil {
+		fail(w, r, err)
+		return
+	}
+	writeJSON(w, map[string]any{"files": files, "more": more})
+}
+
 func (a *api) restore(w http.ResponseWriter, r *http.Request) {
 	var in struct {
 		Path string `json:"path"`
@@ -206,13 +225,15 @@ func (a *api) restore(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *api) put(w http.ResponseWriter, r *http.Request) {
-	p, err := a.storage.open(r.PathValue("name"))
+	c := http.NewResponseController(w)
+	err := a.storage.upload(r.Context(), &upload{
+		pool: r.PathValue("name"), path: r.PathValue("path"), size: r.ContentLength, body: r.Body,
+		setReadDeadline: c.SetReadDeadline,
+	})
 	if err != nil {
-		fail(w, r, err)
-		return
-	}
-	defer p.close()
-	if err := p.put(r.Context(), r.PathValue("path"), slowBody(w, r)); err != nil {
+		// Before it sends the answer, the server reads some of the rest of the body, if
+		// there is any. A client that sends nothing must not hold that up.
+		c.SetReadDeadline(time.Now().Add(time.Second))
 		fail(w, r, err)
 		return
 	}
@@ -224,7 +245,7 @@ func (a *api) put(w http.ResponseWriter, r *http.Request) {
 func slowBody(w http.ResponseWriter, r *http.Request) io.Reader {
 	c := http.NewResponseController(w)
 	return readerFunc(func(p []byte) (int, error) {
-		if err := c.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(idleBody)); err != nil {
 			return 0, err
 		}
 		return r.Body.Read(p)
@@ -265,7 +286,7 @@ func fail(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.As(err, new(inputError)), errors.Is(err, syscall.ENAMETOOLONG),
 		errors.As(err, new(readError)): // of the body
 		taskhttp.Problem(w, r, http.StatusBadRequest, err)
-	case errors.Is(err, fs.ErrExist), errors.As(err, new(placeError)):
+	case errors.Is(err, fs.ErrExist), errors.As(err, new(placeError)), errors.Is(err, task.ErrCancelled):
 		taskhttp.Problem(w, r, http.StatusConflict, err)
 	case errors.Is(err, fs.ErrNotExist):
 		taskhttp.Problem(w, r, http.StatusNotFound, err)

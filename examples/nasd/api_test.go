@@ -38,6 +38,10 @@ func TestAPIErrors(t *testing.T) {
 	}{
 		{name: "pools", method: "GET", path: "/api/pools", want: 200},
 		{name: "snapshots", method: "GET", path: "/api/pools/tank/snapshots", want: 200},
+		{name: "files of a snapshot", method: "GET", path: "/api/pools/tank/snapshots/" + snap + "/files?prefix=dir/", want: 200},
+		{name: "files of an unknown snapshot", method: "GET", path: "/api/pools/backup/snapshots/" + snap + "/files", want: 404},
+		{name: "files of no snapshot", method: "GET", path: "/api/pools/tank/snapshots/%2e%2e/files", want: 400},
+		{name: "files in an unknown pool", method: "GET", path: "/api/pools/x/snapshots/" + snap + "/files", want: 404},
 		{name: "page", method: "GET", path: "/", want: 200},
 		{name: "tasks", method: "GET", path: "/api/tasks/", want: 200},
 		{name: "unknown path", method: "GET", path: "/x", want: 404},
@@ -116,8 +120,9 @@ func TestAPIErrors(t *testing.T) {
 			}
 		})
 	}
-	if ops, err := s.tasks.List(10, 0); err != nil || len(ops) > 0 {
-		t.Errorf("the requests have started %v, %v", ops, err)
+	ops, err := s.tasks.List(10, 0)
+	if err != nil || len(ops) != 1 || ops[0].Name != "upload tank/b" || ops[0].State != task.StateDone {
+		t.Errorf("the requests have started %v, %v, want the one upload", ops, err)
 	}
 }
 
@@ -196,6 +201,9 @@ func TestFailStatus(t *testing.T) {
 		{syscall.ENOSPC, 507},
 		{placeError{syscall.ELOOP}, 409},
 		{placeError{syscall.ENAMETOOLONG}, 400},
+		{deletedError{}, 404},
+		{task.ErrCancelled, 409},
+		{task.ErrClosed, 503},
 		{errors.New("anything else"), 500},
 	} {
 		w := httptest.NewRecorder()

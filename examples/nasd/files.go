@@ -333,10 +333,10 @@ func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err 
 }
 
 // replace creates a file or atomically replaces one: an incomplete file is never
-// visible. It creates missing directories. Only syncParents makes the name
-// durable.
+// visible, nor are directories for it. It creates missing directories. Only syncParents
+// makes the name durable.
 func replace(root *os.Root, path string, m meta, fill func(*os.File) error) error {
-	if err := makePlace(root, path); err != nil {
+	if err := checkPlace(root, path); err != nil { // before the work
 		return err
 	}
 	if err := root.Mkdir(incoming, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -346,7 +346,10 @@ func replace(root *os.Root, path string, m meta, fill func(*os.File) error) erro
 	if err := create(root, temp, m, fill); err != nil {
 		return err
 	}
-	err := root.Rename(temp, path)
+	err := makePlace(root, path)
+	if err == nil {
+		err = root.Rename(temp, path)
+	}
 	if err != nil {
 		root.Remove(temp)
 	}
@@ -359,8 +362,8 @@ type placeError struct{ error }
 
 func (e placeError) Unwrap() error { return e.error }
 
-// makePlace creates the directories that lead to a file.
-func makePlace(root *os.Root, path string) error {
+// checkPlace checks whether path can be that of a file. Directories may be missing.
+func checkPlace(root *os.Root, path string) error {
 	switch info, err := root.Lstat(path); {
 	case err == nil && info.IsDir():
 		return placeError{fmt.Errorf("%s: is a directory", path)}
@@ -369,8 +372,27 @@ func makePlace(root *os.Root, path string) error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return placeError{err}
 	}
+	for dir := filepath.Dir(path); dir != "."; dir = filepath.Dir(dir) {
+		info, err := root.Stat(dir)
+		_, linkErr := root.Lstat(dir)
+		switch {
+		case err == nil && info.IsDir():
+			return nil
+		case err == nil:
+			return placeError{fmt.Errorf("%s: is not a directory", dir)}
+		case !errors.Is(err, fs.ErrNotExist):
+			return placeError{err}
+		case linkErr == nil: // a dangling link
+			return placeError{err}
+		}
+	}
+	return nil
+}
+
+// makePlace creates the directories that lead to a file.
+func makePlace(root *os.Root, path string) error {
 	err := root.MkdirAll(filepath.Dir(path), 0o755)
-	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // ErrExist: a dangling link
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // another program has made something else there
 		return placeError{err}
 	}
 	return err

@@ -11,7 +11,11 @@
 // event bus (bus.go), and the REST API (api.go) serves the operations under
 // /api/tasks. A user can try all of this on the page at / (page.html).
 //
-// On each pool one operation runs at a time. A replication occupies two pools. After
+// Uploads are operations, too (upload.go). Anybody may watch and cancel one; its file
+// appears when it is complete.
+//
+// On each pool one operation runs at a time, besides uploads. A replication occupies two
+// pools. The deletion of a pool ends its uploads. After
 // a kill, the next nasd resumes the scrubs, replications, snapshots and restores that
 // were interrupted: a scrub from its last recorded place.
 //
@@ -64,7 +68,7 @@ func main() {
 	var c config
 	flag.StringVar(&c.data, "data", "", "store all data in this `DIR`")
 	flag.StringVar(&c.listen, "listen", "127.0.0.1:8080", "listen on this `ADDR`; port 0 chooses a free port")
-	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once; 0 for no limit")
+	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once, uploads included; 0 for no limit")
 	flag.DurationVar(&c.history, "keep-history", 30*24*time.Hour, "delete operations that finished longer ago; 0 for never")
 	flag.DurationVar(&c.every, "snapshot-every", 10*time.Minute, "take a snapshot of each pool at this interval; 0 for never")
 	flag.IntVar(&c.keep, "keep-snapshots", 12, fmt.Sprintf(

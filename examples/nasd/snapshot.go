@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/mynt-nas/task"
 )
@@ -213,6 +215,54 @@ func (p *pool) mustHave(id, path string) error {
 	default: // for example, a directory
 		return placeError{fmt.Errorf("snapshot %s: %w", id, err)}
 	}
+}
+
+// A fileInfo describes a file in a snapshot to clients.
+type fileInfo struct {
+	Path string    `json:"path"`
+	Size int64     `json:"size"` // in bytes
+	Time time.Time `json:"time"` // of its last change
+
+	// NotUTF8 means that the path is not that of the file: JSON can't hold it, so that
+	// the API can't restore the file.
+	NotUTF8 bool `json:"not_utf8,omitempty"`
+}
+
+var errEnough = errors.New("enough files")
+
+// filesOf lists the files of a snapshot whose paths begin with prefix, at most maxListed,
+// in the order in which walk visits them. It reports whether there are more.
+func (p *pool) filesOf(ctx context.Context, id, prefix string) (files []fileInfo, more bool, err error) {
+	root, err := p.openSnapshot(id)
+	if err != nil {
+		return nil, false, err
+	}
+	defer root.Close()
+	files = []fileInfo{}
+	dir := "." // the others can't have such files
+	if i := strings.LastIndexByte(prefix, '/'); i >= 0 {
+		if dir = prefix[:i]; !filepath.IsLocal(dir) {
+			return files, false, nil
+		}
+	}
+	err = walk(ctx, root, dir, func(path string, err error) error {
+		if err != nil || !strings.HasPrefix(path, prefix) {
+			return nil // a snapshot has files only
+		}
+		info, err := root.Lstat(path)
+		switch {
+		case err != nil: // the snapshot has just expired
+			return nil
+		case len(files) == maxListed:
+			return errEnough
+		}
+		files = append(files, fileInfo{path, info.Size(), info.ModTime(), !utf8.ValidString(path)})
+		return nil
+	})
+	if errors.Is(err, errEnough) {
+		return files, true, nil
+	}
+	return files, false, err
 }
 
 // A restoreResult is what a restore has done.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -361,5 +362,50 @@ func TestSchedulerRecreated(t *testing.T) {
 			t.Errorf("the snapshots are %v, %v, want one", ids, err)
 		}
 		finish(s.remove("tank"))
+	}
+}
+
+// TestFilesOf checks the list of the files of a snapshot.
+func TestFilesOf(t *testing.T) {
+	p := newPool(t)
+	const id = "20260102T030405.000Z"
+	for i := range maxListed {
+		write(t, p.root, fmt.Sprintf("%s/%s/many/%04d", snapshotsDir, id, i), "")
+	}
+	for _, name := range []string{"a", "dir/b", "dir/c/d", "dirt", "z"} {
+		write(t, p.root, snapshotsDir+"/"+id+"/"+name, name)
+	}
+	for _, tt := range []struct {
+		prefix, want string
+		more         bool
+	}{
+		{"a", "a", false},
+		{"dir", "dir/b dir/c/d dirt", false},
+		{"dir/", "dir/b dir/c/d", false},
+		{"dir/c/", "dir/c/d", false},
+		{"dir/c/e", "", false},
+		{"none/x", "", false},
+		{"a/x", "", false},
+		{"../", "", false},
+		{"/", "", false},
+		{"dir/../a", "", false},
+	} {
+		files, more, err := p.filesOf(t.Context(), id, tt.prefix)
+		must(t, err)
+		var paths []string
+		for _, f := range files {
+			paths = append(paths, f.Path)
+			if f.Size != int64(len(f.Path)) || f.Time.IsZero() || f.NotUTF8 {
+				t.Errorf("%q: got %+v", tt.prefix, f)
+			}
+		}
+		if got := strings.Join(paths, " "); got != tt.want || more != tt.more || files == nil {
+			t.Errorf("%q: got %q, %v, want %q, %v", tt.prefix, got, more, tt.want, tt.more)
+		}
+	}
+	for prefix, wantMore := range map[string]bool{"": true, "many/": false} {
+		if files, more, err := p.filesOf(t.Context(), id, prefix); err != nil || len(files) != maxListed || more != wantMore {
+			t.Errorf("%q: got %d files, %v, %v", prefix, len(files), more, err)
+		}
 	}
 }

@@ -24,18 +24,20 @@ import (
 type storage struct {
 	pools *os.Root // confines all access to files
 	tasks *task.Manager
+
+	uploads uploadSet
 }
 
 // An about is the metadata of an operation.
 type about struct {
-	Kind      string `json:"kind"`                // create, scrub, accept, replicate, snapshot, thin, restore or delete
+	Kind      string `json:"kind"`                // create, upload, scrub, accept, replicate, snapshot, thin, restore or delete
 	Pool      string `json:"pool"`                // the pool that it works on
 	To        string `json:"to,omitempty"`        // the pool that it writes to, if another one
 	Keep      int    `json:"keep,omitempty"`      // how many snapshots thin keeps
 	Place     *place `json:"place,omitempty"`     // how far a scrub has got
 	Automatic bool   `json:"automatic,omitempty"` // whether the scheduler takes the snapshot
 	Snapshot  string `json:"snapshot,omitempty"`  // the ID of the snapshot that restore reads
-	Path      string `json:"path,omitempty"`      // the file that it restores
+	Path      string `json:"path,omitempty"`      // the file that it restores or stores
 }
 
 // openStorage opens the storage service in the directory data, removes the
@@ -140,7 +142,7 @@ func (s *storage) thin(name string, keep int) (*task.Operation, error) {
 }
 
 // remove deletes a pool with its snapshots, after the operations on it that were
-// submitted before. Uploads do not wait for it: they fail.
+// submitted before. It does not wait for uploads, but ends them: they fail.
 func (s *storage) remove(name string) (*task.Operation, error) {
 	if err := s.mustExist(name); err != nil {
 		return nil, err
@@ -167,15 +169,15 @@ func (s *storage) submit(a about, fn task.Func, opts ...task.SubmitOption) (*tas
 
 // resume continues an operation that was interrupted because the daemon was
 // killed. It does not continue the creation of a pool, nor an accept or a delete:
-// the user should look at the files again. A delete that had begun is done, because
-// openStorage has finished it.
+// the user should look at the files again. It can't continue an upload, whose client
+// is gone. A delete that had begun is done, because openStorage has finished it.
 func (s *storage) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	var a about
 	if op.DecodeMetadata(&a) != nil {
 		return nil, nil
 	}
 	switch a.Kind {
-	case "create", "accept":
+	case "create", "accept", "upload":
 		return nil, nil
 	case "delete":
 		if s.mustBeFree(a.Pool) != nil {
@@ -228,14 +230,19 @@ func (a about) name() string {
 	switch {
 	case a.To != "":
 		return a.Kind + " " + a.Pool + " to " + a.To
+	case a.Kind == "upload":
+		return a.Kind + " " + a.Pool + "/" + a.Path
 	case a.Kind == "restore":
 		return a.Kind + " " + a.Pool + "/" + a.Path + " from " + a.Snapshot
 	}
 	return a.Kind + " " + a.Pool
 }
 
-// keys returns the options for the keys of an operation.
+// keys returns the options for the keys of an operation. Uploads have none.
 func (a about) keys() []task.SubmitOption {
+	if a.Kind == "upload" {
+		return nil
+	}
 	opts := []task.SubmitOption{task.WithUnique(a.name()), task.WithLock("pool:" + a.Pool)}
 	if a.To != "" {
 		opts = append(opts, task.WithLock("pool:"+a.To))
@@ -369,8 +376,13 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 // deleting begins the names of pools that are being removed. No pool has such a name.
 const deleting = ".deleting-"
 
-// removePool renames a pool first, so that a partly removed pool is never visible.
+// removePool renames a pool first, so that a partly removed pool is never visible. No
+// upload runs meanwhile: it would report that a file is stored that is then removed.
 func (s *storage) removePool(ctx context.Context, name string, update func(int)) error {
+	defer s.uploads.allow(name)
+	if err := s.uploads.end(ctx, name); err != nil {
+		return err
+	}
 	temp := deleting + name
 	if err := s.pools.RemoveAll(temp); err != nil { // left by a removal that failed
 		return err
@@ -401,15 +413,11 @@ func (s *storage) snapshots(name string) ([]string, error) {
 // put stores the content of r as a file of the pool, completely or not at all.
 // Like any other program that writes there, it does not wait for operations on
 // the pool.
-func (p *pool) put(ctx context.Context, name string, r io.Reader) error {
-	path, err := localPath(name)
+func (p *pool) put(ctx context.Context, w *worker, name string, r io.Reader) error {
+	path, err := p.mayPut(name)
 	if err != nil {
 		return err
 	}
-	if info, err := p.files.Lstat(path); err == nil && !info.Mode().IsRegular() {
-		return fmt.Errorf("%s: not a file: %w", name, fs.ErrExist)
-	}
-	w := new(worker)
 	err = replace(p.files, path, meta{perm: 0o644}, func(f *os.File) error {
 		_, err := w.copy(ctx, f, r)
 		return err
@@ -418,6 +426,18 @@ func (p *pool) put(ctx context.Context, name string, r io.Reader) error {
 		return err
 	}
 	return syncParents(p.files, path)
+}
+
+// mayPut returns the path of a file in a pool, or an error if no file can be stored there.
+func (p *pool) mayPut(name string) (path string, err error) {
+	path, err = localPath(name)
+	if err != nil {
+		return "", err
+	}
+	if info, err := p.files.Lstat(path); err == nil && !info.Mode().IsRegular() {
+		return "", fmt.Errorf("%s: not a file: %w", name, fs.ErrExist)
+	}
+	return path, checkPlace(p.files, path)
 }
 
 // localPath returns the path of a file in a pool in the syntax of this system.

@@ -131,7 +131,7 @@ func TestNames(t *testing.T) {
 	for _, name := range []string{
 		"", ".", "..", "../x", "/x", "a/../b", "a//b", "a/", "./a", "a\x00", incoming, incoming + "/a",
 	} {
-		if err := p.put(t.Context(), name, strings.NewReader("x")); !errors.As(err, new(inputError)) {
+		if err := p.put(t.Context(), new(worker), name, strings.NewReader("x")); !errors.As(err, new(inputError)) {
 			t.Errorf("put %q: got %v, want an inputError", name, err)
 		}
 	}
@@ -180,20 +180,20 @@ func TestCreate(t *testing.T) {
 func TestPut(t *testing.T) {
 	p := newPool(t)
 	dir := p.files.Name()
-	must(t, p.put(t.Context(), "a", strings.NewReader("one")))
-	must(t, p.put(t.Context(), "a", strings.NewReader("two")))
-	must(t, p.put(t.Context(), "b/c/d", strings.NewReader("")))
+	must(t, p.put(t.Context(), new(worker), "a", strings.NewReader("one")))
+	must(t, p.put(t.Context(), new(worker), "a", strings.NewReader("two")))
+	must(t, p.put(t.Context(), new(worker), "b/c/d", strings.NewReader("")))
 	want := map[string]string{"a": "two", "b/c/d": ""}
 	wantTree(t, dir, want)
 
-	if err := p.put(t.Context(), "b/c", strings.NewReader("x")); !errors.Is(err, fs.ErrExist) {
+	if err := p.put(t.Context(), new(worker), "b/c", strings.NewReader("x")); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("put over a directory: got %v, want %v", err, fs.ErrExist)
 	}
-	if err := p.put(t.Context(), "a/x", strings.NewReader("x")); err == nil {
+	if err := p.put(t.Context(), new(worker), "a/x", strings.NewReader("x")); err == nil {
 		t.Error("put below a file: no error")
 	}
 	broken := readerFunc(func(b []byte) (int, error) { return copy(b, "part"), errors.New("broken") })
-	if err := p.put(t.Context(), "a", broken); !errors.As(err, new(readError)) {
+	if err := p.put(t.Context(), new(worker), "a", broken); !errors.As(err, new(readError)) {
 		t.Errorf("got %v, want a readError", err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -201,7 +201,7 @@ func TestPut(t *testing.T) {
 		cancel(task.ErrClosed)
 		return len(b), nil
 	})
-	if err := p.put(ctx, "a", endless); !errors.Is(err, task.ErrClosed) {
+	if err := p.put(ctx, new(worker), "a", endless); !errors.Is(err, task.ErrClosed) {
 		t.Errorf("got %v, want %v", err, task.ErrClosed)
 	}
 	wantTree(t, dir, want) // with nothing in .incoming
@@ -221,7 +221,7 @@ func TestEscape(t *testing.T) {
 	}
 	write(t, p.files, "a", "a")
 	for _, name := range []string{"dir/secret", "dir/new", "file", "up/x", "manifest", "loop"} {
-		if err := p.put(t.Context(), name, strings.NewReader("x")); err == nil {
+		if err := p.put(t.Context(), new(worker), name, strings.NewReader("x")); err == nil {
 			t.Errorf("put through the link %s: no error", name)
 		}
 	}

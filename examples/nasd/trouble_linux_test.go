@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testos"
 )
 
@@ -56,7 +57,15 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	if r.Copied != 1 {
 		t.Errorf("%d files are copied, want 1", r.Copied)
 	}
-	full("put", disk.put(t.Context(), "b", strings.NewReader(strings.Repeat("b", 1<<20))))
+	full("put", disk.put(t.Context(), new(worker), "b", strings.NewReader(strings.Repeat("b", 1<<20))))
+	upload := &upload{pool: "small", path: "b", size: 1 << 20, body: strings.NewReader(strings.Repeat("b", 1<<20)),
+		setReadDeadline: deadlines{}.SetReadDeadline}
+	full("upload", small.upload(t.Context(), upload))
+	ops, err := small.tasks.List(1, 0)
+	must(t, err)
+	if len(ops) != 1 || ops[0].State != task.StateFailed || !strings.Contains(ops[0].Error, syscall.ENOSPC.Error()) {
+		t.Errorf("the upload is %v", ops)
+	}
 	_, err = disk.snapshot(t.Context(), new(worker))
 	full("snapshot", err)
 	if ids, err := disk.snapshots(); err != nil || len(ids) > 0 {
@@ -83,7 +92,7 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	write(t, p.files, "c", "c")
 	_, err = p.replicate(t.Context(), new(worker), disk)
 	readOnly("replicate", err)
-	readOnly("put", disk.put(t.Context(), "c", strings.NewReader("c")))
+	readOnly("put", disk.put(t.Context(), new(worker), "c", strings.NewReader("c")))
 	_, err = disk.snapshot(t.Context(), new(worker))
 	readOnly("snapshot", err)
 	readOnly("create", small.makePool(t.Context(), "more", func(int) {}))
@@ -148,7 +157,7 @@ func TestReplaced(t *testing.T) {
 	if r, err := scrubbed(t, p); err != nil || r.Files != 1 {
 		t.Errorf("scrub: %+v, %v; want one file read", r, err)
 	}
-	if err := p.put(t.Context(), "fifo", strings.NewReader("x")); !errors.Is(err, os.ErrExist) {
+	if err := p.put(t.Context(), new(worker), "fifo", strings.NewReader("x")); !errors.Is(err, os.ErrExist) {
 		t.Errorf("put: got %v, want %v", err, os.ErrExist)
 	}
 }
@@ -165,4 +174,9 @@ func TestBadNames(t *testing.T) {
 		t.Errorf("replicate: %+v, %v; want one file copied", r, err)
 	}
 	wantTree(t, to.files.Name(), map[string]string{"bad\xffdir/b\xfed/\n": "x"})
+	r, err := p.snapshot(t.Context(), new(worker))
+	must(t, err)
+	if files, _, err := p.filesOf(t.Context(), r.ID, "bad\xff"); err != nil || len(files) != 1 || !files[0].NotUTF8 || files[0].Size != 1 {
+		t.Errorf("files of the snapshot: %+v, %v; want one that says that its name is not UTF-8", files, err)
+	}
 }

@@ -237,23 +237,33 @@ func TestNasdRestore(t *testing.T) {
 	b.openNasd(d)
 	b.create("tank")
 	must(t, os.WriteFile(d.file("tank", "a b"), []byte("old"), 0o600))
+	must(t, os.WriteFile(d.file("tank", "c"), nil, 0o600))
 	const auto = "20260102T030405.000Z-auto"
 	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots", auto), 0o700))
 	b.press("tank", "Snapshot")
-	b.last("tank", "snapshot", "DONE", "1 file")
+	b.last("tank", "snapshot", "DONE", "2 files")
 	must(t, os.WriteFile(d.file("tank", "a b"), []byte("new"), 0o600))
 	b.do(chromedp.Click(".snapshots summary", chromedp.ByQuery))
 	const folded = `[...document.querySelectorAll(".snapshots details .snapshot")]`
 	b.until(folded + `.length === 1 && ` + folded + `.every(e => !e.checkVisibility())`)
 	b.until(`document.querySelectorAll(".snapshots > div .snapshot").length === 1`)
-	b.do(chromedp.SendKeys(".snapshots input", "a b", chromedp.ByQuery))
-	b.press("tank", "Restore")
-	b.last("tank", "restore", "DONE", "a b, 3 bytes")
+	b.press("tank", "Files…")
+	const listed = `[...document.querySelectorAll("#files-list bdi")].map(e => e.textContent).join()`
+	b.until(listed + ` === "a b,c"`)
+	b.do(chromedp.SendKeys("#files-prefix", "a", chromedp.ByQuery))
+	b.until(listed + ` === "a b" && $("files-note").textContent === "1 file"`)
+	b.do(chromedp.Click("#files-list button", chromedp.ByQuery))
+	b.until(`$("files-note").textContent === "Restoring a b"`)
+	b.do(chromedp.Click("#files-close", chromedp.ByQuery))
+	b.last("tank", "restore", "DONE", "Restore a b")
+	b.last("tank", "restore", "DONE", "3 bytes")
 	if got, err := os.ReadFile(d.file("tank", "a b")); err != nil || string(got) != "old" {
 		t.Errorf("the file is %q, %v", got, err)
 	}
 	b.do(chromedp.Click(".snapshots details summary", chromedp.ByQuery))
 	b.until(folded + `.every(e => e.checkVisibility() && e.innerText.includes("2026"))`)
+	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
+	b.until(`[...document.querySelectorAll(".snapshots code")].every(e => e.offsetHeight < 40)`) // one line each
 }
 
 // TestNasdDelete checks that a pool is deleted once its name has been typed, and by
@@ -355,8 +365,9 @@ func TestNasdAxe(t *testing.T) {
 	b.openNasd(d)
 	b.create("tank")
 	must(t, os.MkdirAll(filepath.Join(d.data, "pools/tank/snapshots/20260102T030405.000Z-auto"), 0o700))
+	must(t, os.WriteFile(d.file("tank", "small"), nil, 0o600))
 	b.press("tank", "Snapshot")
-	b.last("tank", "snapshot", "DONE", "0 files")
+	b.last("tank", "snapshot", "DONE", "1 file")
 	huge := d.file("tank", "huge")
 	must(t, os.WriteFile(huge, nil, 0o600))
 	must(t, os.Truncate(huge, 10<<40)) // takes hours to read
@@ -377,6 +388,11 @@ func TestNasdAxe(t *testing.T) {
 		b.axe(name + ", delete")
 		b.do(chromedp.Click("#delete-no", chromedp.ByQuery))
 		b.until(`!$("delete").open`)
+		b.do(chromedp.Click(`//section[@data-pool="tank"]//button[.="Files…"]`, chromedp.BySearch))
+		b.until(`$("files").open && $("files-note").textContent.endsWith("file") && $("files-list").children.length === 1`)
+		b.axe(name + ", files of a snapshot")
+		b.do(chromedp.Click("#files-close", chromedp.ByQuery))
+		b.until(`!$("files").open`)
 	}
 }
 
@@ -401,6 +417,42 @@ func TestNasdPhone(t *testing.T) {
 	if w := eval[int](b, "document.documentElement.scrollWidth"); w != 360 {
 		t.Errorf("the page is %d pixels wide", w)
 	}
+}
+
+// TestNasdUpload checks that a long upload is on the page of each tab, with its progress,
+// and that another tab can cancel it.
+func TestNasdUpload(t *testing.T) {
+	b := newTab(t)
+	d := newNasd(t)
+	b.openNasd(d)
+	b.create("tank")
+	dir := t.TempDir()
+	big, small := filepath.Join(dir, "big.img"), filepath.Join(dir, "small.txt")
+	must(t, os.WriteFile(small, []byte("small"), 0o600))
+	must(t, os.WriteFile(big, nil, 0o600))
+	must(t, os.Truncate(big, 8<<30)) // sparse; takes longer to upload than to cancel
+	b.do(chromedp.SetUploadFiles(`section[data-pool=tank] input[type=file]`, []string{big, small}, chromedp.ByQuery))
+	running := func(b *tab) {
+		t.Helper()
+		b.last("tank", "upload", "RUNNING", "Upload big.img")
+		b.last("tank", "upload", "RUNNING", "of 8.6 GB")
+		b.until(`document.querySelector("li[data-kind=upload] progress").value > 0`)
+	}
+	running(b) // before it is in the background, where browsers don't draw
+	other := b.another()
+	other.openNasd(d)
+	running(other)
+	other.press("tank", "Cancel")
+	b.until(`document.querySelector("section[data-pool=tank] .note").textContent === "Uploaded small.txt. Cancelled: big.img."`)
+	other.last("tank", "upload", "DONE", "Upload small.txt")
+	entries, err := os.ReadDir(d.file("tank", ""))
+	must(t, err)
+	for _, e := range entries {
+		if e.Name() != "small.txt" && e.Name() != ".incoming" {
+			t.Errorf("the pool has %s", e.Name())
+		}
+	}
+	b.nothingWrong("409", "net::ERR_")
 }
 
 // TestNasdScreenshots stores pictures of the page for people to look at.
@@ -439,6 +491,13 @@ func TestNasdScreenshots(t *testing.T) {
 	shoot("desktop-light")
 	b.scheme("dark")
 	shoot("desktop-dark")
+	b.do(chromedp.Click("section[data-pool=tank] .snapshots summary", chromedp.ByQuery))
+	b.press("tank", "Files…")
+	b.until(`$("files-note").textContent === "3 files"`)
+	shoot("files-dark")
+	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
+	shoot("files-phone")
+	b.do(chromedp.Click("#files-close", chromedp.ByQuery))
 	b.do(emulation.SetDeviceMetricsOverride(375, 812, 2, true))
 	shoot("phone-dark")
 	b.scheme("light")

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/chromedp/chromedp"
+
 	"github.com/mynt-nas/task"
 )
 
@@ -75,4 +77,46 @@ func (d *daemon) read(t *testing.T, path string, v any) {
 		t.Fatalf("GET %s: %s", path, answer.Status)
 	}
 	must(t, json.NewDecoder(answer.Body).Decode(v))
+}
+
+// TestTwoDaemonsPages uses the pages of two processes on one database, in two browsers:
+// each shows what both run and who runs it, and either cancels it. When one process is killed,
+// the page of the other says so.
+func TestTwoDaemonsPages(t *testing.T) {
+	a := newDaemon(t)
+	b := &daemon{t: t, path: a.path, address: "127.0.0.1:0"}
+	b.begin()
+	t.Cleanup(b.kill)
+	ofA, ofB, doomed := a.start("Scrub tank"), b.start("Replicate tank"), b.start("Replicate vault")
+	pageA, pageB := newTab(t), newTab(t)
+	pageA.open(a.page())
+	pageB.open(b.page())
+	for _, page := range []*tab{pageA, pageB} {
+		for _, id := range []string{ofA, ofB, doomed} {
+			page.show(id, "RUNNING", "on "+a.get(t, id).Owner[:8])
+		}
+		page.until(`$("counts").innerText === "3 running · 0 waiting"`)
+		page.filter("replicate")
+		page.until(`document.querySelectorAll("li").length === 2`)
+		page.show(ofB, "RUNNING", "Replicate tank")
+	}
+	if a.get(t, ofA).Owner == a.get(t, ofB).Owner {
+		t.Error("both processes have one owner")
+	}
+
+	b.tell(ofB, "progress", "42")
+	pageA.show(ofB, "RUNNING", "42%")
+	pageA.click(`li[data-id="` + ofB + `"] .cancel`)
+	pageA.until(`$("confirm").open && $("confirm-text").textContent.includes("Replicate tank")`)
+	pageA.click("#confirm-yes")
+	for _, page := range []*tab{pageA, pageB} {
+		page.show(ofB, "CANCELLED", "Replicate tank")
+		page.until(`$("counts").innerText === "2 running · 0 waiting"`)
+	}
+	pageB.do(chromedp.Navigate("about:blank"))
+	b.kill()
+	pageA.show(doomed, "FAILED", "Replicate vault")
+	pageA.until(`$("counts").innerText === "1 running · 0 waiting"`)
+	pageA.filter(" ")
+	pageA.show(ofA, "RUNNING", "Scrub tank")
 }

@@ -152,7 +152,13 @@ func (s *site) askOne() {
 	s.request("GET /{id}", s.live, "", 200)
 	s.request("GET /{id}/result", s.live, "", 404)
 	s.request("GET /{id}/wait", s.live, "?timeout=0", 200)
-	s.request("GET /{id}/wait", s.live, "?timeout=soon", 400)
+	for _, timeout := range []string{"", "0", "30s", "1m30s", "1.5m0.5ms", "0h1ms", ".5m", "5.s", "%2B7us", "7µs", "7μs", "3ns"} {
+		s.request("GET /{id}/wait", s.done, "?timeout="+timeout, 200)
+	}
+	for _, timeout := range []string{"soon", "30", "-1s", "1m%2030s", "5d", "."} {
+		s.ask(exchange{url: s.url, route: "GET /{id}/wait", id: s.live, query: "?timeout=" + timeout, status: 400, invalid: true})
+	}
+	s.request("GET /{id}/wait", s.live, "?timeout=11m", 400) // no pattern can say that
 	s.request("GET /{id}/events", s.done, "", 204, "Last-Event-ID", "DONE")
 }
 
@@ -174,7 +180,10 @@ func (s *site) askStatic() {
 		_, err = io.Copy(io.Discard, response.Body)
 		testkit.Must(s.t, err)
 		testkit.Must(s.t, response.Body.Close())
-		s.request("GET "+path, "", "", 304, "If-None-Match", response.Header.Get("ETag"))
+		tag := response.Header.Get("ETag")
+		s.request("GET "+path, "", "", 304, "If-None-Match", tag)
+		s.request("GET "+path, "", "", 304, "If-None-Match", `"other", W/`+tag)
+		s.request("GET "+path, "", "", 200, "If-None-Match", `"other"`)
 	}
 	s.request("GET /ui/", "", "", 308)
 }
@@ -284,6 +293,7 @@ func TestFaultsFound(t *testing.T) {
 		{"HEAD /1", 200, "", "", "content type"},
 		{"GET /ui", 304, "", "page", "unexpected body"},
 		{"GET /ui/", 308, "", "", "Location"},
+		{"GET /ui", 304, "", "", "ETag"},
 		{"GET /1/result", 200, jsonType, "1", "Content-Disposition"},
 		{"POST /1/again", 202, jsonType, object, "Location"},
 		{"GET /events", 200, eventType, "event: operation\ndata: " + object + "\n\n", ""},

@@ -69,6 +69,7 @@ func TestEvents(t *testing.T) {
 }
 
 func TestEventsHeartbeat(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		s := newPipeSite(t, mount(m))
@@ -133,6 +134,7 @@ func TestEventsResume(t *testing.T) {
 
 // TestEventsReload: a client that can't resume gets "reload" and a snapshot.
 func TestEventsReload(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		s := newPipeSite(t, mount(m))
@@ -174,6 +176,7 @@ func TestEventsReload(t *testing.T) {
 // TestEventsStuckClient: a client that doesn't read is disconnected, and no other
 // client is delayed.
 func TestEventsStuckClient(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		returned := make(chan bool, 10)
@@ -211,6 +214,7 @@ func TestEventsStuckClient(t *testing.T) {
 
 // TestEventsSlowClient: a client that reads too slowly gets "reload".
 func TestEventsSlowClient(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		s := newPipeSite(t, mount(m))
@@ -235,6 +239,7 @@ func TestEventsSlowClient(t *testing.T) {
 }
 
 func TestEventsShutdown(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		h := mount(m)
@@ -320,6 +325,7 @@ func TestEventsWithoutFlush(t *testing.T) {
 // TestEventsFinalStates: the stream contains the final state of each operation that
 // is live after the snapshot, even if it ends soon after the first request.
 func TestEventsFinalStates(t *testing.T) {
+	t.Parallel()
 	m := newManager(t, nil)
 	for i := range 100 {
 		func() {
@@ -357,6 +363,7 @@ func TestEventsFinalStates(t *testing.T) {
 // TestEventsReconnecting: a client that often loses its connection gets all final
 // states.
 func TestEventsReconnecting(t *testing.T) {
+	t.Parallel()
 	m := newManager(t, nil, task.WithLimit(20))
 	s := newSite(t, mount(m))
 	const clients, tasks = 4, 500
@@ -479,6 +486,7 @@ func (w *slowWriter) SetWriteDeadline(t time.Time) error { return w.conn.SetWrit
 
 // TestEventsStuckShutdown: a client that does not read does not delay Shutdown.
 func TestEventsStuckShutdown(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		defer m.Close()

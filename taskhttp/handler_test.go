@@ -68,6 +68,7 @@ var listTests = []struct {
 }
 
 func TestList(t *testing.T) {
+	t.Parallel()
 	store, err := task.OpenSQLite(filepath.Join(t.TempDir(), "tasks.db"))
 	must(t, err)
 	defer store.Close()
@@ -187,6 +188,7 @@ func TestGet(t *testing.T) {
 }
 
 func TestCancel(t *testing.T) {
+	t.Parallel()
 	m := newManager(t, nil, task.WithLimit(1))
 	s := newSite(t, mount(m))
 	running := newControlled(t, m, "running")
@@ -234,6 +236,7 @@ func TestCancel(t *testing.T) {
 // TestCancelOfAnother cancels what another manager runs, if the store can pass that
 // on.
 func TestCancelOfAnother(t *testing.T) {
+	t.Parallel()
 	store := task.NewMemoryStore()
 	s, unable := newSite(t, mount(newManager(t, store))), newSite(t, mount(newManager(t, testkit.Bare(store))))
 	other := newManager(t, store)
@@ -374,6 +377,7 @@ func TestWait(t *testing.T) {
 }
 
 func TestWaitStops(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name string
 		stop func(s *site, disconnect context.CancelFunc, m *task.Manager, op *controlled)
@@ -424,6 +428,7 @@ func TestWaitStops(t *testing.T) {
 }
 
 func TestWaitForStoring(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		store := newBrokenStore()
 		m := newManager(t, store)
@@ -441,6 +446,7 @@ func TestWaitForStoring(t *testing.T) {
 
 // TestServerTimeouts: the server's timeouts do not end streams and waits.
 func TestServerTimeouts(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		s := newPipeSite(t, mount(m), func(s *http.Server) {
@@ -467,6 +473,7 @@ func TestServerTimeouts(t *testing.T) {
 }
 
 func TestMethods(t *testing.T) {
+	t.Parallel()
 	m := newManager(t, nil)
 	s := newSite(t, mount(m))
 	id := "/" + run(t, m, "done", nil, nil).ID
@@ -602,6 +609,7 @@ func TestExists(t *testing.T) {
 // TestWaitDeadline: if a wrapper's deadline ends a wait, there is a response, also
 // if the request body never arrives.
 func TestWaitDeadline(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
 		defer m.Close()
@@ -652,6 +660,7 @@ func (s slowLister) ListFiltered(f task.Filter, _, _ int) ([]*task.Operation, er
 
 // TestListEndsWithClient: the search for a list ends when its client disconnects.
 func TestListEndsWithClient(t *testing.T) {
+	t.Parallel()
 	store := slowLister{task.NewMemoryStore(), make(chan struct{}), make(chan error, 1)}
 	s := newSite(t, mount(newManager(t, store)))
 	ctx, cancel := context.WithCancel(t.Context())

@@ -14,23 +14,13 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testos"
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if code == 0 {
-		if left := testos.Left(10 * time.Second); left != "" {
-			fmt.Fprintf(os.Stderr, "goroutines left by tests:\n\n%s\n", left)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(testos.Run(m)) }
 
 // prefix is where tests mount the handler.
 const prefix = "/api/tasks"

@@ -57,6 +57,7 @@ func oldest(rec *recorder, last uint64) uint64 {
 }
 
 func TestRecorderBounds(t *testing.T) {
+	t.Parallel()
 	rec := newRecorder(func() {})
 	stuck := rec.log.Read()
 
@@ -185,6 +186,7 @@ func TestRecorderSnapshot(t *testing.T) {
 }
 
 func TestRecorderEnd(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		err  error
 		want string
@@ -231,6 +233,7 @@ func TestRecorderEncodingError(t *testing.T) {
 // TestRecorderReplay takes snapshots while operations start and finish. Each
 // snapshot with the events after it leads to the state of the manager.
 func TestRecorderReplay(t *testing.T) {
+	t.Parallel()
 	m := task.NewManager(nil, task.WithLimit(8))
 	h := Handler(m).(*handler)
 	var l load
@@ -417,6 +420,7 @@ func TestRecorderClosedManager(t *testing.T) {
 
 // TestRecorderExpiry: without streams, a recorder ends after a while.
 func TestRecorderExpiry(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := task.NewManager(nil)
 		defer m.Close()

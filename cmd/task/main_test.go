@@ -233,6 +233,7 @@ func decode(t *testing.T, lines string) (ops []task.Operation) {
 }
 
 func TestList(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	scrub, done, failed := submitThree(p)
@@ -289,6 +290,7 @@ func submitThree(p *testkit.Process) (running, done, failed string) {
 
 // Piped, each operation is a line of eight fields.
 func TestListLines(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	scrub, done, failed := submitThree(start(t, path))
 	out, _ := tell(t, 0, path, "list")
@@ -309,6 +311,7 @@ func TestListLines(t *testing.T) {
 }
 
 func TestShow(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	id := submit(p, "scrub", 42)
@@ -343,6 +346,7 @@ func TestShow(t *testing.T) {
 
 // follow ends with the operation, and its exit status says how.
 func TestFollow(t *testing.T) {
+	testos.Parallel(t)
 	for name, tt := range map[string]struct {
 		meanwhile func(t *testing.T, path string, p *testkit.Process, id string)
 		exit      int
@@ -399,6 +403,7 @@ func database(t *testing.T) string {
 
 // Without IDs, follow shows whatever any process runs, until it is interrupted.
 func TestFollowAll(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p, q := start(t, path), start(t, path)
 	first := submit(p, "first", 42)
@@ -430,6 +435,7 @@ func TestFollowAll(t *testing.T) {
 }
 
 func TestCancel(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	running, stubborn := submit(p, "running", 42), submit(p, "stubborn", 43)
@@ -460,6 +466,7 @@ func TestCancel(t *testing.T) {
 
 // A cancel of what a dead process has left is stored, and says so.
 func TestCancelDead(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	id := submit(p, "scrub", 42)
@@ -476,6 +483,7 @@ func TestCancelDead(t *testing.T) {
 }
 
 func TestPrune(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	id := submit(p, "scrub", 42)
@@ -497,6 +505,7 @@ func TestPrune(t *testing.T) {
 
 // What can't be used ends with status 2, and one line that says what to do.
 func TestTrouble(t *testing.T) {
+	testos.Parallel(t)
 	good := database(t)
 	for name, tt := range map[string]struct {
 		path string
@@ -551,6 +560,7 @@ func foreign(t *testing.T) string {
 // A database that stays locked is an error in the end, and one that does not is
 // waited for.
 func TestLocked(t *testing.T) {
+	testos.Parallel(t)
 	path := database(t)
 	db, err := sql.Open("sqlite3", path+"?_locking_mode=EXCLUSIVE")
 	testkit.Must(t, err)

@@ -64,6 +64,7 @@ func save(t *testing.T, path string, ops ...task.Operation) {
 }
 
 func TestTable(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	now := time.Now()
 	ops := []task.Operation{
@@ -113,6 +114,7 @@ func TestTable(t *testing.T) {
 
 // Nothing gets past the escapes in any form of output.
 func TestHostile(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	for i, text := range hostile {
 		raw, err := json.Marshal(map[string]string{"x" + text: text})
@@ -140,6 +142,7 @@ func TestHostile(t *testing.T) {
 }
 
 func TestCut(t *testing.T) {
+	testos.Parallel(t)
 	for _, tt := range []struct {
 		text string
 		n    int
@@ -156,6 +159,7 @@ func TestCut(t *testing.T) {
 
 // IDs are cut off as long as they differ.
 func TestShortID(t *testing.T) {
+	testos.Parallel(t)
 	a, b := "01a215c9-fe1e-7e43-8375-d63a9b06c494", "01a215c9-fe1e-7e43-8375-d63a9b06c4ff"
 	for want, ids := range map[int][]string{13: {a, "x"}, 35: {a, b}, 14: {a[:13], a}} {
 		var ops []*task.Operation
@@ -171,6 +175,7 @@ func TestShortID(t *testing.T) {
 // On a terminal, follow draws the table anew in place, and leaves in the end what
 // has become of the operation.
 func TestFollowOnTerminal(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	fn, started, release := testkit.Blocker(nil)
@@ -201,6 +206,7 @@ func TestFollowOnTerminal(t *testing.T) {
 // An interrupted follow leaves the cursor at the start of a line, below a table
 // that fits the terminal.
 func TestFollowInterruptedOnTerminal(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	args := []string{"-db", path, "follow"}
@@ -227,6 +233,7 @@ func TestFollowInterruptedOnTerminal(t *testing.T) {
 // Who may not look at the owner's file is told so, and so is who may not read the
 // database.
 func TestWithoutPermission(t *testing.T) {
+	testos.Parallel(t)
 	path := filepath.Join(testos.Dir(t), "tasks.db")
 	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	fn, started, release := testkit.Blocker(nil)

@@ -117,10 +117,13 @@ func untilFull(t *testing.T, m *task.Manager, metadata string) (ids []string, ca
 // called again.
 func TestOpenLocked(t *testing.T) {
 	timeout := time.Duration(testos.Size(2, 10)) * time.Second
-	defer func(before time.Duration) { sqlitefile.DefaultTimeout = before }(sqlitefile.DefaultTimeout)
+	before := sqlitefile.DefaultTimeout
+	t.Cleanup(func() { sqlitefile.DefaultTimeout = before })
 	sqlitefile.DefaultTimeout = timeout
+	testos.CheckLeaks(t)
 	for _, begin := range []string{"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"} {
 		t.Run(begin, func(t *testing.T) {
+			t.Parallel()
 			path := testkit.Path(t)
 			testkit.Must(t, testkit.OpenSQLite(t, path).Close())
 			other, err := sql.Open("sqlite3", path+"?_journal_mode=DELETE")

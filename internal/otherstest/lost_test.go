@@ -12,6 +12,7 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // A leaseStore is a store that others may take for dead: fence does that.
@@ -110,6 +111,7 @@ func (s mortalStore) Deaths() <-chan struct{} { return s.deaths }
 // A manager that waits for nothing recovers what others leave when its store tells of
 // a death, until it is closed.
 func TestDeaths(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := mortalStore{newLeaseStore(), make(chan struct{}, 1)}
 		m, err := task.New(s)
@@ -149,6 +151,7 @@ func TestDeaths(t *testing.T) {
 
 // A manager whose store was fenced gives up what it ran, and goes on.
 func TestLost(t *testing.T) {
+	testos.Parallel(t)
 	for name, report := range map[string]bool{"noticed by a write": true, "noticed by Changes": false} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -222,6 +225,7 @@ func TestLost(t *testing.T) {
 
 // A lost operation tells its function so, whatever that does with its context.
 func TestLostContext(t *testing.T) {
+	testos.Parallel(t)
 	s := newLeaseStore()
 	m, err := task.New(s)
 	testkit.Must(t, err)
@@ -248,6 +252,7 @@ func TestLostContext(t *testing.T) {
 
 // A Submit whose commit is fenced fails, and its function never runs.
 func TestLostSubmit(t *testing.T) {
+	testos.Parallel(t)
 	s := newLeaseStore()
 	s.gone["owner 0"] = true
 	m, err := task.New(s)
@@ -310,6 +315,7 @@ func (s *fencedStore) Recover(reason string, resume func(*task.Operation) bool) 
 // A manager whose store is fenced between the take-over of an operation and its
 // start does not run it: whoever takes it over next does.
 func TestLostBeforeResumed(t *testing.T) {
+	testos.Parallel(t)
 	for name, again := range map[string]bool{"recovered by another": false, "recovered again": true} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

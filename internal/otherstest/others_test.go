@@ -68,6 +68,7 @@ func eachPair(t *testing.T, test func(t *testing.T, a, b *task.Manager)) {
 
 // TestCancel cancels what the other manager runs.
 func TestCancel(t *testing.T) {
+	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
 		cause := make(chan error, 1)
 		fn := func(ctx context.Context, _ func(int)) (any, error) {
@@ -121,6 +122,7 @@ func TestCancel(t *testing.T) {
 
 // TestCancelPending cancels what waits for its turn with the other manager.
 func TestCancelPending(t *testing.T) {
+	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
 		fn, started, release := testkit.Blocker(nil)
 		defer release()
@@ -140,6 +142,7 @@ func TestCancelPending(t *testing.T) {
 
 // TestCancelUnsupported: without the ability Cancel says so.
 func TestCancelUnsupported(t *testing.T) {
+	testos.Parallel(t)
 	db := testkit.Bare(task.NewMemoryStore())
 	m := testkit.NewManager(t, db)
 	testkit.Must(t, db.Save(&task.Operation{ID: "other's", Name: "scrub", State: task.StateRunning}))
@@ -157,6 +160,7 @@ func TestCancelUnsupported(t *testing.T) {
 // TestCancelling: a manager's own Cancel is seen at once, and stored with the
 // next changes, whatever they are.
 func TestCancelling(t *testing.T) {
+	testos.Parallel(t)
 	for name, open := range pairs {
 		t.Run(name, func(t *testing.T) {
 			db, other := open(t)
@@ -258,6 +262,7 @@ func (w *watch) wantEnds(ids ...string) {
 
 // TestWatch: a watcher is told of all that live, and of each that comes.
 func TestWatch(t *testing.T) {
+	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
 		fn, started, release := testkit.Blocker(nil)
 		live := testkit.Submit(t, a, fn, task.WithMetadata("tank"))
@@ -302,6 +307,7 @@ func TestWatch(t *testing.T) {
 // TestWatchAtAnyTime has watchers begin while operations come and go, some of
 // which others wait for.
 func TestWatchAtAnyTime(t *testing.T) {
+	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
@@ -344,6 +350,7 @@ func TestWatchAtAnyTime(t *testing.T) {
 
 // TestWatchLargeValues: what a look does not read at once is told, too.
 func TestWatchLargeValues(t *testing.T) {
+	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
 		large := string(make([]byte, 10_000))
 		fn, started, release := testkit.Blocker(nil)
@@ -365,6 +372,7 @@ func TestWatchLargeValues(t *testing.T) {
 // TestWatchDeleted: to a subscriber of all, the deletion of an operation of
 // another manager is no error of its own.
 func TestWatchDeleted(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	a, b := testkit.NewManager(t, testkit.OpenSQLite(t, path)), testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	op := testkit.Submit(t, a, testkit.UntilCancelled)
@@ -387,6 +395,7 @@ func TestWatchDeleted(t *testing.T) {
 // TestStoreHangs: a store that does not answer holds up Watch for some seconds,
 // and no own operation. One that fails holds up nothing.
 func TestStoreHangs(t *testing.T) {
+	testos.Parallel(t)
 	for _, hangs := range []bool{true, false} {
 		t.Run(fmt.Sprintf("hangs=%t", hangs), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -431,6 +440,7 @@ func TestStoreHangs(t *testing.T) {
 // TestHistoryIsNotRead counts the rows that looks read, also when the place in
 // the history is lost.
 func TestHistoryIsNotRead(t *testing.T) {
+	testos.Parallel(t)
 	const rows = 60_000
 	path := testkit.FastPath(t)
 	store := testkit.OpenSQLite(t, path)
@@ -486,6 +496,7 @@ func TestHistoryIsNotRead(t *testing.T) {
 
 // TestManyWaiters: however many wait, for one or for many, looks read little.
 func TestManyWaiters(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.FastPath(t)
 	a := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	db := testkit.NewFake(testkit.OpenSQLite(t, path))
@@ -510,6 +521,7 @@ func TestManyWaiters(t *testing.T) {
 
 // TestIdle: looks end with what they are for.
 func TestIdle(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
 		db := testkit.NewFake(memory)
@@ -556,6 +568,7 @@ func calls(db *testkit.Fake) (n int) {
 // TestWaitEnds: whoever waits for an operation of another manager gets ErrClosed
 // after manager and store were closed, and Close leaves no connection open.
 func TestWaitEnds(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	other := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	op := testkit.Submit(t, other, testkit.UntilCancelled)

@@ -13,11 +13,13 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // The final state of another manager's operation is told although somebody submits
 // its ID again here.
 func TestWatchBesideSubmit(t *testing.T) {
+	testos.Parallel(t)
 	for _, named := range []bool{false, true} {
 		for _, during := range []bool{false, true} {
 			t.Run(fmt.Sprint("named=", named, " during=", during), func(t *testing.T) {
@@ -107,6 +109,7 @@ func (s fenceAfterFinal) Update(op *task.Operation) error {
 
 // A store is fenced right after it has stored a final state.
 func TestLostAfterFinal(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := fenceAfterFinal{newLeaseStore()}
 		s.quiet = true
@@ -164,6 +167,7 @@ func (s *failingRecover) Recover(reason string, resume func(*task.Operation) boo
 
 // What a New has taken over that failed then does not stay unfinished.
 func TestNewAfterFailedNew(t *testing.T) {
+	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
 	s, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
@@ -187,6 +191,7 @@ func TestNewAfterFailedNew(t *testing.T) {
 
 // A cancel request is heard that comes while the recovery asks about others.
 func TestCancelDuringRecovery(t *testing.T) {
+	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
 	dead, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
@@ -266,6 +271,7 @@ func (s *failingGet) Get(id string) (*task.Operation, error) {
 
 // A read that fails in the middle of a look has nothing told twice.
 func TestWatchAfterFailedRead(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := &failingGet{MemoryStore: task.NewMemoryStore(), fail: 1}
 		m, err := task.New(s)
@@ -296,6 +302,7 @@ func TestWatchAfterFailedRead(t *testing.T) {
 
 // What waits for a key behind a lost operation that has not started starts.
 func TestLostKeys(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := newLeaseStore()
 		m, err := task.New(s)
@@ -341,6 +348,7 @@ func (s *hookGet) Get(id string) (*task.Operation, error) {
 
 // A row that was read before the end of an operation is not told after it.
 func TestWatchStaleRow(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := &hookGet{MemoryStore: task.NewMemoryStore()}
 		a, err := task.New(s)
@@ -391,6 +399,7 @@ func TestWatchStaleRow(t *testing.T) {
 
 // An operation is deleted between two reads of Watch.
 func TestWatchDeletedMeanwhile(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := &hookGet{MemoryStore: task.NewMemoryStore()}
 		b, err := task.New(s)
@@ -420,6 +429,7 @@ func TestWatchDeletedMeanwhile(t *testing.T) {
 
 // Wait ends for what is taken over while the manager closes.
 func TestDrainDuringRecovery(t *testing.T) {
+	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
 	dead, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
@@ -456,6 +466,7 @@ func TestDrainDuringRecovery(t *testing.T) {
 
 // A take-over is told once.
 func TestWatchTakeOver(t *testing.T) {
+	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
 	var dead []*task.SQLiteStore
 	for _, id := range []string{"x1", "x2"} {

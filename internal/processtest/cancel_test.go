@@ -9,6 +9,7 @@ import (
 
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // Pid returns the ID of the process.
@@ -32,6 +33,7 @@ func (p *manager) Insist(_ string, ids *[2]string) error {
 
 // TestCancel cancels what another process runs.
 func TestCancel(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	m, _ := testkit.NewLogged(t, testkit.OpenSQLite(t, path))
@@ -71,6 +73,7 @@ func TestCancel(t *testing.T) {
 // TestCancelUnheard: a process that dies before it has heard the request, or
 // before its function has, leaves an operation that is FAILED.
 func TestCancelUnheard(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	deaf, p := testkit.StartProcess(t, "manager"), start(t, path)
 	m, _ := testkit.NewLogged(t, testkit.OpenSQLite(t, path))
@@ -102,6 +105,7 @@ func TestCancelUnheard(t *testing.T) {
 
 // TestWatchAll watches what other processes run, until one dies.
 func TestWatchAll(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p, other := start(t, path), start(t, path)
 	m, _ := testkit.NewLogged(t, testkit.OpenSQLite(t, path))

@@ -18,6 +18,7 @@ import (
 // run, waited and watched. TASK_IDLE says for how
 // long, a second or more by default.
 func TestIdle(t *testing.T) {
+	testos.Parallel(t)
 	length := time.Duration(testos.Size(1500, 3000)) * time.Millisecond
 	if d, err := time.ParseDuration(os.Getenv("TASK_IDLE")); err == nil {
 		length = d

@@ -62,6 +62,7 @@ func (p *manager) SubmitID(s submission, won *bool) error {
 // TestSameID: two processes submit the same ID at the same time. One of them
 // runs it, and both see its end.
 func TestSameID(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.FastPath(t)
 	procs := []*testkit.Process{start(t, path), start(t, path)}
 	rounds := testos.Size(150, 1000)
@@ -113,6 +114,7 @@ func (p *manager) SubmitMany(s submission, _ *int) error {
 // However far a Submit has come, the next process does not run it again, and
 // runs what has not been stored.
 func TestKilledBetweenCommitAndAnswer(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.FastPath(t)
 	log := path + ".journal"
 	for range testos.Size(8, 20) {

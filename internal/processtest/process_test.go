@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // work is what the processes of a test do: three operations that keep running,
@@ -49,6 +50,7 @@ func wantOwnerFiles(t *testing.T, path string, want int) {
 // TestKilled kills one of three processes. Only its operations fail; those of
 // the others finish.
 func TestKilled(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	procs := []*testkit.Process{start(t, path), start(t, path), start(t, path)}
 	works := testkit.CallAll[[]task.Operation](t, procs, "Submit", work)
@@ -98,6 +100,7 @@ func TestKilled(t *testing.T) {
 }
 
 func TestOwnerFilesDoNotPileUp(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	const kills = 20
 	var dead []string
@@ -119,6 +122,7 @@ func TestOwnerFilesDoNotPileUp(t *testing.T) {
 
 // TestStartedAtOnce has several processes recover at the same time.
 func TestStartedAtOnce(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	store := testkit.OpenSQLite(t, path)
 	testkit.Fill(t, path, 2500, uuid.NewString(), "-1 hour") // recovered in several steps
@@ -152,6 +156,7 @@ func TestStartedAtOnce(t *testing.T) {
 
 // TestNewFile has several processes create the database at the same time.
 func TestNewFile(t *testing.T) {
+	testos.Parallel(t)
 	for round := range 3 {
 		path := testkit.Path(t)
 		procs := make([]*testkit.Process, 5)
@@ -184,6 +189,7 @@ func TestNewFile(t *testing.T) {
 // TestWait waits in this process for an operation that another one runs, and has
 // various things happen to it meanwhile.
 func TestWait(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	end := func(want task.Operation) func(*testkit.Process, task.Operation) {
 		return func(p *testkit.Process, op task.Operation) {
@@ -266,6 +272,7 @@ func waitWhile(t *testing.T, path string, meanwhile func(*testkit.Process, task.
 
 // TestOthers shows what a manager says of operations of another process.
 func TestOthers(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	p := start(t, path)
 	var ops []task.Operation

@@ -16,6 +16,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // resuming is a function of WithResume that resumes all with fn.
@@ -72,6 +73,7 @@ func eachOrphanStore(t *testing.T, test func(t *testing.T, open func(ops ...*tas
 }
 
 func TestResume(t *testing.T) {
+	testos.Parallel(t)
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
 		running, pending, cancelling, done := orphan("running"), orphan("pending"), orphan("cancelling"), orphan("done")
 		pending.State, done.State, cancelling.Cancelling = task.StatePending, task.StateDone, true
@@ -126,6 +128,7 @@ func TestResume(t *testing.T) {
 
 // TestResumeRefused has the function of WithResume, or an option, fail.
 func TestResumeRefused(t *testing.T) {
+	testos.Parallel(t)
 	for name, f := range map[string]func() (task.Func, []task.SubmitOption){
 		"nil":    func() (task.Func, []task.SubmitOption) { return nil, []task.SubmitOption{task.WithLock("")} },
 		"panic":  func() (task.Func, []task.SubmitOption) { panic("oh") },
@@ -173,6 +176,7 @@ func TestResumeRefused(t *testing.T) {
 // Of orphans that other code has made, with IDs that no query finds again, none is
 // resumed: all are FAILED, and hold up no other.
 func TestResumeOddIDs(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	leaveOrphans(t, path, orphan("good"))
 	testkit.Exec(t, path, `INSERT INTO tasks (id, name, state) VALUES (NULL, 'odd', 'RUNNING'), (NULL, 'odd', 'PENDING'),
@@ -195,6 +199,7 @@ func TestResumeOddIDs(t *testing.T) {
 // TestResumeOrder has operations resumed in the order of their submission,
 // whoever has left them, and those of one key one at a time.
 func TestResumeOrder(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	var want []string
 	for i := range 20 {
@@ -230,6 +235,7 @@ func TestResumeOrder(t *testing.T) {
 // TestResumeHoldsKey: what is submitted later waits for a resumed operation that
 // has its key.
 func TestResumeHoldsKey(t *testing.T) {
+	testos.Parallel(t)
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
 		fn, started, release := testkit.Blocker(nil)
 		defer release()
@@ -249,6 +255,7 @@ func TestResumeHoldsKey(t *testing.T) {
 
 // TestResumeRace has two stores recover the same file at the same time.
 func TestResumeRace(t *testing.T) {
+	testos.Parallel(t)
 	const n = 20
 	rounds := 40
 	if testing.Short() {
@@ -292,6 +299,7 @@ func TestResumeRace(t *testing.T) {
 
 // TestResumeMany resumes more than one transaction takes over.
 func TestResumeMany(t *testing.T) {
+	testos.Parallel(t)
 	const n = 5000
 	path := testkit.FastPath(t)
 	store := testkit.OpenSQLite(t, path)
@@ -318,6 +326,7 @@ func TestResumeMany(t *testing.T) {
 
 // TestResumeAfterCrash ends a process between its take-over and its start.
 func TestResumeAfterCrash(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	leaveOrphans(t, path, orphan("a"), orphan("b"))
 	crashed := testkit.OpenSQLite(t, path)
@@ -343,6 +352,7 @@ func TestResumeAfterCrash(t *testing.T) {
 // TestResumeOvertaken has the operation change while the function of WithResume
 // is asked.
 func TestResumeOvertaken(t *testing.T) {
+	testos.Parallel(t)
 	for name, tt := range map[string]struct {
 		stmt string
 		want task.State
@@ -371,6 +381,7 @@ func TestResumeOvertaken(t *testing.T) {
 // TestResumeBlocked: a function of WithResume that blocks in the background holds
 // up nothing but Close, after which nothing is resumed.
 func TestResumeBlocked(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	store, other, dying := testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
 	asked, release := make(chan struct{}), make(chan struct{})
@@ -423,6 +434,7 @@ func TestResumeBlocked(t *testing.T) {
 // TestResumeByWaiting: a manager that waits for an operation when its process dies
 // resumes it; each final state is shown once.
 func TestResumeByWaiting(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	store, dying := testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
 	testkit.Must(t, dying.Save(orphan("a")))
@@ -453,6 +465,7 @@ func TestResumeByWaiting(t *testing.T) {
 
 // TestResumeLater resumes once a store can be read again.
 func TestResumeLater(t *testing.T) {
+	testos.Parallel(t)
 	for _, method := range []string{"Recover", "List"} {
 		t.Run(method, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -483,6 +496,7 @@ func TestResumeLater(t *testing.T) {
 // TestResumeFails has New fail halfway: what was taken over is left to the next
 // start.
 func TestResumeFails(t *testing.T) {
+	testos.Parallel(t)
 	memory := task.NewMemoryStore()
 	for _, id := range []string{"a", "b", "c"} {
 		testkit.Must(t, memory.Save(orphan(id)))
@@ -508,6 +522,7 @@ func TestResumeFails(t *testing.T) {
 // TestResumeNotOwn: a manager whose store passes for dead does not resume what it
 // runs itself.
 func TestResumeNotOwn(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	living, dead := testkit.OpenSQLite(t, path), testkit.OpenSQLite(t, path)
 	moving := testkit.NewFake(dead)
@@ -531,6 +546,7 @@ func TestResumeNotOwn(t *testing.T) {
 
 // TestDrainWithResume: what has not started is left to the next start.
 func TestDrainWithResume(t *testing.T) {
+	testos.Parallel(t)
 	for _, drain := range []bool{true, false} {
 		t.Run(fmt.Sprint(drain), func(t *testing.T) {
 			path := testkit.Path(t)
@@ -569,6 +585,7 @@ func TestDrainWithResume(t *testing.T) {
 
 // TestDrainDuringSubmit: what is being stored when Drain is called is left, too.
 func TestDrainDuringSubmit(t *testing.T) {
+	testos.Parallel(t)
 	db := testkit.NewFake(nil)
 	entered, release := make(chan struct{}), make(chan struct{})
 	db.Before(func(c *testkit.Call) error {
@@ -596,6 +613,7 @@ func TestDrainDuringSubmit(t *testing.T) {
 }
 
 func TestSetMessage(t *testing.T) {
+	testos.Parallel(t)
 	for name, tt := range map[string]struct{ text, want string }{
 		"short":       {"reading /tank/ä", "reading /tank/ä"},
 		"long":        {strings.Repeat("ä", 1001), strings.Repeat("ä", 1000)},
@@ -643,6 +661,7 @@ func TestSetMessage(t *testing.T) {
 
 // TestSetMessageUnchanged: an unchanged text does nothing.
 func TestSetMessageUnchanged(t *testing.T) {
+	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
 		m := task.NewManager(db, testkit.Quiet)
@@ -664,6 +683,7 @@ func TestSetMessageUnchanged(t *testing.T) {
 
 // TestSetMessageHanging: a store that hangs does not hold up SetMessage.
 func TestSetMessageHanging(t *testing.T) {
+	testos.Parallel(t)
 	db := testkit.NewFake(nil)
 	release := make(chan struct{})
 	m := testkit.NewManager(t, db, testkit.Quiet)
@@ -693,6 +713,7 @@ func TestSetMessageHanging(t *testing.T) {
 
 // TestWaitsFor looks at operations that wait for a key, and for a slot.
 func TestWaitsFor(t *testing.T) {
+	testos.Parallel(t)
 	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		fn, started, release := testkit.Blocker(nil)
 		defer release()
@@ -743,6 +764,7 @@ func TestWaitsFor(t *testing.T) {
 }
 
 func TestWaitsForSlot(t *testing.T) {
+	testos.Parallel(t)
 	m := testkit.NewManager(t, nil, testkit.Quiet, task.WithLimit(1))
 	fn, started, release := testkit.Blocker(nil)
 	defer release()
@@ -755,6 +777,7 @@ func TestWaitsForSlot(t *testing.T) {
 
 // TestResumeUnique: the unique keys of resumed operations count.
 func TestResumeUnique(t *testing.T) {
+	testos.Parallel(t)
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
 		fn, started, release := testkit.Blocker(nil)
 		defer release()

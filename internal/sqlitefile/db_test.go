@@ -625,7 +625,7 @@ func TestResolve(t *testing.T) {
 func TestCloseDuringChanges(t *testing.T) {
 	testos.FastTemp(t)
 	path := filepath.Join(t.TempDir(), "test.db")
-	for range 300 {
+	for range 100 {
 		d, err := Open(path, "")
 		if err != nil {
 			t.Fatal(err)

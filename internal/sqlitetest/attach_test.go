@@ -98,6 +98,7 @@ func endBeside(t *testing.T, beside *task.Manager, id string, release func()) {
 // A wait for an operation of a dead process goes on, because an attached store
 // recovers nothing.
 func TestAttachSQLiteNeverRecovers(t *testing.T) {
+	testos.Parallel(t)
 	path := testkit.Path(t)
 	own := testkit.OpenSQLite(t, path)
 	testkit.Fill(t, path, 1, "dead", "-1 hour")

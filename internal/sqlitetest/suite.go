@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 	"github.com/mynt-nas/task/tasktest"
 )
 
@@ -37,6 +38,7 @@ func WithParams(path, params string) string {
 
 // Test runs all tests with a driver.
 func Test(t *testing.T, open Opener) {
+	testos.CheckLeaks(t)
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, Opener)
@@ -169,6 +171,7 @@ func testPersistence(t *testing.T, open Opener) {
 		{"one connection, WAL", 1, []string{"journal_mode(WAL)"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			tasktest.TestPersistence(t, func(dir string) (task.Persistence, error) {
 				db := open(t, filepath.Join(dir, "app.db"), test.pragmas...)
 				db.SetMaxOpenConns(test.conns)

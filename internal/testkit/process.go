@@ -1,7 +1,6 @@
 package testkit
 
 import (
-	"fmt"
 	"io"
 	"net/rpc"
 	"net/rpc/jsonrpc"
@@ -9,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/mynt-nas/task/internal/testos"
 )
@@ -18,7 +16,7 @@ import (
 // instead of running tests.
 const roleVar = "TASK_TEST_ROLE"
 
-// Main is a TestMain. It runs the tests and fails if they leave goroutines. In
+// Main is a TestMain. It runs the tests and fails if they leave goroutines or open files. In
 // a process that [StartProcess] has started it offers the methods of the object
 // that the role's function returns, as package net/rpc does.
 func Main(m *testing.M, roles map[string]func() any) {
@@ -26,14 +24,7 @@ func Main(m *testing.M, roles map[string]func() any) {
 		serve(roles[role]())
 		return
 	}
-	code := m.Run()
-	if code == 0 {
-		if left := testos.Left(10 * time.Second); left != "" {
-			fmt.Fprintf(os.Stderr, "goroutines left by tests:\n\n%s\n", left)
-			code = 1
-		}
-	}
-	os.Exit(code)
+	os.Exit(testos.Run(m))
 }
 
 // serve answers calls from standard input until that is closed, which it is

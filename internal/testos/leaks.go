@@ -1,6 +1,8 @@
 package testos
 
 import (
+	"flag"
+	"fmt"
 	"os"
 	"path"
 	"path/filepath"
@@ -16,7 +18,7 @@ var checked sync.Map // the names of the tests that CheckLeaks was called for
 // CheckLeaks fails the test if it leaves open files, or goroutines of this module
 // or of database/sql. Call it before registering cleanups that close things.
 // Further calls, also in subtests, do nothing. It does not work in parallel
-// tests, which see each other's goroutines and files.
+// tests, which see each other's goroutines and files: see [Parallel].
 func CheckLeaks(t testing.TB) {
 	t.Helper()
 	for name := t.Name(); name != "."; name = path.Dir(name) {
@@ -45,6 +47,14 @@ func CheckLeaks(t testing.TB) {
 	})
 }
 
+// Parallel has a test run beside the others that call it first, for tests that
+// mostly wait. [CheckLeaks] does nothing in it: TestMain finds what it leaves.
+func Parallel(t *testing.T) {
+	checked.Store(t.Name(), true)
+	t.Cleanup(func() { checked.Delete(t.Name()) })
+	t.Parallel()
+}
+
 // Goroutines returns the stacks of the goroutines of this module and of
 // database/sql.
 func Goroutines() (own []string) {
@@ -57,11 +67,32 @@ func Goroutines() (own []string) {
 	return own
 }
 
-// Left returns the stacks of the goroutines that tests have left. It waits for
-// them to end, and returns "" as soon as there are none. It is for TestMain.
+// Run runs the tests, eight of those that call [Parallel] at a time unless the user
+// says otherwise, and returns the exit code. They fail if they leave something. It is
+// for TestMain.
+func Run(m *testing.M) (code int) {
+	flag.Parse()
+	if given := flag.Lookup("test.parallel"); given.Value.String() == given.DefValue {
+		flag.Set("test.parallel", "8")
+	}
+	if code = m.Run(); code == 0 {
+		if left := Left(10 * time.Second); left != "" {
+			fmt.Fprintf(os.Stderr, "left by tests:\n\n%s\n", left)
+			code = 1
+		}
+	}
+	return code
+}
+
+// Left returns what tests have left: the stacks of goroutines, and how many files are
+// open. It waits for them to end, and returns "" as soon as there is nothing. It is
+// for TestMain.
 func Left(wait time.Duration) string {
 	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
-		left := others()
+		left, files := others(), openFiles()
+		if files > 0 {
+			left = append(left, fmt.Sprintf("%d open files", files))
+		}
 		if len(left) == 0 || time.Now().After(deadline) {
 			return strings.Join(left, "\n\n")
 		}

@@ -129,7 +129,7 @@ func serveOldVersion(c net.Conn) {
 			b.Send(&pgproto3.DataRow{Values: [][]byte{[]byte("120022"), []byte("UTF8")}})
 			b.Send(&pgproto3.CommandComplete{CommandTag: []byte("SELECT 1")})
 			b.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
-		case *pgproto3.Terminate:
+		case *pgproto3.Terminate, *pgproto3.Query: // a transaction, which nobody should begin
 			return
 		}
 	}

@@ -5,11 +5,15 @@ package taskpg
 import (
 	"context"
 	"fmt"
+	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgproto3"
+	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
@@ -67,6 +71,68 @@ func TestSuits(t *testing.T) {
 	}{{120022, "UTF8", false}, {130000, "UTF8", true}, {180001, "UTF8", true}, {180001, "SQL_ASCII", false}} {
 		if err := suits(c.version, c.encoding); (err == nil) != c.want {
 			t.Errorf("suits(%d, %s) = %v", c.version, c.encoding, err)
+		}
+	}
+}
+
+// TestOpenTooOldServer has a server of PostgreSQL's protocol say that it is version 12.
+func TestOpenTooOldServer(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var served sync.WaitGroup
+	served.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			served.Go(func() { serveOldVersion(c) })
+		}
+	})
+	t.Cleanup(served.Wait)
+	t.Cleanup(func() { l.Close() })
+	s, err := Open(t.Context(), "postgres://user@"+l.Addr().String()+"/tasks?sslmode=disable")
+	if err == nil {
+		s.Close()
+		t.Fatal("Open succeeds")
+	}
+	const want = "taskpg: open: the server is PostgreSQL 12: version 13 or later is needed"
+	if err.Error() != want {
+		t.Errorf("the error is %q, want %q", err, want)
+	}
+}
+
+// serveOldVersion answers each query on c as version 12.22 answers that for its version.
+func serveOldVersion(c net.Conn) {
+	defer c.Close()
+	b := pgproto3.NewBackend(c, c)
+	if _, err := b.ReceiveStartupMessage(); err != nil {
+		return
+	}
+	b.Send(&pgproto3.AuthenticationOk{})
+	b.Send(&pgproto3.ParameterStatus{Name: "server_version", Value: "12.22"})
+	b.Send(&pgproto3.ParameterStatus{Name: "client_encoding", Value: "UTF8"})
+	b.Send(&pgproto3.ParameterStatus{Name: "standard_conforming_strings", Value: "on"})
+	b.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
+	for b.Flush() == nil {
+		m, err := b.Receive()
+		if err != nil {
+			return
+		}
+		switch m.(type) {
+		case *pgproto3.Sync: // Parse, Bind, Describe and Execute came before it
+			b.Send(&pgproto3.ParseComplete{})
+			b.Send(&pgproto3.BindComplete{})
+			b.Send(&pgproto3.RowDescription{Fields: []pgproto3.FieldDescription{
+				{Name: []byte("version"), DataTypeOID: pgtype.Int4OID, DataTypeSize: 4, TypeModifier: -1},
+				{Name: []byte("encoding"), DataTypeOID: pgtype.TextOID, DataTypeSize: -1, TypeModifier: -1}}})
+			b.Send(&pgproto3.DataRow{Values: [][]byte{[]byte("120022"), []byte("UTF8")}})
+			b.Send(&pgproto3.CommandComplete{CommandTag: []byte("SELECT 1")})
+			b.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
+		case *pgproto3.Terminate, *pgproto3.Query: // a transaction, which nobody should begin
+			return
 		}
 	}
 }

@@ -104,7 +104,8 @@ func TestOpenTooOldServer(t *testing.T) {
 	}
 }
 
-// serveOldVersion answers each query on c as version 12.22 answers that for its version.
+// serveOldVersion answers the queries on c for its process ID and version as version
+// 12.22 does.
 func serveOldVersion(c net.Conn) {
 	defer c.Close()
 	b := pgproto3.NewBackend(c, c)
@@ -116,19 +117,29 @@ func serveOldVersion(c net.Conn) {
 	b.Send(&pgproto3.ParameterStatus{Name: "client_encoding", Value: "UTF8"})
 	b.Send(&pgproto3.ParameterStatus{Name: "standard_conforming_strings", Value: "on"})
 	b.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
+	column := func(name string, oid uint32, size int16) pgproto3.FieldDescription {
+		return pgproto3.FieldDescription{Name: []byte(name), DataTypeOID: oid, DataTypeSize: size, TypeModifier: -1}
+	}
+	var query string
 	for b.Flush() == nil {
 		m, err := b.Receive()
 		if err != nil {
 			return
 		}
-		switch m.(type) {
-		case *pgproto3.Sync: // Parse, Bind, Describe and Execute came before it
+		switch m := m.(type) {
+		case *pgproto3.Parse:
+			query = m.Query
+		case *pgproto3.Sync: // Bind, Describe and Execute came before it
+			columns := []pgproto3.FieldDescription{column("version", pgtype.Int4OID, 4), column("encoding", pgtype.TextOID, -1)}
+			row := [][]byte{[]byte("120022"), []byte("UTF8")}
+			if strings.Contains(query, "pg_backend_pid") {
+				columns = []pgproto3.FieldDescription{column("pid", pgtype.Int4OID, 4), column("version", pgtype.Int4OID, 4)}
+				row = [][]byte{[]byte("0"), []byte("120022")} // the one in the greeting
+			}
 			b.Send(&pgproto3.ParseComplete{})
 			b.Send(&pgproto3.BindComplete{})
-			b.Send(&pgproto3.RowDescription{Fields: []pgproto3.FieldDescription{
-				{Name: []byte("version"), DataTypeOID: pgtype.Int4OID, DataTypeSize: 4, TypeModifier: -1},
-				{Name: []byte("encoding"), DataTypeOID: pgtype.TextOID, DataTypeSize: -1, TypeModifier: -1}}})
-			b.Send(&pgproto3.DataRow{Values: [][]byte{[]byte("120022"), []byte("UTF8")}})
+			b.Send(&pgproto3.RowDescription{Fields: columns})
+			b.Send(&pgproto3.DataRow{Values: row})
 			b.Send(&pgproto3.CommandComplete{CommandTag: []byte("SELECT 1")})
 			b.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
 		case *pgproto3.Terminate, *pgproto3.Query: // a transaction, which nobody should begin

@@ -156,10 +156,12 @@ func prepares(ctx context.Context, config *pgx.ConnConfig) error {
 	}
 	defer c.Close(ctx)
 	var pid int64
-	if err := c.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
+	var version int
+	err = c.QueryRow(ctx, `SELECT pg_backend_pid(), current_setting('server_version_num')::int`).Scan(&pid, &version)
+	if err != nil {
 		return err
 	}
-	if pid == int64(c.PgConn().PID()) {
+	if pid == int64(c.PgConn().PID()) && version >= minVersion*10000 {
 		config.DefaultQueryExecMode = pgx.QueryExecModeCacheStatement
 		// Reads are planned each time: the plan for a small table, or for one value,
 		// would be kept while the table grows, or for another value.

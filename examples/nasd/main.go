@@ -68,7 +68,7 @@ func main() {
 	var c config
 	flag.StringVar(&c.data, "data", "", "store all data in this `DIR`")
 	flag.StringVar(&c.listen, "listen", "127.0.0.1:8080", "listen on this `ADDR`; port 0 chooses a free port")
-	flag.IntVar(&c.limit, "limit", 4, "run at most `N` operations at once, uploads included; 0 for no limit")
+	flag.IntVar(&c.limit, "limit", 16, "run at most `N` operations at once, uploads included; 0 for no limit")
 	flag.DurationVar(&c.history, "keep-history", 30*24*time.Hour, "delete operations that finished longer ago; 0 for never")
 	flag.DurationVar(&c.every, "snapshot-every", 10*time.Minute, "take a snapshot of each pool at this interval; 0 for never")
 	flag.IntVar(&c.keep, "keep-snapshots", 12, fmt.Sprintf(

@@ -75,7 +75,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		taskhttp.Problem(w, r, http.StatusForbidden, errors.New("requests from pages of other sites are not allowed"))
 	}))
-	h := protection.Handler(mux)
+	h := protection.Handler(routed(mux))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if local && !isAddress(r.Host) {
 			taskhttp.Problem(w, r, http.StatusMisdirectedRequest, errors.New("the Host header must be an IP address or localhost"))
@@ -84,6 +84,34 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 		h.ServeHTTP(w, r)
 	})
 }
+
+// routed answers with problem details what the mux would refuse in plain text.
+func routed(mux *http.ServeMux) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		refuse, pattern := mux.Handler(r)
+		if pattern != "" {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		no := refusal{header: w.Header()} // for Allow
+		refuse.ServeHTTP(&no, r)
+		err := fmt.Errorf("there is nothing at %s", r.URL.Path)
+		if no.status == http.StatusMethodNotAllowed {
+			err = fmt.Errorf("%s is not allowed here", r.Method)
+		}
+		taskhttp.Problem(w, r, no.status, err)
+	})
+}
+
+// A refusal keeps the header and the status of a response.
+type refusal struct {
+	header http.Header
+	status int
+}
+
+func (f *refusal) Header() http.Header         { return f.header }
+func (f *refusal) Write(p []byte) (int, error) { return len(p), nil }
+func (f *refusal) WriteHeader(status int)      { f.status = status }
 
 // isAddress reports whether a Host header holds an IP address or localhost.
 func isAddress(host string) bool {

@@ -575,6 +575,7 @@ func TestSQLiteHolder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer c.Close()
 	sqliteExecute(t, c, "BEGIN IMMEDIATE; CREATE TABLE other (x)")
 	fmt.Println("holding")
 	io.Copy(io.Discard, os.Stdin)

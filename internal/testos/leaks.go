@@ -75,8 +75,9 @@ func Run(m *testing.M) (code int) {
 	if given := flag.Lookup("test.parallel"); given.Value.String() == given.DefValue {
 		flag.Set("test.parallel", "8")
 	}
+	files := openFiles() // what the caller has redirected output to may be a temporary file
 	if code = m.Run(); code == 0 {
-		if left := Left(10 * time.Second); left != "" {
+		if left := left(10*time.Second, files); left != "" {
 			fmt.Fprintf(os.Stderr, "left by tests:\n\n%s\n", left)
 			code = 1
 		}
@@ -84,13 +85,13 @@ func Run(m *testing.M) (code int) {
 	return code
 }
 
-// Left returns what tests have left: the stacks of goroutines, and how many files are
-// open. It waits for them to end, and returns "" as soon as there is nothing. It is
-// for TestMain.
-func Left(wait time.Duration) string {
+// left returns what tests have left: the stacks of goroutines, and how many more files
+// are open than before. It waits for them to end, and returns "" as soon as there is
+// nothing.
+func left(wait time.Duration, before int) string {
 	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
-		left, files := others(), openFiles()
-		if files > 0 {
+		left := others()
+		if files := openFiles() - before; files > 0 {
 			left = append(left, fmt.Sprintf("%d open files", files))
 		}
 		if len(left) == 0 || time.Now().After(deadline) {

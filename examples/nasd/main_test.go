@@ -477,6 +477,7 @@ func TestTerm(t *testing.T) {
 // TestKill checks that after a kill the next daemon resumes a replication and a
 // scrub, with their IDs, but not an accept.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
 	for _, name := range []string{"backup", "scrubbed", "accepted"} {
@@ -594,6 +595,7 @@ func TestDelete(t *testing.T) {
 // TestKillDelete checks that a kill leaves no half of a pool. The next daemon finishes
 // a removal that had begun, and does not begin one.
 func TestKillDelete(t *testing.T) {
+	t.Parallel()
 	d := start(t, t.TempDir(), "-limit", "0")
 	ops := make(map[string]task.Operation)
 	for _, pool := range []string{"begun", "waiting"} {
@@ -624,6 +626,7 @@ func TestKillDelete(t *testing.T) {
 // TestKillDuringDelete kills daemons that are removing many files, and checks that the
 // pool is there as a whole or not at all.
 func TestKillDuringDelete(t *testing.T) {
+	t.Parallel()
 	for round := range 5 {
 		d := start(t, t.TempDir())
 		d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)

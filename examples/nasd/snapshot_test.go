@@ -152,6 +152,7 @@ func TestThin(t *testing.T) {
 // TestScheduler checks that snapshots are taken on time, and none while the last
 // ones are waiting.
 func TestScheduler(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		m := task.NewManager(nil)

@@ -146,6 +146,7 @@ func TestUpload(t *testing.T) {
 
 // TestUploadEnds ends uploads in the middle, and checks that nothing of their files stays.
 func TestUploadEnds(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		end    func(d *daemon, s *sending, id string)
@@ -189,6 +190,7 @@ func TestUploadEnds(t *testing.T) {
 
 // TestUploadTerm checks that an upload does not hold up the end of the daemon.
 func TestUploadTerm(t *testing.T) {
+	t.Parallel()
 	d := withTank(t)
 	s, op := d.beginUpload("a")
 	must(t, d.end(syscall.SIGTERM))
@@ -241,6 +243,7 @@ func TestUploadTwice(t *testing.T) {
 
 // TestUploadWaits checks that an upload that waits for a slot can be cancelled.
 func TestUploadWaits(t *testing.T) {
+	t.Parallel()
 	d := start(t, t.TempDir(), "-limit", "1")
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
 	running, op := d.beginUpload("a")

@@ -115,7 +115,7 @@ const minColumn = 8 // what is left of an elastic column
 // table returns operations as lines that fit the terminal, a header first.
 func (t *tool) table(ops []*task.Operation) []string {
 	columns, _ := t.out.size()
-	rows := [][]string{header}
+	rows := [][]string{slices.Clone(header)}
 	short := shortID(ops)
 	for _, op := range ops {
 		rows = append(rows, []string{op.ID[:min(short, len(op.ID))], state(op), progress(op),

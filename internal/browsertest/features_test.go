@@ -93,6 +93,7 @@ func TestCounts(t *testing.T) {
 	b.until(`$("counts").innerText === "3 running · 1 waiting" && $("failures").hidden`)
 
 	b.do(chromedp.Navigate("about:blank")) // the user leaves
+	time.Sleep(2 * time.Second)            // the page knows the server's time but for its latency
 	fails, end := s.start("fails")
 	end(nil, errors.New("no"))
 	b.open(s.url)

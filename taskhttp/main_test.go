@@ -307,8 +307,15 @@ func newControlled(t testing.TB, m *task.Manager, name string, opts ...task.Subm
 	return p
 }
 
+// update reports progress, and returns when that is done.
 func (p *controlled) update(progress int) {
-	p.do <- func(update func(int)) (any, error, bool) { update(progress); return nil, nil, false }
+	done := make(chan struct{})
+	p.do <- func(update func(int)) (any, error, bool) {
+		update(progress)
+		close(done)
+		return nil, nil, false
+	}
+	<-done
 }
 
 func (p *controlled) end(result any, err error) {

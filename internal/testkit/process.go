@@ -16,9 +16,9 @@ import (
 // instead of running tests.
 const roleVar = "TASK_TEST_ROLE"
 
-// Main is a TestMain. It runs the tests and fails if they leave goroutines or open files. In
-// a process that [StartProcess] has started it offers the methods of the object
-// that the role's function returns, as package net/rpc does.
+// Main is a TestMain. It does what [testos.Run] does. In a process that
+// [StartProcess] has started, it offers the methods of the object that the role's
+// function returns, as package net/rpc does.
 func Main(m *testing.M, roles map[string]func() any) {
 	if role := os.Getenv(roleVar); role != "" {
 		serve(roles[role]())

@@ -67,9 +67,9 @@ func Goroutines() (own []string) {
 	return own
 }
 
-// Run runs the tests, eight of those that call [Parallel] at a time unless the user
-// says otherwise, and returns the exit code. They fail if they leave something. It is
-// for TestMain.
+// Run runs the tests and returns the exit code, for TestMain. The tests fail if they
+// leave goroutines or open files. Of parallel tests, which mostly wait, eight run at a
+// time unless the user says otherwise.
 func Run(m *testing.M) (code int) {
 	flag.Parse()
 	if given := flag.Lookup("test.parallel"); given.Value.String() == given.DefValue {
@@ -77,8 +77,8 @@ func Run(m *testing.M) (code int) {
 	}
 	files := openFiles() // what the caller has redirected output to may be a temporary file
 	if code = m.Run(); code == 0 {
-		if left := left(10*time.Second, files); left != "" {
-			fmt.Fprintf(os.Stderr, "left by tests:\n\n%s\n", left)
+		if what := left(10*time.Second, files); what != "" {
+			fmt.Fprintf(os.Stderr, "left by tests:\n\n%s\n", what)
 			code = 1
 		}
 	}
@@ -90,12 +90,12 @@ func Run(m *testing.M) (code int) {
 // nothing.
 func left(wait time.Duration, before int) string {
 	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
-		left := others()
+		all := others()
 		if files := openFiles() - before; files > 0 {
-			left = append(left, fmt.Sprintf("%d open files", files))
+			all = append(all, fmt.Sprintf("%d open files", files))
 		}
-		if len(left) == 0 || time.Now().After(deadline) {
-			return strings.Join(left, "\n\n")
+		if len(all) == 0 || time.Now().After(deadline) {
+			return strings.Join(all, "\n\n")
 		}
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // recoveryInsert adds an unfinished row as another store would have left it.
@@ -174,7 +175,7 @@ func TestRecoveryBesideRecovery(t *testing.T) {
 }
 
 func TestRecoveryOfMany(t *testing.T) {
-	for ahead, n := range map[string]int{"-1 hour": 20_000, "+10 years": 100} {
+	for ahead, n := range map[string]int{"-1 hour": testos.Size(3000, 20_000), "+10 years": 100} {
 		t.Run(ahead, func(t *testing.T) {
 			path := testkit.Path(t)
 			store := openSQLite(t, path)
@@ -575,7 +576,7 @@ func TestRecoveryLog(t *testing.T) {
 			return testkit.Bare(memory)
 		},
 	} {
-		for _, tt := range []struct{ n, lines, sums int }{{0, 0, 0}, {1, 1, 1}, {100, 100, 1}, {101, 100, 1}, {20_000, 100, 1}} {
+		for _, tt := range []struct{ n, lines, sums int }{{0, 0, 0}, {1, 1, 1}, {100, 100, 1}, {101, 100, 1}, {testos.Size(2500, 20_000), 100, 1}} {
 			if name == "four methods" {
 				tt.n = min(tt.n, 9000) // a MemoryStore drops what exceeds 10,000
 			}

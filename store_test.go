@@ -387,7 +387,7 @@ func TestSubmitBesideSearches(t *testing.T) {
 	// A busy machine may exceed the bound in a round, a fault does so in each.
 	var r besideResult
 	for range 5 {
-		r = besideSearches(t, 100_000, 100, 700*time.Millisecond)
+		r = besideSearches(t, 100_000, 100, 400*time.Millisecond)
 		t.Log(r)
 		if r.submits == 0 || r.failed != nil {
 			t.Fatalf("%v, want none failed", r)

@@ -605,7 +605,7 @@ func TestWatchSlowly(t *testing.T) {
 		wait(t, m, a.ID)
 		b.end(nil, nil)
 		wait(t, m, b.ID)
-		time.Sleep(time.Hour)
+		time.Sleep(10 * time.Minute)
 		stop()
 		<-done
 		want := []string{"a PENDING 0", "a RUNNING 99", "b PENDING 0", "b RUNNING 0", "a DONE 100", "b DONE 100"}

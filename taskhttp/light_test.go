@@ -306,11 +306,11 @@ func TestPagesSlowClient(t *testing.T) {
 // TestPagesBlocked shuts a server down while clients do not read their pages.
 func TestPagesBlocked(t *testing.T) {
 	t.Parallel()
+	m := newManager(t, nil)
+	op := run(t, m, "big", strings.Repeat("x", 15<<20), nil)
+	submitHeavy(t, m, 300)
 	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {
-		m := newManager(t, nil)
 		s := serve(mount(m))
-		op := run(t, m, "big", strings.Repeat("x", 15<<20), nil)
-		submitHeavy(t, m, 300)
 		for _, path := range []string{"/?limit=500", "/" + op.ID, "/" + op.ID + "/result"} {
 			answer := s.request(t.Context(), "GET", path, nil)
 			defer answer.Body.Close()

@@ -415,12 +415,12 @@ func (s *site) receive(path string, opened func()) string {
 // written to it: the blocked write must end soon.
 func TestStreamsBlocked(t *testing.T) {
 	t.Parallel()
+	m := newManager(t, nil)
+	for range 600 { // more than the buffers of client and server hold
+		newControlled(t, m, "live", task.WithMetadata(strings.Repeat("x", 15_000)))
+	}
 	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {
-		m := newManager(t, nil)
 		s := serve(mount(m))
-		for range 600 { // more than the buffers of client and server hold
-			newControlled(t, m, "live", task.WithMetadata(strings.Repeat("x", 15_000)))
-		}
 		answer := s.request(t.Context(), "GET", "/events", nil)
 		defer answer.Body.Close()
 		start := time.Now()

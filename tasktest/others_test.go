@@ -152,6 +152,7 @@ var wrongOthers = []wrongStore{
 
 // TestRightOthers: stores that keep the contract of these abilities pass.
 func TestRightOthers(t *testing.T) {
+	t.Parallel()
 	for name, open := range map[string]openFunc{
 		"cancel":  cancelling(func(*cancelStore) {}),
 		"changes": notifying(poll),

@@ -3,6 +3,7 @@ package tasktest
 import (
 	"database/sql"
 	"errors"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -12,6 +13,8 @@ import (
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testos"
 )
+
+func TestMain(m *testing.M) { os.Exit(testos.Run(m)) }
 
 // once returns an open function for stores without files, which gives the same
 // store for the same directory.
@@ -76,10 +79,10 @@ var rightStores = map[string]func(dir string) (task.Persistence, error){
 }
 
 func TestRightStores(t *testing.T) {
-	testos.FastTemp(t)
+	t.Parallel() // much of it is waiting
 	for name, open := range rightStores {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel() // much of it is waiting
+			t.Parallel()
 			TestPersistence(t, open)
 		})
 	}

@@ -27,7 +27,6 @@ import (
 const toolVar = "TASK_TEST_TOOL"
 
 func TestMain(m *testing.M) {
-	testos.UseMemory()
 	if text := os.Getenv(toolVar); text != "" {
 		var err error
 		if sqlitefile.DefaultTimeout, err = time.ParseDuration(text); err != nil {

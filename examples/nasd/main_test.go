@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -22,6 +21,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // TestMain makes the test binary run the daemon if its environment says so.
@@ -34,25 +34,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	code := m.Run()
-	if left := goroutines(); code == 0 && left != "" {
-		fmt.Fprintf(os.Stderr, "goroutines left by tests:\n\n%s\n", left)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-// goroutines returns the stacks of all other goroutines. It waits some time for
-// them to end.
-func goroutines() (left string) {
-	buf := make([]byte, 1<<20)
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		_, left, _ = strings.Cut(string(buf[:runtime.Stack(buf, true)]), "\n\n")
-		if left == "" || !strings.Contains(left, "mynt-nas") && !strings.Contains(left, "net/http") {
-			return ""
-		}
-	}
-	return left
+	os.Exit(testos.Run(m))
 }
 
 // program returns the command that runs the daemon.

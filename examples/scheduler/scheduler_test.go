@@ -10,11 +10,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // TestMain makes the test binary run the program if it is asked to.
@@ -23,7 +25,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	os.Exit(testos.Run(m))
 }
 
 // must fails the test at once on an error of its preparation.
@@ -48,6 +50,19 @@ func complete(snapshots string) []string {
 	return paths
 }
 
+// awaitPartial waits until a snapshot has begun, or a second.
+func awaitPartial(snapshots string) {
+	partial := func() []string {
+		paths, _ := filepath.Glob(filepath.Join(snapshots, "partial-*"))
+		return paths
+	}
+	before := partial()
+	begun := func(path string) bool { return !slices.Contains(before, path) }
+	for deadline := time.Now().Add(time.Second); !slices.ContainsFunc(partial(), begun) && time.Now().Before(deadline); {
+		time.Sleep(100 * time.Microsecond)
+	}
+}
+
 // TestKilledAllTheTime kills two schedulers on one database again and again. At
 // last each snapshot is there once, whole, and was completed by at most one
 // operation.
@@ -61,21 +76,32 @@ func TestKilledAllTheTime(t *testing.T) {
 	}
 	args := []string{"-db", db, "-every", "50ms", dir, snapshots}
 	var procs [2]*exec.Cmd
-	deadline := time.Now().Add(20 * time.Second)
-	for i := 0; i < 40 || len(complete(snapshots)) < 5 && time.Now().Before(deadline); i++ {
-		p := &procs[i%len(procs)]
-		if *p != nil {
-			must(t, (*p).Process.Kill())
-			(*p).Wait() // returns an error that says that it was killed
+	kill := func(victims []*exec.Cmd) {
+		for _, p := range victims {
+			must(t, p.Process.Kill())
 		}
-		*p = command(t, args...)
-		must(t, (*p).Start())
-		time.Sleep(rand.N(time.Duration(20*(i%10))*time.Millisecond + 1))
+		for i, p := range victims {
+			p.Wait() // returns an error that says that it was killed
+			victims[i] = nil
+		}
 	}
-	for _, p := range procs {
-		must(t, p.Process.Kill())
-		p.Wait()
+	deadline := time.Now().Add(20 * time.Second)
+	for i := 0; i < testos.Size(18, 60) || len(complete(snapshots)) < 5 && time.Now().Before(deadline); i++ {
+		for p := range procs {
+			if procs[p] == nil {
+				procs[p] = command(t, args...)
+				must(t, procs[p].Start())
+			}
+		}
+		time.Sleep(rand.N(time.Duration(1+20*(i%10)) * time.Millisecond))
+		if n := i % 3; n < 2 {
+			kill(procs[n : n+1]) // the other one goes on
+		} else {
+			awaitPartial(snapshots)
+			kill(procs[:])
+		}
 	}
+	kill(slices.DeleteFunc(procs[:], func(p *exec.Cmd) bool { return p == nil }))
 	last := command(t, args...)
 	out, err := last.StdoutPipe()
 	must(t, err)

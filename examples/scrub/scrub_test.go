@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/mynt-nas/task"
+	"github.com/mynt-nas/task/internal/testos"
 )
 
 // TestMain makes the test binary run the program if its environment says so.
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	os.Exit(testos.Run(m))
 }
 
 func noUpdate(int) {}

@@ -35,8 +35,7 @@ func TestMain(m *testing.M) {
 		run(context.Background(), "sh", "-c", `echo $$ >"$0"; exec sleep 60`, pipe)
 		os.Exit(1)
 	}
-	testos.UseMemory()
-	os.Exit(m.Run())
+	os.Exit(testos.Run(m))
 }
 
 func TestRunOutput(t *testing.T) {

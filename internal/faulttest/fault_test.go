@@ -25,7 +25,6 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testos.UseMemory()
 	testkit.Main(m, nil)
 }
 
@@ -116,14 +115,13 @@ func untilFull(t *testing.T, m *task.Manager, metadata string) (ids []string, ca
 // TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be
 // called again.
 func TestOpenLocked(t *testing.T) {
-	timeout := time.Duration(testos.Size(2, 10)) * time.Second
+	timeout := time.Duration(testos.Size(1, 10)) * time.Second
 	before := sqlitefile.DefaultTimeout
 	t.Cleanup(func() { sqlitefile.DefaultTimeout = before })
 	sqlitefile.DefaultTimeout = timeout
-	testos.CheckLeaks(t)
 	for _, begin := range []string{"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"} {
 		t.Run(begin, func(t *testing.T) {
-			t.Parallel()
+			testos.Parallel(t)
 			path := testkit.Path(t)
 			testkit.Must(t, testkit.OpenSQLite(t, path).Close())
 			other, err := sql.Open("sqlite3", path+"?_journal_mode=DELETE")

@@ -132,7 +132,7 @@ func randomFilter(r *rand.Rand, all []*task.Operation) (f task.Filter) {
 func TestListCombined(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
-			n, rounds := 400, testos.Size(700, 2000)
+			n, rounds := 400, testos.Size(300, 2000)
 			if name == "sqlite" {
 				n, rounds = 12_000, testos.Size(100, 300)
 			}

@@ -17,7 +17,6 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testos.UseMemory()
 	testkit.Main(m, nil)
 }
 

@@ -19,7 +19,7 @@ import (
 // long, a second or more by default.
 func TestIdle(t *testing.T) {
 	testos.Parallel(t)
-	length := time.Duration(testos.Size(1500, 3000)) * time.Millisecond
+	length := time.Duration(testos.Size(1000, 3000)) * time.Millisecond
 	if d, err := time.ParseDuration(os.Getenv("TASK_IDLE")); err == nil {
 		length = d
 	}

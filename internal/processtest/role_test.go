@@ -10,11 +10,9 @@ import (
 	"github.com/google/uuid"
 	"github.com/mynt-nas/task"
 	"github.com/mynt-nas/task/internal/testkit"
-	"github.com/mynt-nas/task/internal/testos"
 )
 
 func TestMain(m *testing.M) {
-	testos.UseMemory()
 	testkit.Main(m, map[string]func() any{
 		"manager": func() any { return &manager{orders: make(map[string]chan task.Operation)} },
 	})

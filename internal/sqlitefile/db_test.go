@@ -22,6 +22,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
+func TestMain(m *testing.M) { os.Exit(testos.Run(m)) }
+
 var table = Schema{
 	Table:    "things",
 	Required: []string{"id", "name"},
@@ -72,6 +74,7 @@ func usable(t *testing.T, d *DB, rows int) {
 // statement says so and in whatever way. It returns any other error at once,
 // and a lock after the time limit. The connection is free in the end.
 func TestWrite(t *testing.T) {
+	t.Parallel()
 	fire := errors.New("the disk is on fire")
 	for name, fault := range map[string]struct {
 		err  error
@@ -90,6 +93,7 @@ func TestWrite(t *testing.T) {
 			for _, kind := range []string{"file", "memory"} {
 				for _, times := range []int{3, 1 << 30} {
 					t.Run(fmt.Sprint(name, " at ", at, ", ", kind, ", ", times), func(t *testing.T) {
+						t.Parallel()
 						d, set := hooked(t, kinds(t)[kind])
 						if times > 3 {
 							d.Timeout = 60 * time.Millisecond
@@ -314,6 +318,7 @@ func TestSharedCache(t *testing.T) {
 // To find out whether its connections share a cache, Use needs two of them. It
 // leaves their settings as they are, and waits little for them.
 func TestUseFindsSharedCache(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		cache  string
 		held   int // of three connections
@@ -431,7 +436,6 @@ func TestTooOld(t *testing.T) {
 // A table that lacks something gets it, and nothing else changes, however many
 // do that at once. One that is something else stays as it is.
 func TestMigrate(t *testing.T) {
-	testos.FastTemp(t)
 	const all = "id TEXT,name TEXT,size INTEGER"
 	for _, test := range []struct{ name, script, want, refused string }{
 		{"no table", "CREATE TABLE other (id); PRAGMA user_version = 7", all, ""},
@@ -623,7 +627,6 @@ func TestResolve(t *testing.T) {
 
 // Changes may be asking for the version when the database is closed.
 func TestCloseDuringChanges(t *testing.T) {
-	testos.FastTemp(t)
 	path := filepath.Join(t.TempDir(), "test.db")
 	for range 100 {
 		d, err := Open(path, "")

@@ -24,11 +24,11 @@ func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 }
 
 func Test_mattn(t *testing.T) {
-	testos.FastTemp(t)
+	testos.Parallel(t)
 	Test(t, open)
 }
 
 func TestSharedCache_mattn(t *testing.T) {
-	testos.FastTemp(t)
+	testos.Parallel(t)
 	TestSharedCache(t, open)
 }

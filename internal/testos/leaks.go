@@ -70,7 +70,14 @@ func Goroutines() (own []string) {
 // Run runs the tests and returns the exit code, for TestMain. The tests fail if they
 // leave goroutines or open files. Of parallel tests, which mostly wait, eight run at a
 // time unless the user says otherwise.
+//
+// All temporary directories are in memory, where that has room and may hold programs:
+// most tests would else wait for a disk to sync most of the time. If the environment
+// variable TASK_LONG is set they are not, so that the tests run on a disk, too.
 func Run(m *testing.M) (code int) {
+	if os.Getenv(longVar) == "" && fits(memoryDir) {
+		os.Setenv("TMPDIR", memoryDir)
+	}
 	flag.Parse()
 	if given := flag.Lookup("test.parallel"); given.Value.String() == given.DefValue {
 		flag.Set("test.parallel", "8")

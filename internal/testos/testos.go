@@ -34,23 +34,3 @@ func Size(usual, long int) int {
 
 // memoryDir is where some systems have a file system in memory.
 const memoryDir = "/dev/shm"
-
-// FastTemp has the TempDir of a test and its subtests be in memory, where the
-// system has such a directory: for tests that open databases by the hundred and
-// do not test durability.
-func FastTemp(t testing.TB) {
-	t.Helper()
-	if _, err := os.Stat(memoryDir); err == nil {
-		t.Setenv("TMPDIR", memoryDir)
-	}
-}
-
-// UseMemory has all temporary directories of the program be in memory, where that
-// has room and may hold programs: most tests would else wait for a disk to sync
-// most of the time. If the environment variable TASK_LONG is set, it does
-// nothing, so that the tests run on a disk, too. It is for TestMain.
-func UseMemory() {
-	if os.Getenv(longVar) == "" && fits(memoryDir) {
-		os.Setenv("TMPDIR", memoryDir)
-	}
-}

@@ -184,3 +184,172 @@ func ExampleNew_recovery() {
 	// Output:
 	// scrub tank: FAILED at 40%: Task failed due to system restart
 }
+
+// What a restart has interrupted goes on from the place that it had stored.
+func ExampleWithResume() {
+	dir, err := os.MkdirTemp("", "")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "tasks.db")
+
+	// This is what a program leaves that crashes after it has checked 600 blocks.
+	store, err := task.OpenSQLite(path)
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = store.Save(&task.Operation{ID: uuid.NewString(), Name: "scrub tank", State: task.StateRunning, Metadata: 600})
+	if err != nil {
+		log.Fatal(err)
+	}
+	store.Close()
+
+	// The next one to start goes on.
+	store, err = task.OpenSQLite(path)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer store.Close()
+	scrub := func(op *task.Operation) (task.Func, []task.SubmitOption) {
+		var block int
+		if err := op.DecodeMetadata(&block); err != nil {
+			return nil, nil // as FAILED as without WithResume
+		}
+		return func(ctx context.Context, update func(int)) (any, error) {
+			for ; block < 1000; block += 100 {
+				update(block / 10)
+				// Check the blocks, then store the place ...
+				if err := errors.Join(task.SetMetadata(ctx, block), task.Checkpoint(ctx)); err != nil {
+					return nil, err
+				}
+			}
+			return fmt.Sprint("no errors in ", block, " blocks"), nil
+		}, []task.SubmitOption{task.WithLock("tank")}
+	}
+	manager, err := task.New(store, task.WithResume(scrub), task.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer manager.Close()
+	ops, err := manager.List(10, 0)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, op := range ops {
+		op, err := manager.Wait(context.Background(), op.ID)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("%s: %s: %v\n", op.Name, op.State, op.Result)
+	}
+	// Output:
+	// scrub tank: DONE: no errors in 1000 blocks
+}
+
+// A scheduler takes each snapshot once, however often it asks.
+func ExampleWithID() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	for range 2 {
+		op, err := manager.Submit("snapshot", func(context.Context, func(int)) (any, error) {
+			fmt.Println("taking the snapshot")
+			return nil, nil
+		}, task.WithID("auto-tank-2026-11-25"))
+		if err != nil && !errors.Is(err, task.ErrExists) {
+			log.Fatal(err)
+		}
+		op, err = manager.Wait(context.Background(), op.ID)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(op.ID, op.State)
+	}
+	// Output:
+	// taking the snapshot
+	// auto-tank-2026-11-25 DONE
+	// auto-tank-2026-11-25 DONE
+}
+
+// Two clicks on a button start one scrub.
+func ExampleWithUnique() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	click := func() (*task.Operation, error) {
+		return manager.Submit("scrub tank", func(ctx context.Context, _ func(int)) (any, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}, task.WithUnique("scrub tank"))
+	}
+	first, err := click()
+	if err != nil {
+		log.Fatal(err)
+	}
+	second, err := click()
+	fmt.Println(second.ID == first.ID, errors.Is(err, task.ErrExists))
+	// Output:
+	// true true
+}
+
+// What an operation does is shown in words, and who has cancelled it.
+func ExampleManager_CancelCause() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	op, err := manager.Submit("scrub", func(ctx context.Context, update func(int)) (any, error) {
+		update(30)
+		if err := task.SetMessage(ctx, "checking ada3"); err != nil {
+			return nil, err
+		}
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	for op, err := range manager.Watch(context.Background(), op.ID) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		if op.Message != "" && !op.Cancelling && !op.State.Finished() {
+			if err := manager.CancelCause(op.ID, "asked for by alice"); err != nil {
+				log.Fatal(err)
+			}
+		}
+		if op.State.Finished() {
+			fmt.Printf("%s at %d%% (%s): %s\n", op.State, op.Progress, op.Message, op.Error)
+		}
+	}
+	// Output:
+	// CANCELLED at 30% (checking ada3): asked for by alice
+}
+
+// Options combine.
+func ExampleByMetadata() {
+	manager := task.NewManager(nil)
+	defer manager.Close()
+
+	start := time.Now()
+	for _, pool := range []string{"tank", "backup", "tank"} {
+		op, err := manager.Submit("Scrub of "+pool, func(context.Context, func(int)) (any, error) { return "no errors", nil },
+			task.WithMetadata(map[string]string{"pool": pool}))
+		if err != nil {
+			log.Fatal(err)
+		}
+		manager.Wait(context.Background(), op.ID)
+	}
+
+	ops, err := manager.List(10, 0, task.ByMetadata("pool", "tank"), task.Containing("scrub"), task.ByState(task.StateDone),
+		task.FinishedAfter(start), task.FinishedBefore(start.Add(time.Hour)), task.ByFinish(), task.WithoutResults())
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, op := range ops {
+		fmt.Println(op.Name, op.Result)
+	}
+	// Output:
+	// Scrub of tank <nil>
+	// Scrub of tank <nil>
+}

@@ -17,73 +17,73 @@ import (
 	"github.com/mynt-nas/task/internal/queue"
 )
 
-// The way of an operation:
+// The path of an operation:
 //
-//	Submit     makes a task, puts it into the backlog and waits
+//	Submit     creates a task, puts it into the backlog and waits
 //	next       hands the backlog to the writer (writer.go), which stores it
-//	written    takes the answers: Submit returns, the task joins the queue
-//	startNext  takes from the queue the tasks that may run
+//	written    takes the results: Submit returns, the task joins the queue
+//	startNext  takes the tasks that may run out of the queue
 //	run        calls the function (task.go) and puts its outcome into the backlog
-//	next       hands that to the writer
-//	written    settles the task: Wait returns, and the task is forgotten
+//	next       hands the outcome to the writer
+//	written    settles the task: Wait returns, and the task leaves memory
 //
-// What it goes through is appended to the event log for Watch (watch.go).
-// Whatever other managers run is looked at by others.go.
+// Each change is appended to the event log for Watch (watch.go). The operations
+// of other managers are in others.go.
 
 // A Manager runs operations and keeps track of them. All its methods may be
 // called concurrently.
 //
-// It needs no maintenance: a finished operation leaves its memory as soon as
-// the final state is stored.
+// A Manager needs no maintenance: a finished operation leaves memory as soon as
+// its final state is stored.
 type Manager struct {
 	// Immutable.
 	options
-	id       string // the owner of what it submits, if the store has none
+	id       string // the Owner of its operations, if the store has none
 	db       Persistence
 	ctx      context.Context // the parent of every function's context
 	cancel   context.CancelCauseFunc
 	logs     *logQueue // of log
 	writer   *writer
 	events   *eventlog.Log[event]
-	drained  chan struct{} // closed once nothing is left to run and to store after Shutdown, Drain or Close
-	drain    func()        // closes drained; call only while holding mu
-	closed   chan struct{} // closed once Close has done its work
+	drained  chan struct{} // closed after Shutdown, Drain or Close, once nothing is left to run or store
+	drain    func()        // closes drained; the caller holds mu
+	closed   chan struct{} // closed when Close is done
 	closeErr error         // set before closed is closed
 
 	closeOnce sync.Once
 
 	looking  chan struct{} // full during a look
-	nextFull time.Time     // when a look may read the unfinished operations again; guarded by looking
+	nextFull time.Time     // when a look may read all unfinished operations again; guarded by looking
 
-	// functions counts the goroutines that run functions, and those that retry
-	// recovery and prune. Add only while holding mu and not closing.
+	// functions counts the goroutines that run functions, retry recovery and
+	// prune. Add only while holding mu, and not after closing is set.
 	functions sync.WaitGroup
 
-	// mu guards what follows, and the tasks. No method of the store, and
-	// nothing else that takes time or calls back, is called while holding it.
+	// mu guards what follows, and the tasks. While holding it, call no method of
+	// the store, and nothing else that takes time or calls back.
 	mu sync.Mutex
 	others
 	tasks    map[string]*task // the live operations by ID
-	unique   map[string]*task // those with unique keys, by key
-	last     uint64           // the number of the last task
+	unique   map[string]*task // tasks with unique keys, by key
+	last     uint64           // number of the last task
 	queue    *queue.Queue[*task]
 	backlog  backlog
-	progress *time.Timer     // will publish reports; nil if there are none
+	progress *time.Timer     // publishes reports; nil if there are none
 	draining bool            // Submit returns ErrClosed
-	closing  bool            // Close or Drain was called, or Shutdown is done: no function is started any more
-	leaving  bool            // Drain leaves what is PENDING to the next manager that resumes
-	left     map[string]bool // the IDs of what was left
+	closing  bool            // Close or Drain was called, or Shutdown is done: no more functions start
+	leaving  bool            // Drain leaves PENDING operations to the next manager that resumes
+	left     map[string]bool // IDs of the operations it has left
 	lost     map[*task]bool  // lost operations whose functions still run
 	resuming bool            // recoverNow is recovering
-	stopping bool            // the functions have returned: the writer stores the rest
-	lastTry  bool            // Close will not try again
-	deadline time.Time       // when it won't
+	stopping bool            // all functions have returned: the writer stores the rest
+	lastTry  bool            // the write under way is the last one
+	deadline time.Time       // when Close stops retrying
 }
 
-// closeGrace is how long Close retries without progress in storing the rest.
+// closeGrace is how long Close retries final writes without progress.
 const closeGrace = 5 * time.Second
 
-// openManagers has the IDs of the managers of this process that may still store
+// openManagers holds the IDs of this process's managers that may still store
 // operations.
 var openManagers sync.Map
 
@@ -95,9 +95,9 @@ func isOpen(id string) bool {
 // New returns a manager that stores its operations in db, or in a
 // [NewMemoryStore] of its own if db is nil.
 //
-// Before it returns, every PENDING or RUNNING operation in db whose process is
-// gone is marked as FAILED with the error "Task failed due to system restart", or
-// resumed: see [WithResume]. If that fails, so does New.
+// Before it returns, New marks every PENDING or RUNNING operation in db whose
+// process has died as FAILED with the error "Task failed due to system restart",
+// or resumes it: see [WithResume]. If recovery fails, New returns its error.
 func New(db Persistence, opts ...Option) (*Manager, error) {
 	db, err := usable(db)
 	if err != nil {
@@ -117,12 +117,12 @@ func New(db Persistence, opts ...Option) (*Manager, error) {
 	return m, nil
 }
 
-// NewManager is [New] for a store that is open but can't be read just now: a
-// failed recovery is logged and tried again in the background until it succeeds
-// or the manager is closed. [OpenSQLite] fails while the file can't be opened: a
-// program that starts without its database calls that in a loop.
+// NewManager is [New] for a store that is open but temporarily unreadable: it logs
+// a failed recovery, and retries in the background until recovery succeeds or the
+// manager is closed. [OpenSQLite] fails while the file can't be opened: a program
+// that must start without its database calls OpenSQLite in a loop.
 func NewManager(db Persistence, opts ...Option) *Manager {
-	db, _ = usable(db) // its methods return the error
+	db, _ = usable(db) // the store's methods return the error
 	m := newManager(db, opts)
 	resumed, err := m.recover()
 	m.start(resumed)
@@ -167,21 +167,21 @@ func newManager(db Persistence, opts []Option) *Manager {
 	return m
 }
 
-// Submit stores a new operation, has fn called in a goroutine of its own, and
-// returns the operation as it then is: PENDING, or further along.
+// Submit stores a new operation, schedules fn to run in its own goroutine, and
+// returns a snapshot of the operation: PENDING, or already further along.
 //
-// When Submit returns an error, fn is never called. It does so if name is
-// empty, fn is nil or the metadata can't be kept, after Close, Shutdown or Drain
-// ([ErrClosed]), and if the operation can't be stored. With an SQLite store
-// that takes at most about 20 seconds: up to 10 in which an earlier write gives
-// up, and 10 for this one; with [WithID], 10 more to find out whether the ID
-// exists. With a store that has only the four methods, Submit may wait for one
-// store call per changed operation.
+// If Submit returns an error, fn is never called. Submit fails if name is empty,
+// fn is nil, or the metadata can't be kept; after Close, Shutdown or Drain
+// ([ErrClosed]); and if the operation can't be stored. With an SQLite store it
+// fails after at most about 20 seconds: up to 10 for an earlier write to time out,
+// and 10 for its own; with [WithID], 10 more to find out whether the ID exists.
+// With a store that has only the four methods of [Persistence], Submit may wait
+// for one store call per changed operation.
 //
-// With an error that wraps [ErrExists], Submit returns the operation that
-// exists: see [WithID] and [WithUnique].
+// With an error that wraps [ErrExists], Submit also returns the existing
+// operation: see [WithID] and [WithUnique].
 //
-// Submissions that arrive while a commit is under way share the next one.
+// Submissions that arrive during a commit share the next one.
 func (m *Manager) Submit(name string, fn Func, opts ...SubmitOption) (*Operation, error) {
 	var op *Operation
 	t, err := m.newTask(name, fn, opts)
@@ -205,7 +205,7 @@ func (m *Manager) newTask(name string, fn Func, opts []SubmitOption) (*task, err
 	return t, t.apply(opts)
 }
 
-// owner returns the Owner of what the manager submits now.
+// owner returns the Owner of operations submitted now.
 func (m *Manager) owner() string {
 	if s, ok := m.db.(interface{ Owner() string }); ok {
 		return cmp.Or(s.Owner(), m.id)
@@ -213,8 +213,9 @@ func (m *Manager) owner() string {
 	return m.id
 }
 
-// insert has the first row of a new task stored, and returns the operation. With
-// an error that wraps ErrExists, it is the one that has the ID or a unique key.
+// insert stores the first row of a new task and returns its operation. With an
+// error that wraps ErrExists, it returns the operation that holds the ID or a
+// unique key.
 func (m *Manager) insert(t *task) (*Operation, error) {
 	for {
 		holder, err := m.claim(t)
@@ -228,13 +229,13 @@ func (m *Manager) insert(t *task) (*Operation, error) {
 		case holder == t || holder.id == t.id || !errors.Is(err, ErrExists):
 			return op, err
 		}
-		// The holder of a unique key has ended, because its ID was another's.
+		// The holder of a unique key is gone, because its ID existed already.
 	}
 }
 
-// claim gives a new task its ID and has its first row stored, unless another has
-// the ID or a unique key. It returns the task that has them. The order of the
-// UUIDs is that of the rows.
+// claim gives a new task its ID and queues its first row for storage, unless
+// another task holds the ID or a unique key. It returns the holder. UUIDs have the
+// same order as rows.
 func (m *Manager) claim(t *task) (holder *task, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -249,7 +250,7 @@ func (m *Manager) claim(t *task) (holder *task, err error) {
 		t.id = id.String()
 		t.op.ID = t.id
 	}
-	// It is live before it is stored: a reader that finds the row also finds the task.
+	// The task is live before it is stored, so that whoever finds the row also finds the task.
 	if holder = m.enter(t); holder == t {
 		m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
 		m.writer.signal()
@@ -257,8 +258,8 @@ func (m *Manager) claim(t *task) (holder *task, err error) {
 	return holder, nil
 }
 
-// enter makes a task live and returns it, or returns the live one that has its ID
-// or one of its unique keys. The caller holds m.mu, and calls leave in the end.
+// enter makes a task live and returns it, or returns the live task that holds its
+// ID or one of its unique keys. The caller holds m.mu, and calls leave later.
 func (m *Manager) enter(t *task) (holder *task) {
 	if holder = m.tasks[t.id]; holder != nil {
 		return holder
@@ -278,7 +279,7 @@ func (m *Manager) enter(t *task) (holder *task) {
 	return t
 }
 
-// leave is the end of enter. The caller holds m.mu.
+// leave undoes enter. The caller holds m.mu.
 func (m *Manager) leave(t *task) {
 	if m.tasks[t.id] == t {
 		delete(m.tasks, t.id)
@@ -290,10 +291,10 @@ func (m *Manager) leave(t *task) {
 	}
 }
 
-// inserted waits for the store's answer to the first row of a task, and returns
-// its operation. With an error that wraps ErrExists, it is the one that the
-// store has. Whatever else a store says of an ID that the caller gave, it is asked
-// what it has: not every one tells why Save has failed.
+// inserted waits until the store has answered to a task's first row, and returns
+// the operation. With an error that wraps ErrExists, it returns the stored
+// operation. After any other error for an ID that the caller gave, it reads the
+// row: not every store can say that Save failed because the ID exists.
 func (m *Manager) inserted(t *task) (*Operation, error) {
 	<-t.inserted
 	switch {
@@ -317,7 +318,7 @@ func (m *Manager) inserted(t *task) (*Operation, error) {
 func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.lastTry && len(m.backlog.finals) == 0 { // those of what lastTry has inserted have not been tried
+	if m.lastTry && len(m.backlog.finals) == 0 { // those of tasks that the last write has inserted are still to be tried
 		return batch{}, at, true
 	}
 	m.lastTry = m.stopping && !now.Before(m.deadline)
@@ -338,7 +339,7 @@ func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 // written implements source.
 func (m *Manager) written(b batch) (more bool) {
 	owner := m.owner()
-	defer func() { // only now: who waits takes the mutex next
+	defer func() { // only now: the waiters take the mutex next
 		for _, w := range b.inserts {
 			close(w.t.inserted)
 		}
@@ -380,7 +381,7 @@ func (m *Manager) written(b batch) (more bool) {
 	return more
 }
 
-// afterInsert lets Submit return. A task whose row is stored joins the queue.
+// afterInsert wakes Submit. A task whose row is stored joins the queue.
 func (m *Manager) afterInsert(w record) {
 	t := w.t
 	t.insertErr = w.err
@@ -394,18 +395,18 @@ func (m *Manager) afterInsert(w record) {
 	m.enqueue(t)
 }
 
-// enqueue has a task wait for its turn, once its row is stored as PENDING. The
-// caller holds m.mu.
+// enqueue puts a task whose row is stored as PENDING into the queue. The caller
+// holds m.mu.
 func (m *Manager) enqueue(t *task) {
 	t.stored = StatePending
 	if t.given {
 		m.backlog.forget(t.id)
 	}
-	if f := m.foreign[t.id]; f == nil || f.op == nil || later(t.op, f.op) { // else a look has told of the take-over
+	if f := m.foreign[t.id]; f == nil || f.op == nil || later(t.op, f.op) { // else a look has published the take-over
 		m.emit(t, false)
 	}
 	switch {
-	case t.final != nil: // cancelled by someone who has found its row
+	case t.final != nil: // cancelled by a caller that has found its row
 		m.storeFinal(t)
 	case m.closing:
 		m.drop(t)
@@ -414,10 +415,10 @@ func (m *Manager) enqueue(t *task) {
 	}
 }
 
-// errLeft is why an operation has no final state that was left to the next start.
+// errLeft is why an operation that Drain leaves to the next start gets no final state.
 var errLeft = fmt.Errorf("left for the next start to resume: %w", ErrClosed)
 
-// drop ends a task that will not start any more. The caller holds m.mu.
+// drop ends a task that must no longer start. The caller holds m.mu.
 func (m *Manager) drop(t *task) {
 	if m.leaving {
 		m.left[t.id] = true
@@ -427,8 +428,8 @@ func (m *Manager) drop(t *task) {
 	}
 }
 
-// afterFinal settles a task whose final state is stored. If it can't be, that
-// is shown and tried again.
+// afterFinal settles a task whose final state is stored. If storing failed, it
+// shows the error and retries.
 func (m *Manager) afterFinal(w record, now time.Time) {
 	t := w.t
 	switch {
@@ -449,7 +450,8 @@ func (m *Manager) afterFinal(w record, now time.Time) {
 	}
 }
 
-// settle ends the life of a task: op is stored, or err says why nothing is.
+// settle ends a task: op is its stored final state, or err says why there is none.
+// The caller holds m.mu.
 func (m *Manager) settle(t *task, op *Operation, err error) {
 	t.op, t.err = cmp.Or(op, t.op), err
 	m.emit(t, false)
@@ -467,7 +469,7 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 	}
 }
 
-// release lets those go on who wait for a task. The caller holds m.mu.
+// release wakes those who wait for a task. The caller holds m.mu.
 func (m *Manager) release(t *task) {
 	close(t.done)
 	if f := m.foreign[t.id]; f != nil && t.insertErr == nil { // followed before it was resumed here
@@ -477,7 +479,7 @@ func (m *Manager) release(t *task) {
 	}
 }
 
-// startNext starts every task whose turn it is. The caller holds m.mu.
+// startNext starts every task that may run. The caller holds m.mu.
 func (m *Manager) startNext() {
 	for t, ok := m.queue.Next(); ok; t, ok = m.queue.Next() {
 		var ctx context.Context
@@ -510,8 +512,8 @@ func (m *Manager) run(ctx context.Context, t *task) {
 	t.run(ctx, func(progress int) { m.report(t, progress) }, m.log, &end)
 }
 
-// finish decides how an operation ends and has that stored. The caller holds
-// m.mu.
+// finish fixes the outcome of an operation and queues it for storage; later calls
+// do nothing. The caller holds m.mu.
 func (m *Manager) finish(t *task, end outcome) {
 	m.publish(t)
 	if !t.finish(end) {
@@ -524,8 +526,8 @@ func (m *Manager) finish(t *task, end outcome) {
 	}
 }
 
-// storeFinal has the final state of a task stored, once its first row is. The
-// caller holds m.mu.
+// storeFinal queues the final state of a task whose first row is stored. The caller
+// holds m.mu.
 func (m *Manager) storeFinal(t *task) {
 	m.backlog.finals = append(m.backlog.finals, record{t: t, op: t.final, final: true})
 	m.writer.signal()
@@ -544,15 +546,15 @@ func (m *Manager) report(t *task, progress int) {
 	}
 }
 
-// changed has the present state of a task stored some time soon. The caller
-// holds m.mu.
+// changed marks a task whose present state is to be stored soon. The caller holds
+// m.mu.
 func (m *Manager) changed(t *task) {
 	if m.backlog.change(t) {
 		m.writer.signal()
 	}
 }
 
-// running is what the context of a function holds: see operation.go.
+// running is the value in a function's context: see operation.go.
 type running struct {
 	m *Manager
 	t *task
@@ -560,8 +562,8 @@ type running struct {
 
 func (r running) snapshot() *Operation { return r.m.copyOut(r.m.snapshot(&r.t.life)) }
 
-// ended returns why the context of a task's function is of no use any more, or nil.
-// The caller holds m.mu.
+// ended returns why a task's function can no longer change its operation, or nil
+// if it can. The caller holds m.mu.
 func (m *Manager) ended(t *task) error {
 	switch {
 	case m.lost[t]:
@@ -572,7 +574,7 @@ func (m *Manager) ended(t *task) error {
 	return nil
 }
 
-// change changes what is shown, unless f reports that it has changed nothing.
+// change applies f to the operation, unless f reports that nothing changed.
 func (r running) change(f func(op *Operation) (changed bool)) error {
 	r.m.mu.Lock()
 	defer r.m.mu.Unlock()
@@ -588,8 +590,8 @@ func (r running) change(f func(op *Operation) (changed bool)) error {
 	return nil
 }
 
-// checkpoint has the task stored with the next commit, and returns the channel
-// for the outcome.
+// checkpoint stores the task with the next commit, and returns the channel that
+// receives the outcome.
 func (r running) checkpoint() <-chan error {
 	done := make(chan error, 1)
 	r.m.mu.Lock()
@@ -605,8 +607,8 @@ func (r running) checkpoint() <-chan error {
 	return done
 }
 
-// snapshot returns an operation as it is now, which never changes: callers get a
-// copy of it, by copyOut or raw.
+// snapshot returns the present state of an operation, which is immutable: callers
+// get a copy from copyOut or raw.
 func (m *Manager) snapshot(l *life) *Operation {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -632,7 +634,7 @@ func (m *Manager) present(l *life) *Operation {
 // copyOut returns a copy of op for a caller, nil for nil.
 func (m *Manager) copyOut(op *Operation) *Operation { return m.copied(op, roundTrip) }
 
-// raw is copyOut for a caller of [Raw].
+// raw is copyOut for callers of [Raw].
 func (m *Manager) raw(op *Operation) *Operation { return m.copied(op, rawValue) }
 
 func (m *Manager) copied(op *Operation, value func(any) any) *Operation {
@@ -654,8 +656,8 @@ func (m *Manager) live(id string) *task {
 	return nil
 }
 
-// liveRow is live for the ID of an unfinished row. If the row may be one that is
-// being stored for a hidden task, it waits for the store's answer.
+// liveRow is live for the ID of an unfinished row. If a hidden task with that ID is
+// being stored, the row may be its own: liveRow waits for the store's answer.
 func (m *Manager) liveRow(id string) *task {
 	m.mu.Lock()
 	t := m.tasks[id]
@@ -666,8 +668,9 @@ func (m *Manager) liveRow(id string) *task {
 	return m.live(id)
 }
 
-// Get returns the operation with that ID, live from memory and finished from
-// the database, and whether there is one. An error of the database is logged.
+// Get returns the operation with that ID and reports whether there is one. Live
+// operations come from memory, finished ones from the store, whose errors are
+// logged.
 func (m *Manager) Get(id string) (*Operation, bool) {
 	op, err := m.get(id)
 	if err != nil && !errors.Is(err, ErrNotFound) {
@@ -679,7 +682,7 @@ func (m *Manager) Get(id string) (*Operation, bool) {
 	return m.copyOut(op), true
 }
 
-// get returns the operation with that ID as snapshot does.
+// get returns the operation with that ID, as snapshot does.
 func (m *Manager) get(id string) (*Operation, error) {
 	if t := m.live(id); t != nil {
 		return m.snapshot(&t.life), nil
@@ -687,16 +690,16 @@ func (m *Manager) get(id string) (*Operation, error) {
 	return get(m.db, id)
 }
 
-// List returns up to limit operations after skipping offset, the newest
-// submission first: those of this manager as they are now, the others as they
-// are stored. The page is empty, not nil, past the end of the history and if
-// limit is 0. A negative limit or offset is an error, and so is [Before] an
-// unknown ID that is no UUIDv7, which wraps [ErrNotFound].
+// List returns up to limit operations after skipping offset, newest submission
+// first: this manager's as they are now, others as stored. Past the end of the
+// history, or with limit 0, the page is empty, not nil. A negative limit or offset
+// is an error; so is [Before] with an unknown ID that is not a UUIDv7, which wraps
+// [ErrNotFound].
 func (m *Manager) List(limit, offset int, opts ...ListOption) ([]*Operation, error) {
 	return m.list(limit, offset, opts, m.copyOut)
 }
 
-// list is List, which gives the caller what copied returns.
+// list is List, with the copies that copied makes.
 func (m *Manager) list(limit, offset int, opts []ListOption, copied func(*Operation) *Operation) ([]*Operation, error) {
 	if limit < 0 {
 		return nil, fmt.Errorf("task: list: negative limit %d", limit)
@@ -730,7 +733,7 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 		m.correct(&f)
 		want := limit - len(ops)
 		rows, err := listFiltered(m.db, f, want, offset)
-		if more && errors.Is(err, ErrNotFound) { // the last one has been deleted meanwhile
+		if more && errors.Is(err, ErrNotFound) { // the row Before has been deleted meanwhile
 			return ops, nil
 		}
 		if err != nil {
@@ -748,13 +751,13 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 		if len(rows) < want || len(ops) == limit || rows[want-1] == nil || rows[want-1].ID == "" {
 			return ops, nil
 		}
-		// Some have changed since they were found: there may be more.
+		// Some no longer match: there may be more.
 		f.Before, offset = rows[want-1].ID, 0
 	}
 }
 
-// correct notes in a filter by state or metadata which operations have others than
-// those stored.
+// correct lists in a filter by state or metadata the operations whose present
+// values are not stored yet.
 func (m *Manager) correct(f *Filter) {
 	f.Include, f.Exclude = nil, nil
 	if len(f.States)+len(f.Metadata) == 0 {
@@ -780,14 +783,14 @@ func (m *Manager) correct(f *Filter) {
 	slices.Sort(f.Exclude)
 }
 
-// refresh returns the operation of a stored row as it is now, as snapshot does,
-// or nil if it has been deleted meanwhile.
+// refresh returns the present state of a stored row's operation, as snapshot does,
+// or nil if the operation has been deleted meanwhile.
 func (m *Manager) refresh(row *Operation) *Operation {
 	if row == nil {
 		return nil
 	}
 	if row.State.live() || m.live(row.ID) != nil {
-		// If it is not live any more, the database has its final state by now.
+		// If it is no longer live, its final state is stored.
 		if op, err := m.get(row.ID); err == nil || errors.Is(err, ErrNotFound) {
 			return op
 		}
@@ -795,42 +798,42 @@ func (m *Manager) refresh(row *Operation) *Operation {
 	return row
 }
 
-// Cancel cancels the operation with that ID. A PENDING one becomes CANCELLED
-// without its function ever being called. A RUNNING one has its context cancelled
-// with the cause [ErrCancelled]; it becomes CANCELLED when its function returns an
-// error, and DONE if it returns none. Until then it is Cancelling.
+// Cancel cancels the operation with that ID. A PENDING operation becomes CANCELLED
+// and its function is never called. For a RUNNING one, Cancel cancels the
+// function's context with the cause [ErrCancelled]; the operation becomes CANCELLED
+// if the function then returns an error, and DONE if it returns nil. Until then it
+// is Cancelling.
 //
 // Cancel returns at once. If the process dies before the next commit, the request
-// is lost: to be certain, call Wait.
+// is lost: call Wait to be certain.
 //
-// If another manager runs it, Cancel returns once the request is stored, and that
-// manager acts on it as if it had been asked itself: within 200 milliseconds with
-// an SQLite store. If that one dies first, the operation becomes FAILED as any
-// other that it ran. With a store that is no [Canceller], Cancel returns an error
-// that wraps [errors.ErrUnsupported].
+// If another manager runs the operation, Cancel returns once the request is
+// stored, and that manager acts on it as on its own Cancel: within 200
+// milliseconds with an SQLite store. If that manager's process dies first, the
+// operation becomes FAILED, as all of its operations do. With a store that is no
+// [Canceller], Cancel returns an error that wraps [errors.ErrUnsupported].
 //
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
 // finished.
 func (m *Manager) Cancel(id string) error { return m.CancelCause(id, "") }
 
-// CancelCause is [Manager.Cancel] with a text that says who cancels the
-// operation, and why. The function finds it in the cause of its context, which
-// wraps [ErrCancelled], and a CANCELLED operation has it in its Error, followed
-// by the function's error unless that is the context's own. Only the first
-// cancel of an operation counts.
+// CancelCause is [Manager.Cancel] with a text that says who cancels the operation,
+// and why. The text is in the cause of the function's context, which wraps
+// [ErrCancelled]. A CANCELLED operation has it in its Error, followed by the
+// function's error unless that is the context's own. Only the first cancel of an
+// operation counts.
 func (m *Manager) CancelCause(id, text string) error {
 	if m.cancelLive(id, text) {
 		return nil
 	}
 	err := requestCancel(m.db, id, text)
-	if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // it was stored here just now
+	if errors.Is(err, errors.ErrUnsupported) && m.liveRow(id) != nil { // its first row was stored here just now
 		return m.CancelCause(id, text)
 	}
 	return wrap(err, "cancel %s", id)
 }
 
-// cancelLive cancels an operation that this manager runs, and reports whether it
-// does.
+// cancelLive cancels an operation of this manager, and reports whether it is one.
 func (m *Manager) cancelLive(id, text string) bool {
 	m.mu.Lock()
 	t := m.tasks[id]
@@ -861,19 +864,19 @@ func (m *Manager) cancelLive(id, text string) bool {
 	return true
 }
 
-// Wait waits until the operation with that ID has finished and returns it,
-// with a nil error whatever its final state. If ctx is done first, it returns
-// the operation as it is and ctx's error. It returns [ErrNotFound] if there is
-// no such operation, and [ErrClosed] if its final state could not be stored
-// before the manager was closed, or Drain has left it to the next start.
+// Wait waits until the operation with that ID has finished, and returns it with a
+// nil error, whatever its final state. If ctx is done first, Wait returns the
+// operation as it is, and ctx's error. It returns [ErrNotFound] if there is no such
+// operation, and [ErrClosed] if the final state could not be stored before the
+// manager was closed, or if Drain has left the operation to the next start.
 //
-// An operation of another manager on the same database may end up to 100
-// milliseconds, or with a very long queue a little, before Wait returns. It is
-// marked as FAILED, or resumed, about a second after that manager's process has
-// died.
+// For an operation of another manager on the same database, Wait may return up to
+// 100 milliseconds after its end, or a little later if very many operations are
+// unfinished. About a second after that manager's process has died, the operation
+// is marked as FAILED, or resumed.
 //
-// A Func that waits for an operation which can't start before it ends waits
-// for ever; that is not detected.
+// A Func that waits for an operation which can't start before the Func returns
+// waits forever; this is not detected.
 func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 	op, err := m.wait(ctx, id)
 	return m.copyOut(op), err
@@ -900,8 +903,8 @@ func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 	return op, wrap(l.err, "wait for %s", id)
 }
 
-// await waits until done is closed, or else for the end of ctx, whose error it
-// returns.
+// await waits until done is closed and returns nil, or until ctx is done and
+// returns ctx's error. If both are true, it returns nil.
 func await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
@@ -916,14 +919,14 @@ func await(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// find returns the life of an operation, and a function to call in the end.
+// find returns the life of an operation, and a function to call when done with it.
 func (m *Manager) find(id string) (l *life, leave func(), err error) {
 	if t := m.live(id); t != nil {
 		return &t.life, func() {}, nil
 	}
 	row, err := m.load(id)
 	if err == nil && row.State.live() {
-		if t := m.liveRow(id); t != nil { // it was stored just now
+		if t := m.liveRow(id); t != nil { // its first row was stored just now
 			return &t.life, func() {}, nil
 		}
 		m.mu.Lock()
@@ -934,9 +937,9 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		}
 		f := m.follow(id)
 		leave = func() { m.unfollow(id, f) }
-		row, err = m.load(id) // again: only what happens from now on gets a look
+		row, err = m.load(id) // again: looks see only changes from now on
 		m.mu.Lock()
-		if err == nil && row.State.live() && m.foreign[id] == f { // else the row is older than the end
+		if err == nil && row.State.live() && m.foreign[id] == f { // else this row is outdated
 			m.take(id, row, nil, false)
 		}
 		known := f.op != nil
@@ -955,8 +958,8 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 	return endedLife(row, nil), func() {}, nil
 }
 
-// load returns what the store has of an operation. Once the manager is closed, the
-// store may be, too: any error but ErrNotFound then wraps ErrClosed.
+// load reads an operation from the store. Once the manager is closed, the store may
+// be closed too: any error but ErrNotFound then wraps ErrClosed.
 func (m *Manager) load(id string) (*Operation, error) {
 	op, err := get(m.db, id)
 	if err != nil && !errors.Is(err, ErrNotFound) && m.ctx.Err() != nil {
@@ -965,10 +968,10 @@ func (m *Manager) load(id string) (*Operation, error) {
 	return op, err
 }
 
-// Prune deletes the operations that finished before that time from the history,
-// a few at a time, so that Submit is not held up, and returns how many it has
-// deleted. With a store that can't delete, that is an error which wraps
-// [errors.ErrUnsupported]; see [Pruner].
+// Prune deletes all operations that finished before that time, and returns their
+// number. It deletes a few at a time, so that Submit does not wait for it. With a
+// store that is no [Pruner], it returns an error that wraps
+// [errors.ErrUnsupported].
 func (m *Manager) Prune(before time.Time) (int, error) {
 	n, err := m.prune(context.Background(), before)
 	return n, wrap(err, "prune")
@@ -984,8 +987,8 @@ func (m *Manager) prune(ctx context.Context, before time.Time) (n int, err error
 	return n, nil
 }
 
-// pruneLoop deletes operations from the history once they are old enough,
-// until the manager is closed.
+// pruneLoop deletes operations older than the retention, until the manager is
+// closed.
 func (m *Manager) pruneLoop() {
 	every := min(max(m.retention/10, time.Second), time.Hour)
 	for ok := m.retention > 0; ok; ok = sleep(m.ctx, every) {
@@ -1011,18 +1014,18 @@ func (m *Manager) updateProgress(id string, progress int) error {
 	return nil
 }
 
-// Shutdown stops accepting operations and waits for the rest: Submit returns
-// [ErrClosed] from now on, and Shutdown returns nil once every operation has
-// finished, with the manager closed. If ctx is done first it returns ctx's
-// error, and the operations go on; call Close to end them. If ctx is done
-// before the call, Shutdown closes a manager that has nothing left to finish.
+// Shutdown stops accepting operations and waits for those submitted: Submit returns
+// [ErrClosed] from now on, and once every operation has finished, Shutdown closes
+// the manager and returns nil. If ctx is done first, it returns ctx's error and the
+// operations go on; call Close to end them. If ctx is done before the call, Shutdown
+// closes the manager only if nothing is left to finish.
 func (m *Manager) Shutdown(ctx context.Context) error { return m.shutdown(ctx, false) }
 
-// Drain is [Manager.Shutdown] for a program that is to end soon, say after
-// SIGTERM: it lets the functions that run go on, but starts no other. What is
-// PENDING becomes FAILED with the error "Task failed due to system shutdown". With
-// [WithResume] it stays PENDING in the database, for the next start to resume
-// once the store is closed, and Wait returns [ErrClosed].
+// Drain is [Manager.Shutdown] for a program that should end soon, for example after
+// SIGTERM: running functions go on, but no others start. PENDING operations become
+// FAILED with the error "Task failed due to system shutdown". With [WithResume] they
+// stay PENDING in the database, for the next start to resume once the store is
+// closed, and Wait returns [ErrClosed] for them.
 func (m *Manager) Drain(ctx context.Context) error { return m.shutdown(ctx, true) }
 
 func (m *Manager) shutdown(ctx context.Context, drop bool) error {
@@ -1049,27 +1052,27 @@ func (m *Manager) shutdown(ctx context.Context, drop bool) error {
 	return m.closeErr
 }
 
-// Close ends the manager: Submit returns [ErrClosed] from now on, the context
-// of every function is cancelled with that cause, and Close returns once all
-// functions have returned and all final states are stored. Operations whose
-// function then returns an error, and those that never started, are FAILED
-// with the error "Task failed due to system shutdown", followed by the
-// function's error unless that is the context's own.
+// Close ends the manager: Submit returns [ErrClosed] from now on, and the context
+// of every function is cancelled with that cause. Close returns once all functions
+// have returned and all final states are stored. Operations whose function then
+// returns an error, and those that never started, become FAILED with the error
+// "Task failed due to system shutdown", followed by the function's error unless
+// that is the context's own.
 //
-// Close waits for functions without a limit. Then it stores what is not stored
-// yet, until 5 seconds pass without progress, and returns an error that names
-// each operation it had to leave. It waits for a write that is under way, so
-// that this can take 20 seconds with a locked SQLite database. Once the store
-// is closed too, the next manager to start marks those as interrupted.
+// Close waits for functions without a limit. It then retries failed writes until 5
+// seconds pass without progress, and returns an error that names each operation
+// whose final state it could not store. It also waits for a write under way, which
+// can take 20 seconds with a locked SQLite database. Once the store is closed too,
+// the next manager to start marks those operations as interrupted.
 //
-// Get, List and Wait go on working, and the store stays open. Calling Close
-// again does nothing and returns the same.
+// Get, List and Wait continue to work, and the store stays open. Calling Close
+// again does nothing and returns the same error.
 func (m *Manager) Close() error { return m.CloseContext(context.Background()) }
 
-// CloseContext is [Manager.Close] for as long as ctx is not done. Then it
-// returns an error that wraps ctx's and names the operations whose functions
-// still run, while Close goes on in the background. Once the process has ended,
-// the next manager to start marks those as interrupted.
+// CloseContext is [Manager.Close] with a limit: when ctx is done, it returns an
+// error that wraps ctx's and names the operations whose functions still run, while
+// Close goes on in the background. If the process ends before they return, the next
+// manager to start marks them as interrupted.
 func (m *Manager) CloseContext(ctx context.Context) error {
 	m.mu.Lock()
 	m.draining = true
@@ -1090,7 +1093,8 @@ func (m *Manager) CloseContext(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// dropWaiting lets no other function start. The caller holds m.mu.
+// dropWaiting drops all waiting tasks, so that no more functions start. The caller
+// holds m.mu.
 func (m *Manager) dropWaiting() {
 	m.closing = true
 	for _, t := range m.queue.Clear() {
@@ -1106,12 +1110,12 @@ func (m *Manager) close() {
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
 	m.dropUnwaited()
 	if m.endLook != nil {
-		m.endLook() // another one takes its place if somebody waits
+		m.endLook() // lookOut starts another one if somebody waits
 		m.endLook = nil
 	}
 	m.lookOut()
 	m.backlog.retryAt = time.Time{}
-	m.backlog.changed = nil // all have a final state by now
+	m.backlog.changed = nil // all have a final state now
 	m.mu.Unlock()
 	m.writer.signal()
 	<-m.writer.stopped
@@ -1124,8 +1128,8 @@ func (m *Manager) close() {
 	close(m.closed)
 }
 
-// abandon gives up what could not be stored, and returns an error that names it.
-// The caller holds m.mu.
+// abandon gives up the final states that could not be stored, and returns an error
+// that names their operations. The caller holds m.mu.
 func (m *Manager) abandon() error {
 	var errs []error
 	for _, t := range m.sorted() {
@@ -1139,7 +1143,7 @@ func (m *Manager) abandon() error {
 	return errors.Join(errs...)
 }
 
-// sorted returns the live tasks by order of submission. The caller holds m.mu.
+// sorted returns the live tasks in order of submission. The caller holds m.mu.
 func (m *Manager) sorted() []*task {
 	return slices.SortedFunc(maps.Values(m.tasks), func(a, b *task) int { return cmp.Compare(a.number, b.number) })
 }

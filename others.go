@@ -10,22 +10,23 @@ import (
 	"time"
 )
 
-// What other managers on the same database do: their operations that somebody here
-// waits for or watches, and their requests to cancel operations of this manager.
+// This file looks at what other managers on the same database do: at those of their
+// operations that somebody here waits for or watches, and at their requests to cancel
+// operations of this manager.
 
 const (
-	// lookPatience is how long Watch waits for the first look, which a store that
-	// hangs holds up.
+	// lookPatience is how long Watch waits for the first look, in case the store
+	// hangs.
 	lookPatience = 5 * time.Second
 
-	// maxSeen is how many IDs mark the place in the history up to which all is
-	// seen. The place counts as lost after ten times as many rows.
+	// maxSeen is how many IDs mark the place in the history up to which all rows
+	// have been seen. The place counts as lost after ten times as many rows.
 	maxSeen = 1000
 
-	// maxLight is how long values may be that a look reads of every row.
+	// maxLight is the length, in bytes, up to which looks read the values of each row.
 	maxLight = 4 << 10
 
-	// fewForeign is how many operations are read one by one.
+	// fewForeign is how many operations are read individually.
 	fewForeign = 16
 )
 
@@ -34,26 +35,27 @@ const (
 type foreign struct {
 	*life   // op is nil until it has been read
 	waiters int
-	look    int // the last look that found it unfinished, or that it came too late for
+	look    int // the last look that found it unfinished, or that began before it was added
 }
 
-// What a manager knows of others. Its mutex guards this.
+// others is what a manager knows of other managers' operations. The manager's mutex
+// guards it.
 //
-// There is one look at a time. It reads the newest rows first, then the
-// unfinished ones, and only a look takes an operation out of foreign that the
-// watchers of all know of: so that each is told in order, and its end once. An
-// operation that comes into foreign during a look has to wait for the next one.
+// One look runs at a time. It reads the newest rows, then the unfinished ones. Only
+// looks remove operations from foreign that watchers of all have seen: so these get
+// the states of each in order, and its end once. An operation that is added to
+// foreign during a look waits for the next one.
 type others struct {
-	foreign map[string]*foreign // by ID; with watchers of all, every one that was found
-	all     int                 // how many watchers of all there are
-	seen    []string            // with those: the IDs of the newest rows, the newest first; nil before the first look
+	foreign map[string]*foreign // by ID; with watchers of all, every one found
+	all     int                 // number of watchers of all operations
+	seen    []string            // with watchers of all: IDs of the newest rows, newest first; nil before the first look
 	seenAt  time.Time           // when they were read
-	settled map[string]int      // with those: own operations that have finished, by ID, and the last look before that
-	looks   int                 // how many have begun
-	endLook context.CancelFunc  // ends looker; nil unless that runs
+	settled map[string]int      // with watchers of all: finished own operations by ID, with the last look before that
+	looks   int                 // number of looks begun
+	endLook context.CancelFunc  // ends looker; nil unless it runs
 }
 
-// lookOut starts or ends the looker. The caller holds m.mu.
+// lookOut starts or ends the looker, as needed. The caller holds m.mu.
 func (m *Manager) lookOut() {
 	_, hears := m.db.(Canceller)
 	needed := len(m.foreign) > 0 || !m.stopping && (m.all > 0 || hears && len(m.tasks) > 0)
@@ -62,7 +64,7 @@ func (m *Manager) lookOut() {
 		var ctx context.Context
 		ctx, m.endLook = context.WithCancel(context.Background())
 		db := m.db
-		if m.stopping { // it may be closed while Changes would wait
+		if m.stopping { // the store may be closed while Changes waits
 			db = nil
 		}
 		go m.looker(ctx, db)
@@ -72,11 +74,11 @@ func (m *Manager) lookOut() {
 	}
 }
 
-// errNotAll is returned by look when it left out what takes long.
+// errNotAll is returned by look if it has left out the unfinished operations.
 var errNotAll = errors.New("the unfinished operations are looked at later")
 
-// looker looks at what others have changed, until ctx is done; db tells when. Most
-// operations end before the first look.
+// looker looks for changes of others whenever db reports one, until ctx is done. It
+// begins with a pause, because most operations end before that.
 func (m *Manager) looker(ctx context.Context, db Persistence) {
 	recovers := sync.OnceFunc(func() { go m.recoverOthers(ctx) })
 	for sleep(ctx, pollInterval) {
@@ -93,19 +95,19 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 			} else if !errors.Is(err, errNotAll) {
 				m.log.Debug("task: looking at the operations of others failed", "err", err)
 			}
-			break // to look again without waiting for a change
+			break // look again without waiting for a change
 		}
 	}
 }
 
-// look looks once. Unless full says otherwise, it leaves out the unfinished
-// operations, which may be many, when those would take more than a tenth of the time.
+// look looks once. Unless full is set, it leaves out the unfinished operations,
+// which may be many, as long as they would take more than a tenth of the time.
 func (m *Manager) look(full bool) error {
 	m.looking <- struct{}{}
 	defer func() { <-m.looking }()
 	m.mu.Lock()
 	m.looks++
-	look, open := m.looks, !m.stopping // else the store may be closed, which readRest tells those who wait
+	look, open := m.looks, !m.stopping // else the store may be closed, and readRest tells the waiters
 	all := open && m.all > 0
 	many := open && len(m.foreign) > fewForeign
 	runs := open && len(m.tasks) > 0
@@ -139,19 +141,19 @@ func (m *Manager) look(full bool) error {
 	return nil
 }
 
-// hear acts on requests to cancel own operations.
+// hear carries out requests to cancel own operations.
 func (m *Manager) hear() error {
 	requests, err := cancelRequests(m.db)
 	for id, text := range requests {
-		if !m.cancelLive(id, text) && m.liveRow(id) != nil { // its row was stored just now
+		if !m.cancelLive(id, text) && m.liveRow(id) != nil { // its first row was stored just now
 			m.cancelLive(id, text)
 		}
 	}
 	return err
 }
 
-// readNewest takes in the rows that were saved since the last call. The first call
-// finds the place in the history.
+// readNewest processes the rows that were saved since its last call. The first call
+// determines the place in the history.
 func (m *Manager) readNewest(look int) error {
 	m.mu.Lock()
 	seen, since := m.seen, m.seenAt.Add(-time.Minute)
@@ -167,7 +169,7 @@ func (m *Manager) readNewest(look int) error {
 			if seen == nil {
 				return err
 			}
-			rows = rows[i+1:] // the others are not to be told again
+			rows = rows[i+1:] // the older ones are done
 			break
 		}
 	}
@@ -183,9 +185,9 @@ func (m *Manager) readNewest(look int) error {
 	return err
 }
 
-// rowsBefore returns the newest rows up to the first one seen, the newest first, or
-// maxSeen of them if seen is nil. The place is lost if none of seen is stored any
-// more.
+// rowsBefore returns the rows that are newer than the first one in seen, newest
+// first, or the newest maxSeen rows if seen is nil. The place is lost if none of seen
+// is stored any longer.
 func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation, lost bool, err error) {
 	known := make(map[string]bool, len(seen))
 	for _, id := range seen {
@@ -211,13 +213,13 @@ func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation,
 	}
 }
 
-// readUnfinished takes in all unfinished rows, if the store has an index for them.
+// readUnfinished processes all unfinished rows, if the store is a [FilteredLister].
 func (m *Manager) readUnfinished(look int) error {
 	l, ok := m.db.(FilteredLister)
 	f := Filter{States: []State{StatePending, StateRunning}, MaxValue: maxLight}
 	heard := time.Now()
 	for ok {
-		if time.Since(heard) > pollInterval { // requests do not wait for the end
+		if time.Since(heard) > pollInterval { // cancel requests do not wait for the end
 			if err := m.hear(); err != nil {
 				return err
 			}
@@ -242,8 +244,8 @@ func (m *Manager) readUnfinished(look int) error {
 	return nil
 }
 
-// readRest reads those operations one by one that have left the unfinished ones,
-// or were not looked for among these.
+// readRest reads the followed operations that this look has not found unfinished,
+// one by one.
 func (m *Manager) readRest(look int) error {
 	var rest []string
 	m.mu.Lock()
@@ -265,8 +267,8 @@ func (m *Manager) readRest(look int) error {
 	return nil
 }
 
-// found takes in a row from a list, whole. With fresh, it was saved since the last
-// look.
+// found processes a row of a list, after reading the values that the list has left
+// out. A fresh row was saved since the last look.
 func (m *Manager) found(row *Operation, look int, fresh bool) error {
 	m.mu.Lock()
 	f := m.foreign[row.ID]
@@ -284,7 +286,7 @@ func (m *Manager) found(row *Operation, look int, fresh bool) error {
 		var err error
 		if row, err = get(m.db, row.ID); err != nil {
 			if errors.Is(err, ErrNotFound) {
-				return nil // which readRest will find, too
+				return nil // readRest finds that, too
 			}
 			return err
 		}
@@ -295,23 +297,23 @@ func (m *Manager) found(row *Operation, look int, fresh bool) error {
 	return nil
 }
 
-// own reports whether this manager has told of an operation itself. The caller
-// holds m.mu.
+// own reports whether this manager publishes an operation itself. The caller holds
+// m.mu.
 func (m *Manager) own(row *Operation, id string) bool {
 	_, settled := m.settled[id]
 	t := m.tasks[id]
 	return settled || t != nil && (!t.hidden() || row != nil && t.op.saved(row))
 }
 
-// later reports whether a row is a later state of an operation than another one.
+// later reports whether row is a later state of an operation than known.
 func later(row, known *Operation) bool {
 	return row.UpdatedAt.After(known.UpdatedAt) || !row.State.live() || row.Cancelling && !known.Cancelling ||
 		known.State == StatePending && row.State != known.State
 }
 
-// take takes in what an operation of another manager has become. The end of one of
-// which watchers have not been told is told only if it is fresh: else a look has
-// told it before, or will. The caller holds m.mu.
+// take records the new state of another manager's operation and publishes it. If
+// watchers have not seen the operation, it publishes the end only of a fresh one:
+// otherwise a look has published it, or will. The caller holds m.mu.
 func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 	f, own := m.foreign[id], m.own(row, id)
 	told := f != nil && f.op != nil
@@ -335,8 +337,8 @@ func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 	}
 }
 
-// lookFor has the looks look for an operation of another manager, as those do that
-// begin from now on. The caller holds m.mu.
+// lookFor makes all looks that begin from now on look for an operation of another
+// manager. The caller holds m.mu.
 func (m *Manager) lookFor(id string) *foreign {
 	f := m.foreign[id]
 	if f == nil {
@@ -346,8 +348,7 @@ func (m *Manager) lookFor(id string) *foreign {
 	return f
 }
 
-// follow begins to look at an operation of another manager. Call unfollow in the
-// end.
+// follow starts following an operation of another manager, until unfollow.
 func (m *Manager) follow(id string) *foreign {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -357,7 +358,7 @@ func (m *Manager) follow(id string) *foreign {
 	return f
 }
 
-// unfollow is the end of follow.
+// unfollow undoes follow.
 func (m *Manager) unfollow(id string, f *foreign) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -367,8 +368,8 @@ func (m *Manager) unfollow(id string, f *foreign) {
 	m.lookOut()
 }
 
-// followAll begins to look at all operations of others. It returns after the first
-// look; should that take too long, what it finds are events.
+// followAll starts following all operations of others, and returns after the first
+// look. If that takes longer than lookPatience, what the look finds becomes events.
 func (m *Manager) followAll(ctx context.Context) {
 	m.mu.Lock()
 	if m.all++; m.all == 1 {
@@ -389,7 +390,7 @@ func (m *Manager) followAll(ctx context.Context) {
 	}
 }
 
-// unfollowAll is the end of followAll.
+// unfollowAll undoes followAll.
 func (m *Manager) unfollowAll() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -400,16 +401,15 @@ func (m *Manager) unfollowAll() {
 	m.lookOut()
 }
 
-// dropUnwaited forgets the operations of others for which nobody waits. The caller
+// dropUnwaited forgets the operations of others that nobody waits for. The caller
 // holds m.mu.
 func (m *Manager) dropUnwaited() {
 	maps.DeleteFunc(m.foreign, func(_ string, f *foreign) bool { return f.waiters == 0 })
 }
 
-// lose gives up the operations that were submitted under another Owner than the
-// present one: see [Recoverer]. They are followed as those of other managers. The
-// functions that run keep their slots and keys until they return. The caller holds
-// m.mu.
+// lose gives up the operations that were submitted under an Owner other than the
+// present one, and follows them like those of other managers: see [Recoverer]. Running
+// functions keep their slots and keys until they return. The caller holds m.mu.
 func (m *Manager) lose(owner string) {
 	for _, t := range m.sorted() {
 		if t.op.Owner == owner || t.stored == "" {
@@ -417,7 +417,7 @@ func (m *Manager) lose(owner string) {
 		}
 		m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
 		if t.cancel != nil && t.final == nil {
-			go t.cancel(ErrLost) // which runs the function's own callbacks
+			go t.cancel(ErrLost) // a goroutine, because it runs the function's callbacks
 			m.lost[t] = true
 			delete(m.tasks, t.id)
 		} else {
@@ -437,8 +437,8 @@ func (m *Manager) lose(owner string) {
 	}
 }
 
-// followLost has those who wait for a lost operation get what becomes of it. The
-// caller holds m.mu.
+// followLost makes the waiters for a lost operation wait for what others make of it.
+// The caller holds m.mu.
 func (m *Manager) followLost(t *task) {
 	f := m.foreign[t.id]
 	if f == nil {
@@ -453,5 +453,5 @@ func (m *Manager) followLost(t *task) {
 			close(t.done)
 		}()
 	}
-	f.waiters++ // until its end: this manager recovers it, should those die that took it over
+	f.waiters++ // until its end: this manager recovers it if those that took it over die
 }

@@ -11,16 +11,16 @@ import (
 )
 
 const (
-	// recoverInterval is how often the owners of operations that somebody waits
-	// for or watches are tried.
+	// recoverInterval is how often a manager recovers while somebody waits for or
+	// watches operations of others.
 	recoverInterval = time.Second
 
-	// maxOrphanLogs is how many recovered operations are logged one by one.
+	// maxOrphanLogs is how many recovered operations are logged individually.
 	maxOrphanLogs = 100
 )
 
-// recover marks what dead processes have left unfinished as failed, or takes it
-// over: see start.
+// recover marks the unfinished operations of dead processes as FAILED, or takes
+// them over: see start.
 func (m *Manager) recover() (resumed []*task, err error) {
 	return m.recoverFrom(func(id string) bool { return m.liveRow(id) != nil })
 }
@@ -60,10 +60,10 @@ func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err e
 	return resumed, nil
 }
 
-// ask returns the function that recoverOrphans asks whether to take over an
-// operation: nil without WithResume. The tasks that are to resume one come into
-// asked. Once the manager is closing there are none, and the operations, PENDING,
-// are left to the next one.
+// ask returns the function that decides for recoverOrphans whether to take over an
+// operation, or nil without WithResume. It adds the tasks that will resume one to
+// asked. A closing manager takes operations over without a task, and leaves them
+// PENDING to the next manager.
 func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
 	if m.resume == nil {
 		return nil
@@ -93,8 +93,8 @@ func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
 	}
 }
 
-// callResume calls the function that WithResume has set, in a goroutine of its own
-// because it may call runtime.Goexit.
+// callResume calls WithResume's function, in a goroutine of its own because it may
+// call runtime.Goexit.
 func (m *Manager) callResume(op *Operation, t *task) (err error) {
 	err = errors.New("the function of WithResume, or an option, called runtime.Goexit")
 	done := make(chan struct{})
@@ -115,7 +115,7 @@ func (m *Manager) callResume(op *Operation, t *task) (err error) {
 	return err
 }
 
-// start queues the tasks of operations that were taken over, by order of their
+// start queues the tasks of operations that were taken over, in order of
 // submission. A closing manager leaves them to the next one.
 func (m *Manager) start(resumed []*task) {
 	slices.SortStableFunc(resumed, func(a, b *task) int {
@@ -125,13 +125,13 @@ func (m *Manager) start(resumed []*task) {
 		owner := m.owner()
 		for m.mu.Lock(); m.tasks[t.id] != nil && !m.closing; m.mu.Lock() {
 			m.mu.Unlock()
-			m.liveRow(t.id) // waits until a Submit of the same ID has failed
+			m.liveRow(t.id) // waits until a Submit with the same ID has failed
 		}
 		switch {
 		case m.closing:
 			m.left[t.id], t.err = true, errLeft
 			m.release(t)
-		case owner != m.id && owner != t.op.Owner: // fenced since: whoever takes it over next runs it
+		case owner != m.id && owner != t.op.Owner: // fenced since the take-over: others may have it now
 			m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
 			m.followLost(t)
 			m.lookOut()
@@ -142,15 +142,15 @@ func (m *Manager) start(resumed []*task) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(resumed) > 0 && m.endLook != nil { // look again: requests to cancel came before they were live
+	if len(resumed) > 0 && m.endLook != nil { // look again: cancel requests may have come before they were live
 		m.endLook()
 		m.endLook = nil
 		m.lookOut()
 	}
 }
 
-// giveUp has operations FAILED that were taken over, if the store is their owner:
-// nobody else will run them, as long as it is open.
+// giveUp marks operations that were taken over as FAILED if the store is their
+// owner: while it is open, no other manager recovers them.
 func (m *Manager) giveUp(resumed []*task) {
 	if m.owner() == m.id {
 		return
@@ -164,8 +164,8 @@ func (m *Manager) giveUp(resumed []*task) {
 	}
 }
 
-// admit makes the task of a resumed operation live. If another has a unique key of
-// it, the operation is FAILED. The caller holds m.mu.
+// admit makes the task of a resumed operation live. If another task holds one of
+// its unique keys, the operation becomes FAILED. The caller holds m.mu.
 func (m *Manager) admit(t *task) {
 	if m.enter(t) != t {
 		t.unique = nil
@@ -176,8 +176,8 @@ func (m *Manager) admit(t *task) {
 	m.startNext()
 }
 
-// recoverOthers recovers what dead processes have left, while somebody waits for
-// operations of others, until ctx is done.
+// recoverOthers recovers the operations of dead processes every recoverInterval
+// while somebody follows operations of others, until ctx is done.
 func (m *Manager) recoverOthers(ctx context.Context) {
 	for ok := true; ok; ok = sleep(ctx, recoverInterval) {
 		m.mu.Lock()
@@ -189,7 +189,7 @@ func (m *Manager) recoverOthers(ctx context.Context) {
 	}
 }
 
-// recoverDead recovers what dead processes have left whenever the store tells of
+// recoverDead recovers the operations of dead processes whenever the store reports
 // one, until the manager is closed.
 func (m *Manager) recoverDead() {
 	s, ok := m.db.(interface{ Deaths() <-chan struct{} })
@@ -203,8 +203,8 @@ func (m *Manager) recoverDead() {
 	}
 }
 
-// recoverNow recovers what dead processes have left, unless that is under way. Close
-// waits for it: a function of WithResume may take its time.
+// recoverNow recovers the operations of dead processes, unless a recovery is under
+// way. Close waits for it, because WithResume's function may take its time.
 func (m *Manager) recoverNow() {
 	m.mu.Lock()
 	begin := !m.closing && !m.resuming
@@ -240,7 +240,7 @@ func (m *Manager) recoverLoop() {
 	}
 }
 
-// sleep waits for so long, and reports whether ctx is not done meanwhile.
+// sleep waits for d, or until ctx is done, and reports whether d has passed.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():

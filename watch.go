@@ -13,19 +13,22 @@ import (
 	"github.com/mynt-nas/task/internal/eventlog"
 )
 
-// Watch returns the changes of the operations with those IDs, or, if ids is nil
-// as in Watch(ctx), of all live ones in the database, whichever manager runs them,
-// and all that are submitted after the call. If ids is empty but not nil, the sequence ends at once.
+// Watch returns the changes of the operations with those IDs. If ids is nil, as in
+// Watch(ctx), it returns those of all live operations in the database, whichever
+// manager runs them, and of all operations submitted after the call. If ids is empty
+// but not nil, the sequence ends at once.
 //
-// It yields first the present state of each, the oldest first, and then every
-// change of state, in order and exactly once. Progress and metadata are
-// conflated: what it yields is the latest. Every operation is a snapshot of the
-// receiver's own. What another manager on the same database runs comes some 100
-// milliseconds late, and a state between the first and the final one may be left
-// out: the final one comes exactly once. If the store takes longer than 5 seconds
-// to tell what others run, or fails, the states of those come among the changes,
-// once it can be read. With a store that is no [FilteredLister], what others have
-// submitted before the last 1,000 operations is left out.
+// The sequence begins with the present state of each operation, oldest first. Then
+// it yields every change of state, in order and exactly once. Progress, message and
+// metadata are conflated: it yields the latest. Every operation is a snapshot that
+// belongs to the receiver.
+//
+// The changes of another manager's operations come some 100 milliseconds late.
+// States between the first and the final one may be skipped; the final state comes
+// exactly once. If reading the operations of others fails or takes the store longer
+// than 5 seconds, their present states come later, among the changes. With a store
+// that is no [FilteredLister], operations that others have submitted before the last
+// 1,000 are left out.
 //
 //	for op, err := range manager.Watch(ctx) {
 //		if err != nil {
@@ -39,15 +42,15 @@ import (
 // there is no such operation, or [ErrClosed] once the manager is closed and
 // nothing is left to yield, or [ErrLagged].
 //
-// The body of the loop may take its time, and may call any method: no
-// operation ever waits for it. But once there are unread events of more than
-// 10,000 operations, or of 64 MiB, the sequence ends with ErrLagged. Watch
-// again, and look for what was missed in List. Events of operations that
-// any watcher has named are dropped last, and only their loss ends the sequence of
-// a watcher that has named them.
+// The body of the loop may take its time and call any method: no operation ever
+// waits for it. But when unread events of more than 10,000 operations, or of more
+// than 64 MiB, have piled up, the sequence ends with ErrLagged. Watch again, and find
+// what was missed with List. Events of operations that any watcher has named are
+// dropped last, and only their loss ends the sequence of a watcher that has named
+// them.
 //
-// Nothing is missed between the call of Watch and the loop. The caller must
-// range over the sequence, or end ctx. Ranging over it again watches again.
+// No change between the call of Watch and the loop is missed. The caller must range
+// over the sequence, or cancel ctx. Ranging over it again watches again.
 func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation, error] {
 	if ctx.Err() != nil || ids != nil && len(ids) == 0 {
 		return func(func(*Operation, error) bool) {}
@@ -69,13 +72,12 @@ func (m *Manager) Watch(ctx context.Context, ids ...string) iter.Seq2[*Operation
 	}
 }
 
-// Raw is a manager's view for servers.
-// Metadata and Result of the operations that it returns are nil or valid JSON as
-// a [json.RawMessage] (or an [Omitted], see [MaxValue]). The bytes are
-// shared: do not modify them.
+// Raw is a view of a manager for servers, without decoded values: Metadata and Result
+// of its operations are nil, valid JSON as a [json.RawMessage], or an [Omitted] (see
+// [MaxValue]). The bytes are shared: do not modify them.
 type Raw struct{ m *Manager }
 
-// Raw returns the manager's view without decoded values.
+// Raw returns a view of the manager without decoded values.
 func (m *Manager) Raw() Raw { return Raw{m} }
 
 // List is [Manager.List].
@@ -89,15 +91,15 @@ func (r Raw) Wait(ctx context.Context, id string) (*Operation, error) {
 	return r.m.raw(op), err
 }
 
-// Subscribe is [Manager.Watch] in two parts, so that a subscriber knows when it
-// has seen all present states: those at the moment of the call, the oldest
-// first, and the changes from that moment on. Range over changes once, or end
-// ctx. It returns [ErrNotFound] for an unknown ID, and, if none is given,
-// [ErrClosed] once the manager is closed.
+// Subscribe is [Manager.Watch] in two parts, so that a subscriber knows when it has
+// seen all present states: the states at the moment of the call, oldest first, and
+// the changes from that moment on. Range over changes once, or cancel ctx. Subscribe
+// returns [ErrNotFound] for an unknown ID, and, without IDs, [ErrClosed] once the
+// manager is closed.
 //
-// Where no IDs are given, changes yields an operation together with an error that
-// wraps ErrNotFound if it was deleted while it was live: there will be no final
-// state. The changes go on.
+// Without IDs, changes yields an operation together with an error that wraps
+// ErrNotFound if the operation was deleted while it was live: it will have no final
+// state. The sequence continues.
 func (r Raw) Subscribe(ctx context.Context, ids ...string) (present []*Operation, changes iter.Seq2[*Operation, error], err error) {
 	m := r.m
 	if len(ids) == 0 && !isOpen(m.id) {
@@ -123,21 +125,21 @@ func (r Raw) Subscribe(ctx context.Context, ids ...string) (present []*Operation
 
 const (
 	maxLag      = 10_000   // operations with unread events
-	maxLagBytes = 64 << 20 // of unread events
+	maxLagBytes = 64 << 20 // bytes of unread events
 
-	// progressDelay is how long watchers wait for progress, so that tasks that
-	// report as fast as they can don't occupy them.
+	// progressDelay is how long reports are conflated before watchers see them, so
+	// that tasks that report at full speed don't keep watchers busy.
 	progressDelay = 20 * time.Millisecond
 )
 
 // An event is the new visible state of an operation.
 type event struct {
 	op  *Operation
-	err error // if not nil: there will be no final state, and why
+	err error // why there will be no final state, or nil
 }
 
-// appendEvent appends an event to the log. With soft, watchers may skip what the
-// operation was before. The caller holds m.mu.
+// appendEvent appends an event to the log. A soft event may replace the operation's
+// last one. The caller holds m.mu.
 func (m *Manager) appendEvent(e event, soft bool) {
 	const rest = 300 // bytes, about
 	m.events.Append(e.op.ID, e, rest+len(e.op.Name)+len(e.op.Message)+len(e.op.Error)+e.op.valueBytes(), soft)
@@ -150,8 +152,8 @@ func (m *Manager) emit(t *task, soft bool) {
 	}
 }
 
-// publish takes over the progress that a function has reported, for watchers,
-// too. The caller holds m.mu.
+// publish takes over the progress that a function has reported, and appends an event
+// if it has changed. The caller holds m.mu.
 func (m *Manager) publish(t *task) {
 	before := t.op
 	if t.takeOver(); t.op != before {
@@ -159,7 +161,7 @@ func (m *Manager) publish(t *task) {
 	}
 }
 
-// publishProgress publishes all that has been reported since it ran last.
+// publishProgress publishes all progress reported since its last run.
 func (m *Manager) publishProgress() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -173,15 +175,15 @@ func (m *Manager) publishProgress() {
 type watcher struct {
 	events  *eventlog.Log[event]
 	reader  *eventlog.Reader[event]
-	read    int             // how many events it has read
-	present []event         // the present states that it has yet to yield
-	open    map[string]bool // the IDs given whose final states it has yet to yield; nil for all
+	read    int             // number of events read
+	present []event         // present states not yielded yet
+	open    map[string]bool // given IDs whose final states are not yielded yet; nil for all operations
 	err     error           // why nothing can be watched
-	stop    func() bool     // from leaving when the context is done
+	stop    func() bool     // keeps the end of the context from calling leave
 	leave   func()
 }
 
-// subscribe returns a watcher of everything from now on. End ctx, or call run.
+// subscribe returns a watcher of all events from now on. Cancel ctx, or call run.
 func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
 	w := new(watcher)
 	slices.Sort(ids)
@@ -211,8 +213,8 @@ func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
 	return w
 }
 
-// join collects the present states and begins to read the event log, both at
-// the same moment.
+// join collects the present states and creates the reader of the event log at the
+// same moment.
 func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 	m.mu.Lock()
 	w.events = m.events
@@ -245,8 +247,8 @@ func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 	}
 }
 
-// run yields present states, then events, with the operations as snapshot
-// returns them. Of all operations, one that was deleted comes with an error.
+// run yields present states, then events, with operations as snapshot returns them.
+// A watcher of all operations gets a deleted one with an error.
 func (w *watcher) run(ctx context.Context, yield func(*Operation, error) bool) {
 	defer w.leave()
 	defer w.stop()
@@ -265,21 +267,21 @@ func (w *watcher) run(ctx context.Context, yield func(*Operation, error) bool) {
 	}
 }
 
-// seen notes that a state was yielded.
+// seen records that a state was yielded.
 func (w *watcher) seen(op *Operation) {
 	if !op.State.live() {
 		delete(w.open, op.ID)
 	}
 }
 
-// next waits for the next event, or for the end of ctx.
+// next waits for the next event, or until ctx is done.
 func (w *watcher) next(ctx context.Context) (event, error) {
 	if w.err != nil {
 		return event{}, w.err
 	}
 	if len(w.present) > 0 {
 		e := w.present[0]
-		w.present[0] = event{} // or the operation would be kept for as long as the watcher
+		w.present[0] = event{} // release the operation
 		w.present = w.present[1:]
 		return e, e.err
 	}
@@ -310,7 +312,7 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 	return event{}, nil
 }
 
-// pause lets functions and Submit run. Few watchers don't hold them up, but a
+// pause lets functions and Submit run. A few watchers don't slow them down, but a
 // thousand do: then each gets some 640 events a second.
 func (w *watcher) pause(ctx context.Context) {
 	const few = 10

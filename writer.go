@@ -14,36 +14,36 @@ import (
 //
 //  1. One goroutine writes, so the writes of an operation reach the store in
 //     the order of its states: first row, changes, final state.
-//  2. First rows and final states that arrive while a write is under way go
-//     together into the next one. No timer delays them.
-//  3. Nothing is shown before the store has answered: Submit returns, and the
-//     function starts, after the first row is stored; Wait returns, and the
-//     operation leaves memory, after the final state is.
-//  4. Changes (RUNNING, progress, metadata) are conflated: what is stored of
-//     an operation is the latest. They go along with those writes, but not
-//     with the very next one, which an operation's end often makes
-//     superfluous, or into one of their own once the oldest has waited for
-//     changeDelay. Those that Checkpoint waits for are not delayed.
-//  5. What can't be stored is tried again until it can.
+//  2. First rows and final states that arrive during a write go together into
+//     the next one. No timer delays them.
+//  3. Nothing is shown before it is stored: Submit returns and the function
+//     starts after the first row is stored; Wait returns and the operation
+//     leaves memory after the final state is stored.
+//  4. Changes (RUNNING, progress, message, metadata) are conflated: only the
+//     latest is stored. They are part of a write of first rows and final states,
+//     but not of the very next one, because the operation's end often makes them
+//     unnecessary; or they get a write of their own once the oldest has waited
+//     for changeDelay. Changes that Checkpoint waits for are not delayed.
+//  5. Failed writes are retried until they succeed.
 const (
 	maxBatch    = 1024                   // final states in one write
-	maxBytes    = 16 << 20               // of values in maxBatch, unless one state alone has more
-	maxChanges  = 64                     // changes that go along with other writes
-	changeDelay = 100 * time.Millisecond // how long a change may wait for a write to go along with
+	maxBytes    = 16 << 20               // of their values, unless a single one has more
+	maxChanges  = 64                     // changes that join another write
+	changeDelay = 100 * time.Millisecond // how long a change may wait for another write
 
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = time.Second
 
-	maxUnknown      = 10_000  // inserts of unknown outcome that are remembered
-	maxUnknownValue = 4 << 10 // bytes of metadata that are remembered of each
+	maxUnknown      = 10_000  // inserts of unknown outcome to remember
+	maxUnknownValue = 4 << 10 // bytes of metadata to remember of each
 )
 
 // A record is one row to store, and the outcome.
 type record struct {
-	t     *task      // nil for an insert of unknown outcome, which is to be FAILED
-	op    *Operation // the row, which never changes
-	final bool       // it is the final state of t
-	given bool       // the caller gave the ID of an insert of unknown outcome: the row may be another's
+	t     *task      // nil for an insert of unknown outcome, which becomes FAILED
+	op    *Operation // the row; immutable
+	final bool       // op is the final state of t
+	given bool       // the caller gave the ID of an insert of unknown outcome: the row may belong to another operation
 	err   error
 
 	checkpoints []chan error // to be answered
@@ -55,31 +55,31 @@ func answer(checkpoints []chan error, err error) {
 	}
 }
 
-// A batch is what one call of the store writes.
+// A batch is the content of one write.
 type batch struct {
 	inserts, updates []record
-	unknown          []record // inserts of unknown outcome that have to be read first
+	unknown          []record // inserts of unknown outcome to read first
 }
 
 func (b *batch) empty() bool { return len(b.inserts)+len(b.updates)+len(b.unknown) == 0 }
 
-// A backlog is what waits to be written. The manager's mutex guards it.
+// A backlog holds what waits to be written. The manager's mutex guards it.
 type backlog struct {
 	inserts   []record // in order of submission
-	finals    []record // final states that have not been tried
+	finals    []record // final states not tried yet
 	changed   []*task
-	changedAt time.Time // when the first of changed came
-	before    int       // how many of changed the last take has left
-	urgent    bool      // do not delay those of changed that Checkpoint waits for
-	retry     []record  // final states that were refused, and inserts of unknown outcome
-	unknown   []record  // inserts of unknown outcome that have to be read first
-	writing   []*task   // whose updates are being written
+	changedAt time.Time // when the first of changed was added
+	before    int       // length of changed after the last take
+	urgent    bool      // Checkpoint waits for some of changed: do not delay those
+	retry     []record  // final states that the store has refused, and inserts of unknown outcome
+	unknown   []record  // inserts of unknown outcome to read first
+	writing   []*task   // tasks whose updates are being written
 
-	retryAt time.Time // when to try again what has failed
+	retryAt time.Time // when to retry
 	backoff time.Duration
 }
 
-// change notes that a task has changed, and reports whether it is the first.
+// change adds a task to changed, and reports whether it is the first one there.
 func (b *backlog) change(t *task) (first bool) {
 	if t.listed || t.final != nil {
 		return false
@@ -92,8 +92,8 @@ func (b *backlog) change(t *task) (first bool) {
 	return first
 }
 
-// take returns what is due, or, if all says so, everything. The caller adds the
-// operations of the tasks that have changed.
+// take removes and returns what is due, or with all, everything. The caller fills in
+// the operations of changed tasks.
 func (b *backlog) take(now time.Time, all bool) batch {
 	out := batch{inserts: b.inserts}
 	b.inserts = nil
@@ -132,8 +132,8 @@ func (b *backlog) take(now time.Time, all bool) batch {
 	return out
 }
 
-// checkpointsFirst moves the tasks for which Checkpoint waits to the front of
-// changed, and returns how many there are.
+// checkpointsFirst moves the tasks that Checkpoint waits for to the front of
+// changed, and returns their number.
 func (b *backlog) checkpointsFirst() int {
 	var first, rest []*task
 	for _, t := range b.changed {
@@ -147,7 +147,7 @@ func (b *backlog) checkpointsFirst() int {
 	return len(first)
 }
 
-// fitting returns how many of the first records go into one write.
+// fitting returns how many of the records fit into one write.
 func fitting(records []record) (n int) {
 	for bytes := 0; n < min(len(records), maxBatch); n++ {
 		if bytes += records[n].op.valueBytes(); n > 0 && bytes > maxBytes {
@@ -164,7 +164,7 @@ func cut[T any](s []T, n int, all bool) (head, tail []T) {
 	return s[:n:n], s[n:]
 }
 
-// next returns when something is due even if nothing new comes.
+// next returns when something already in the backlog is due.
 func (b *backlog) next() (at time.Time, ok bool) {
 	if len(b.retry)+len(b.unknown) > 0 || b.urgent {
 		return b.retryAt, true
@@ -175,7 +175,7 @@ func (b *backlog) next() (at time.Time, ok bool) {
 	return at, false
 }
 
-// again has a record tried again.
+// again schedules a retry of a record.
 func (b *backlog) again(w record, now time.Time) {
 	if !now.Before(b.retryAt) {
 		b.backoff = min(max(2*b.backoff, minBackoff), maxBackoff)
@@ -192,10 +192,10 @@ func (b *backlog) again(w record, now time.Time) {
 	}
 }
 
-// remember notes an insert that has failed. Should the row be there after all,
-// then as one that has FAILED.
+// remember schedules an update to FAILED for an insert that has failed, in case the
+// row was stored after all.
 func (b *backlog) remember(w record) {
-	if len(b.retry)+len(b.unknown) >= maxUnknown { // recovery will find it
+	if len(b.retry)+len(b.unknown) >= maxUnknown { // recovery finds the rest
 		return
 	}
 	failed := *w.op
@@ -213,13 +213,12 @@ func (b *backlog) tryAgain(w record) {
 	}
 }
 
-// forget drops what remember has noted of an ID, which is that of another insert
-// now.
+// forget drops the remembered insert of an ID that a new insert has used.
 func (b *backlog) forget(id string) {
 	b.unknown = slices.DeleteFunc(b.unknown, func(w record) bool { return w.op.ID == id })
 }
 
-// unstored yields the tasks of which the database may not have the present state.
+// unstored yields the tasks whose present state may not be stored.
 func (b *backlog) unstored(yield func(*task) bool) {
 	tasks := slices.Concat(b.changed, b.writing)
 	for _, w := range slices.Concat(b.finals, b.retry) {
@@ -232,29 +231,29 @@ func (b *backlog) unstored(yield func(*task) bool) {
 	}
 }
 
-// A source has what a writer writes. Its methods are called in turn, by one
-// goroutine.
+// A source supplies a writer. The writer's goroutine calls its methods in turn.
 type source interface {
-	// next returns what is due. If that is nothing, it returns when to ask
-	// again at the latest, zero for never, and whether to stop asking.
+	// next returns the batch that is due. If that is empty, it returns when to
+	// call it again at the latest (zero for never), and whether the writer should
+	// end.
 	next(now time.Time) (b batch, at time.Time, done bool)
 
-	// written takes in the outcome of a batch, and reports whether anything
-	// has to be tried again.
+	// written takes the outcome of a batch, and reports whether anything is to be
+	// retried.
 	written(b batch) (more bool)
 }
 
-// A writer stores what its source has, batch by batch.
+// A writer stores the batches of its source.
 type writer struct {
 	db      Persistence
 	log     *slog.Logger
 	source  source
 	wake    chan struct{} // holds a token when there may be something to write
 	stopped chan struct{} // closed when run has ended
-	trouble bool          // that a write has failed has been logged
+	trouble bool          // a failed write has been logged
 }
 
-// signal has the writer ask its source. It never blocks.
+// signal wakes the writer. It never blocks.
 func (w *writer) signal() {
 	select {
 	case w.wake <- struct{}{}:
@@ -267,8 +266,8 @@ func (w *writer) run() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		// Let the goroutines that are about to submit or to finish do so first:
-		// fewer and larger batches.
+		// Let the goroutines that are about to submit or to finish run first:
+		// batches become fewer and larger.
 		runtime.Gosched()
 		runtime.Gosched()
 		b, at, done := w.source.next(time.Now())
@@ -291,14 +290,14 @@ func (w *writer) run() {
 	}
 }
 
-// write stores a batch, and notes in it the outcome of each row. Inserts of
-// unknown outcome that have to be read come first: a new one of the same ID is
-// not to be taken for them. Those that are left in the batch are to be tried again.
+// write stores a batch and sets the outcome of each row. It begins with the inserts
+// of unknown outcome, so that it does not mistake a new row with the same ID for one
+// of them. Those that it leaves in b.unknown are to be retried.
 func (w *writer) write(b *batch) {
 	start, unknown := time.Now(), b.unknown
 	b.unknown = nil
 	for i, u := range unknown {
-		if time.Since(start) > maxBackoff { // the rest goes first next time
+		if time.Since(start) > maxBackoff { // the rest comes first next time
 			b.unknown = append(unknown[i:], b.unknown...)
 			break
 		}
@@ -322,8 +321,8 @@ func (w *writer) write(b *batch) {
 	}
 }
 
-// failInsert marks the row of an insert of unknown outcome as FAILED. With an ID
-// that the caller gave, it must be this manager's for certain.
+// failInsert marks the row of an insert of unknown outcome as FAILED. If the caller
+// gave the ID, it does so only for a row that is certainly this manager's.
 func (w *writer) failInsert(u record) error {
 	row, err := get(w.db, u.op.ID)
 	if err == nil && (!u.given || u.op.saved(row) && row.Owner != "") {
@@ -335,7 +334,7 @@ func (w *writer) failInsert(u record) error {
 	return err
 }
 
-// rows returns copies, which belong to the store.
+// rows returns copies, which then belong to the store.
 func rows(records []record) []*Operation {
 	copies := make([]Operation, len(records))
 	rows := make([]*Operation, len(records))
@@ -346,10 +345,10 @@ func rows(records []record) []*Operation {
 	return rows
 }
 
-// resolve takes what the database says of an operation that it will not
-// update, because it was deleted or has finished already.
+// resolve replaces a final state by the stored one if the store refuses the update
+// because the operation was deleted or has already finished.
 func (w *writer) resolve(u *record) {
-	if !u.final { // no row, as expected; or the final state will find out
+	if !u.final { // an unknown insert was not stored; for a change, the final state will find out
 		return
 	}
 	op, err := get(w.db, u.op.ID)
@@ -363,7 +362,7 @@ func (w *writer) resolve(u *record) {
 	case op.State.live():
 		u.err = fmt.Errorf("the store has it as %s, but does not update it", op.State)
 	default:
-		if op.State != u.op.State || !op.UpdatedAt.Equal(u.op.UpdatedAt) { // else it is ours, in spite of an error
+		if op.State != u.op.State || !op.UpdatedAt.Equal(u.op.UpdatedAt) { // else an earlier write that seemed to fail has stored it
 			w.log.Error("task: finished by another manager", "id", u.op.ID, "name", u.op.Name,
 				"state", u.op.State, "stored", op.State)
 		}
@@ -371,13 +370,13 @@ func (w *writer) resolve(u *record) {
 	}
 }
 
-// retryable reports whether err says that a write should be tried again.
+// retryable reports whether a write that failed with err should be retried.
 func retryable(err error) bool {
 	return err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrLost)
 }
 
-// note logs when writes start and stop failing. An insert with an ID that
-// the caller gave may have failed because that exists.
+// note logs when writes start and stop failing. A failed insert with an ID that the
+// caller gave does not count: the ID may exist.
 func (w *writer) note(b batch, more bool) {
 	var failed error
 	for i, records := range [][]record{b.inserts, b.updates, b.unknown} {

@@ -1,14 +1,14 @@
 // Package task runs, tracks, persists and recovers long-running background
 // operations inside one program.
 //
-// A [Manager] takes functions and runs each in a goroutine of its own, as an
-// [Operation] with an ID, a state, a progress in percent, a result and an
-// error. Operations are stored in a [Persistence], by default in memory, usually
-// in an SQLite file ([OpenSQLite]) or in the application's own SQLite database
-// ([NewSQLiteStore]). What the manager has acknowledged is stored: Submit
-// returns once the operation's row is committed, and a final state is shown
-// only once it is. Operations that a crash interrupted are marked as failed
-// when the next manager starts.
+// A [Manager] runs each function that it is given in its own goroutine, as an
+// [Operation] with an ID, a state, a progress in percent, a result and an error.
+// Operations are stored in a [Persistence]: by default in memory, usually in an
+// SQLite file ([OpenSQLite]) or in the application's own SQLite database
+// ([NewSQLiteStore]). Acknowledged means stored: Submit returns after the
+// operation's row is committed, and a final state is shown only after it is
+// committed. The next manager to start marks operations that a crash has
+// interrupted as failed.
 //
 //	store, err := task.OpenSQLite("tasks.db")
 //	if err != nil {
@@ -33,17 +33,16 @@
 //
 // # What callers hold
 //
-// Every *Operation that the package returns is a snapshot: a value of its own
-// that never changes. To see what has changed, ask again with [Manager.Get] or
-// [Manager.List], wait with [Manager.Wait], or follow with [Manager.Watch].
+// Every *Operation that the package returns is a snapshot, which the package never
+// changes again. To see changes, call [Manager.Get] or [Manager.List] again, wait with
+// [Manager.Wait], or follow with [Manager.Watch].
 //
 // # Several managers
 //
-// Several managers, in one process or in several, may share one SQLite
-// database. Each runs what was submitted to it, and sees and cancels the
-// operations of all. When a process dies, the next manager to start marks what it
-// left behind as failed, or resumes it (see [WithResume]), and leaves the
-// operations of the living alone.
+// Several managers, in one process or in many, may share one SQLite database. Each
+// runs the operations submitted to it, and sees and cancels those of all. When a
+// process dies, the next manager to start marks its unfinished operations as failed,
+// or resumes them (see [WithResume]). Operations of live processes are left alone.
 package task
 
 import (
@@ -68,10 +67,10 @@ type State string
 // The states, as stored in the database and shown in JSON.
 const (
 	StatePending   State = "PENDING"   // accepted and stored, not started yet
-	StateRunning   State = "RUNNING"   // its function runs, or its final state waits to be stored
+	StateRunning   State = "RUNNING"   // its function runs, or its final state is not stored yet
 	StateDone      State = "DONE"      // its function returned no error
-	StateFailed    State = "FAILED"    // its function returned an error or panicked, or the program ended under it
-	StateCancelled State = "CANCELLED" // a user cancelled it
+	StateFailed    State = "FAILED"    // its function returned an error or panicked, or its manager or process ended
+	StateCancelled State = "CANCELLED" // it was cancelled
 )
 
 // Finished reports whether s is final: DONE, FAILED or CANCELLED.
@@ -80,63 +79,61 @@ func (s State) Finished() bool {
 	return s == StateDone || s == StateFailed || s == StateCancelled
 }
 
-// live is not the same as not Finished: other code may have stored other states.
+// live is not the opposite of Finished: other code may have stored other states.
 func (s State) live() bool {
 	return s == StatePending || s == StateRunning
 }
 
 // A Func is the work of one operation.
 //
-// It should return soon after ctx is done; [context.Cause] then says why: it
-// wraps [ErrCancelled], [ErrClosed] or [ErrLost]. It reports progress in percent by calling
-// update, from any goroutine and as often as it likes: a call takes some
-// nanoseconds, never waits for the database and never fails. Values outside
-// 0..100 are clamped, and calls after the function has returned do nothing.
+// A Func should return soon after ctx is done; [context.Cause] then returns an error
+// that wraps [ErrCancelled], [ErrClosed] or [ErrLost]. It reports progress in percent
+// by calling update, from any goroutine and as often as it likes: a call takes a few
+// nanoseconds, never waits for the database and never fails. Values are clamped to
+// 0..100, and calls after the function has returned do nothing.
 //
-// The returned value becomes [Operation.Result] by way of JSON. A value that
-// JSON can't hold, or that takes more than 16 MiB as JSON, is dropped, and
-// [Operation.Error] says why. A value returned with an error is stored with it.
-// A panic fails the operation, not the program.
+// The returned value becomes [Operation.Result], encoded as JSON. A value that JSON
+// can't hold, or that takes more than 16 MiB as JSON, is dropped, and
+// [Operation.Error] says why. A value returned together with an error is kept. A panic
+// fails the operation, not the program.
 //
-// A Func must not call [Manager.Close], [Manager.Shutdown] or [Manager.Drain] of
-// its own manager: they wait for it to return. Nor must it wait for an operation
-// that needs its own slot (see [WithLimit]) or key (see [WithLock]).
+// A Func must not call [Manager.Close], [Manager.Shutdown] or [Manager.Drain] of its
+// own manager, which wait for it to return. Nor must it wait for an operation that
+// needs the Func's slot (see [WithLimit]) or key (see [WithLock]).
 type Func func(ctx context.Context, update func(progress int)) (interface{}, error)
 
-// Errors to test for with [errors.Is]. What the package returns wraps them.
+// Errors to test for with [errors.Is]. Errors that the package returns wrap them.
 var (
-	// ErrNotFound is returned when no operation has the given ID, by Cancel
-	// also when the operation has already finished, and by a Persistence as
-	// its methods say.
+	// ErrNotFound is returned if no operation has the given ID, by Cancel also if
+	// the operation has already finished, and by a Persistence as its methods say.
 	ErrNotFound = errors.New("operation not found")
 
-	// ErrClosed is returned by Submit after Close, Shutdown or Drain was called. It
-	// is also the cause of the contexts that Close cancels, what Wait returns for
-	// an operation whose final state Close could not store, and the last thing
-	// that Watch yields.
+	// ErrClosed is returned by Submit after a call of Close, Shutdown or Drain. It is
+	// also the cause of the contexts that Close cancels, the error of Wait for an
+	// operation whose final state Close could not store, and the last error that
+	// Watch yields.
 	ErrClosed = errors.New("manager closed")
 
-	// ErrCancelled is the cause of a context that Cancel cancelled, or is wrapped
-	// by it if CancelCause did.
+	// ErrCancelled is the cause of a context that Cancel has cancelled. The cause
+	// wraps it after CancelCause.
 	ErrCancelled = errors.New("operation cancelled")
 
-	// ErrExists is returned by Submit, together with the operation that exists,
-	// as [WithID] and [WithUnique] say, and by a Persistence when it is to save an
-	// ID that it has.
+	// ErrExists is returned by Submit, together with the existing operation, as
+	// [WithID] and [WithUnique] say, and by a Persistence that is to save an ID that
+	// it already has.
 	ErrExists = errors.New("operation exists already")
 
-	// ErrLost is wrapped by what a store returns that was taken for dead, while it
-	// could not be reached, and whose operations others have recovered: of Submit,
-	// as the cause of the contexts of the functions that run, and of Checkpoint,
-	// SetMessage and SetMetadata in these. See [Recoverer].
+	// ErrLost says that others have taken the store for dead, because it was out of
+	// reach, and have recovered its operations. Submit, Checkpoint, SetMessage and
+	// SetMetadata return it, and it is the cause of the contexts of the functions
+	// that still run. See [Recoverer].
 	ErrLost = errors.New("operation lost: its manager was taken for dead")
 
-	// ErrLagged is the last thing that Watch yields to a receiver that is too
-	// slow.
+	// ErrLagged is the last error that Watch yields to a receiver that is too slow.
 	ErrLagged = errors.New("watcher too slow: events were dropped")
 )
 
-// wrap says in an error, if it is one, what failed.
+// wrap adds to an error, if it is not nil, what failed.
 func wrap(err error, format string, args ...any) error {
 	if err == nil {
 		return nil
@@ -161,12 +158,12 @@ type options struct {
 	resume    func(*Operation) (Func, []SubmitOption)
 }
 
-// WithLogger makes the manager log to l instead of [slog.Default]. It logs
-// events that no method reports: recovered operations, panics with their stacks,
-// results that could not be kept, and the beginning and end of trouble with
-// the database. The handler of l is called from a goroutine of its own, one
-// record at a time. If it blocks or panics, only records are lost: beyond 1,000
-// that wait for it. [New] and [Manager.Close] wait up to a second for it.
+// WithLogger makes the manager log to l instead of [slog.Default]. It logs events
+// that no method reports: recovered operations, panics with their stacks, results
+// that could not be kept, and when writes to the store start and stop failing. A
+// separate goroutine calls l's handler, one record at a time. A handler that blocks or
+// panics loses only records: those beyond the 1,000 that wait for it. [New] and
+// [Manager.Close] wait for it for up to a second.
 func WithLogger(l *slog.Logger) Option {
 	return func(o *options) {
 		if l != nil {
@@ -175,39 +172,39 @@ func WithLogger(l *slog.Logger) Option {
 	}
 }
 
-// WithLimit makes the manager run at most n functions at once. The operations
-// beyond that are PENDING, without a goroutine of their own, and start in the
-// order of their submission. A limit of 0 or less is none, as is the default.
+// WithLimit makes the manager run at most n functions at once. Further operations are
+// PENDING, need no goroutine, and start in order of submission. 0 or less means no
+// limit, which is the default.
 func WithLimit(n int) Option {
 	return func(o *options) { o.limit = max(n, 0) }
 }
 
-// WithRetention makes the manager delete operations from the history once they
-// finished longer ago than age: at the start, and then every tenth of age, but
-// at most once a second and at least once an hour. An age of 0 or less keeps
-// them for good, as is the default. See [Manager.Prune].
+// WithRetention makes the manager delete operations that finished longer ago than
+// age: at the start, and then every tenth of age, but at most once a second and at
+// least once an hour. 0 or less keeps the history forever, which is the default. See
+// [Manager.Prune].
 func WithRetention(age time.Duration) Option {
 	return func(o *options) { o.retention = max(age, 0) }
 }
 
-// WithResume has f called for each operation that the manager finds interrupted,
-// with a snapshot of it, metadata included: by [New] before it returns, and later
-// whenever the manager notices that another process on the database has died. If
-// f returns a Func, the operation is this manager's from then on. It keeps its
-// ID, CreatedAt and metadata, is PENDING again with neither progress nor message,
-// and runs the Func when its turn comes, after what was submitted before it. If f
-// returns nil, the operation is FAILED, as all are without WithResume. Of several
-// managers that recover at the same time, one gets it, although the functions of
-// all may have been asked: if that one is without WithResume, it is FAILED.
+// WithResume makes the manager call f for each interrupted operation that it finds,
+// with a snapshot that includes the metadata: in [New] before it returns, and later
+// whenever the manager notices that another process on the database has died.
 //
-// Of the options, [WithLock] and those like it count, since keys are not stored;
-// [WithMetadata] and others that set what is stored already are ignored. If an
-// option fails, or f panics, that is logged and the operation is FAILED. An
-// operation that somebody had asked to cancel is FAILED without asking f. With
-// WithResume, [Manager.Drain] leaves what is PENDING for the next start to resume.
+// If f returns a Func, the operation belongs to this manager from then on. It keeps
+// its ID, CreatedAt and metadata, is PENDING again without progress and message, and
+// runs the Func after the operations submitted before it. If f returns a nil Func, the
+// operation becomes FAILED, as all do without WithResume. If several managers recover
+// at the same time, one of them gets the operation, although all may have called their
+// f; if that one has no WithResume, the operation becomes FAILED.
 //
-// The calls come one at a time. f should return soon: until then New does not
-// return, nor does Close, and this manager recovers and resumes nothing else.
+// Of the options, only [WithLock] and [WithUnique] count, because keys are not stored.
+// If an option fails or f panics, the manager logs that and the operation becomes
+// FAILED. An operation with a cancel request becomes FAILED without a call of f. With
+// WithResume, [Manager.Drain] leaves PENDING operations for the next start to resume.
+//
+// The manager calls f for one operation at a time. f should return soon: until then,
+// New and Close do not return, and this manager recovers nothing else.
 func WithResume(f func(op *Operation) (Func, []SubmitOption)) Option {
 	return func(o *options) { o.resume = f }
 }
@@ -228,9 +225,9 @@ func (t *task) apply(opts []SubmitOption) error {
 	return nil
 }
 
-// WithMetadata gives the operation metadata: any value that JSON can hold in
-// 16 MiB, such as the name of a pool, or of the user who asked. Submit returns
-// an error for any other value. A Func can replace it with [SetMetadata].
+// WithMetadata gives the operation metadata: any value that JSON can hold in 16 MiB,
+// such as the name of a pool or of a user. Submit returns an error for any other
+// value. A Func can replace the metadata with [SetMetadata].
 func WithMetadata(v any) SubmitOption {
 	return func(t *task) error {
 		metadata, err := encode(v)
@@ -242,15 +239,15 @@ func WithMetadata(v any) SubmitOption {
 	}
 }
 
-// WithLock makes the operation wait, PENDING, for all operations that were
-// submitted before it to the same manager with the same key: of one key, one
-// runs at a time, in the order of submission. It holds back no other: with
-// [WithLimit], a free slot goes to the oldest operation whose key is free. The
-// key is free again when the function has returned.
+// WithLock makes the operation wait, PENDING, for all operations with the same key
+// that were submitted before it to the same manager: the operations of one key run one
+// at a time, in order of submission. They hold back no others: with [WithLimit], a
+// free slot goes to the oldest operation whose keys are free. The key is free again
+// when the function has returned.
 //
-// Given several times, it takes several keys, all at once: no two operations
-// ever wait for each other. While an operation waits for one of its keys, later
-// ones that need another of them wait behind it.
+// Given several times, WithLock takes all keys at once: no two operations ever wait for
+// each other. While an operation waits for one of its keys, later operations that need
+// another of them wait behind it.
 //
 // Submit returns an error if the key is empty.
 func WithLock(key string) SubmitOption {
@@ -263,17 +260,16 @@ func WithLock(key string) SubmitOption {
 	}
 }
 
-// WithID gives the operation an ID of the caller's choice. While there is an
-// operation with that ID, live or in the history, whichever manager runs it or
-// has run it, Submit returns that operation and an error that wraps
-// [ErrExists], and the function is never called. So a request that is sent
-// again, or a job that a scheduler submits again after a restart, is done at
-// most once for as long as the history keeps it. To do again what was
-// interrupted (see [Operation.Interrupted]), submit it with another ID.
+// WithID gives the operation an ID of the caller's choice. If there is an operation
+// with that ID already, live or in the history and of any manager, Submit returns that
+// operation and an error that wraps [ErrExists], and never calls the function. So a
+// request that is sent again, or a job that a scheduler submits again after a restart,
+// runs at most once for as long as the history keeps it. To repeat an interrupted
+// operation (see [Operation.Interrupted]), submit it with another ID.
 //
-// Of several Submits of one ID at the same time, in whatever process, one
-// succeeds. In one manager the others wait until it has, and if it fails, they
-// return the same error.
+// If one ID is submitted several times at once, in one process or in many, one Submit
+// succeeds. Within one manager the others wait for it; if it fails, they return its
+// error.
 //
 // An ID is 1 to 200 bytes of printable ASCII without spaces, slashes,
 // backslashes and the characters ?, # and %. It is not ".", "..", "events", "ui"
@@ -293,15 +289,14 @@ func WithID(id string) SubmitOption {
 	}
 }
 
-// WithUnique gives the operation a key that no other unfinished operation of the
-// same manager has. While there is one that has it, Submit returns that operation
-// and an error that wraps [ErrExists], and the function is never called: two
-// clicks on a button start one operation. The key is free again when the
-// operation has finished.
+// WithUnique gives the operation a key that no other unfinished operation of the same
+// manager may have. While another one has it, Submit returns that operation and an
+// error that wraps [ErrExists], and never calls the function: two clicks on a button
+// start one operation. The key is free again when the operation has finished.
 //
-// Given several times, all those keys are unique. Of several Submits of one key
-// at the same time, one succeeds; the others wait until it has, and if it fails,
-// they return the same error.
+// Given several times, WithUnique sets several keys. If one key is submitted several
+// times at once, one Submit succeeds; the others wait for it, and if it fails, they
+// return its error.
 //
 // Submit returns an error if the key is empty.
 func WithUnique(key string) SubmitOption {
@@ -314,41 +309,40 @@ func WithUnique(key string) SubmitOption {
 	}
 }
 
-// A ListOption says which operations [Manager.List] returns. Of several that
-// say the same, the last one counts.
+// A ListOption says which operations [Manager.List] returns. If an option is given
+// twice, the last one counts.
 type ListOption func(*Filter)
 
-// ByState lets List return only operations in one of those states, or in any
-// if none is given.
+// ByState restricts List to operations in one of those states. Without states, it
+// restricts nothing.
 func ByState(states ...State) ListOption {
 	return func(f *Filter) { f.States = slices.Compact(slices.Sorted(slices.Values(states))) }
 }
 
-// MaxValue lets List leave out metadata and results that take more than that many
-// bytes as JSON: an [Omitted] is in their place, and [Manager.Get] returns them.
-// SQLite does not read them, so that a list needs little memory. With 0 nothing
-// is left out.
+// MaxValue makes List replace metadata and results of more than that many bytes of
+// JSON by an [Omitted]; [Manager.Get] returns them. SQLite does not read them, so that
+// a list needs little memory. 0 means no limit.
 func MaxValue(bytes int) ListOption {
 	return func(f *Filter) { f.MaxValue = max(bytes, 0) }
 }
 
-// ByName lets List return only operations with exactly that name, or with any
-// if it is empty. No index helps with that: in a long history a rare name
-// takes a while; see [WithContext].
+// ByName restricts List to operations with exactly that name; an empty name restricts
+// nothing. There is no index for it: finding a rare name in a long history takes a
+// while; see [WithContext].
 func ByName(name string) ListOption {
 	return func(f *Filter) { f.Name = validUTF8(name) }
 }
 
-// Containing lets List return only operations with that text in their name, or
-// any if it is empty. ASCII letters match in either case. No index helps with that:
-// see [ByName].
+// Containing restricts List to operations with that text in their name; an empty text
+// restricts nothing. ASCII letters match in either case. There is no index for it: see
+// [ByName].
 func Containing(text string) ListOption {
 	return func(f *Filter) { f.Containing = validUTF8(text) }
 }
 
-// ByMetadata lets List return only operations whose metadata is a JSON object in
-// which the member with that key is that very string. Of several keys, all have to
-// match. No index helps with that: see [ByName].
+// ByMetadata restricts List to operations whose metadata is a JSON object with that
+// string as the member key. Given with several keys, all must match. There is no index
+// for it: see [ByName].
 func ByMetadata(key, value string) ListOption {
 	return func(f *Filter) {
 		if f.Metadata == nil {
@@ -358,15 +352,15 @@ func ByMetadata(key, value string) ListOption {
 	}
 }
 
-// FinishedAfter lets List return only operations that finished at t or later, or
-// any if t is zero. Together, FinishedAfter and [FinishedBefore] say when the range
-// of time begins and ends: what finished when it ends is not in it.
+// FinishedAfter restricts List to operations that finished at t or later; a zero t
+// restricts nothing. With [FinishedBefore] it gives a range of time, of which the end
+// is not part.
 func FinishedAfter(t time.Time) ListOption {
 	return func(f *Filter) { f.FinishedAfter = t }
 }
 
-// FinishedBefore lets List return only operations that finished before t, or any if
-// t is zero.
+// FinishedBefore restricts List to operations that finished before t; a zero t
+// restricts nothing.
 func FinishedBefore(t time.Time) ListOption {
 	return func(f *Filter) { f.FinishedBefore = t }
 }
@@ -381,79 +375,80 @@ func ByFinish() ListOption {
 	return func(f *Filter) { f.ByFinish = true }
 }
 
-// WithoutResults lets List leave out all results: Result is nil. SQLite does not
-// read them.
+// WithoutResults makes List leave out all results: Result is nil. SQLite does not read
+// them.
 func WithoutResults() ListOption {
 	return func(f *Filter) { f.WithoutResults = true }
 }
 
-// Before restricts List to operations submitted before the one with that ID,
-// or not at all if it is empty. With the last operation of a page it leads to the
-// next page, whatever has been submitted meanwhile, and with SQLite as fast as
-// to the first one.
+// Before restricts List to operations submitted before the one with that ID; an empty
+// ID restricts nothing. Use the ID of a page's last operation as the cursor for the
+// next page: operations submitted meanwhile don't matter, and with SQLite every page
+// is as fast as the first.
 //
-// If that operation has been deleted, List continues from where it was, by the
-// time in its ID. An unknown ID that is no UUIDv7 is [ErrNotFound].
+// If that operation has been deleted, List continues from its place, by the time in
+// its ID. An unknown ID that is not a UUIDv7 is [ErrNotFound].
 func Before(id string) ListOption {
 	return func(f *Filter) { f.Before = id }
 }
 
-// WithContext makes List return ctx's error once ctx is done, so that a search of a
-// long history ends when its caller no longer needs it. An SQLite store notices that
-// after some thousand rows, other stores at the latest when they have answered.
+// WithContext makes List return ctx's error once ctx is done, so that the search of a
+// long history ends when its caller is gone. An SQLite store checks ctx every few
+// thousand rows. With a store that doesn't, List still returns the error, but only
+// after the store has answered.
 func WithContext(ctx context.Context) ListOption {
 	return func(f *Filter) { f.Context = ctx }
 }
 
-// A life is what Wait and Watch see of an operation. The manager's mutex guards
-// it until done is closed; then it never changes.
+// A life is what Wait and Watch see of an operation. The manager's mutex guards it
+// until done is closed; after that it is immutable.
 type life struct {
-	op     *Operation    // what it points to never changes
-	stored State         // as the database has it; "" until the first row is stored
+	op     *Operation    // points to an immutable value
+	stored State         // in the database; "" until the first row is stored
 	err    error         // why there will be no final state
 	done   chan struct{} // closed once the final state is stored, or err is set
 }
 
-// endedLife returns the life of an operation that will not change any more, and of
-// which a row is stored.
+// endedLife returns the life of an operation that will not change again and whose row
+// is stored.
 func endedLife(row *Operation, err error) *life {
 	l := &life{op: row, stored: row.State, err: err, done: make(chan struct{})}
 	close(l.done)
 	return l
 }
 
-// visible reports whether others may see it.
+// visible reports whether callers may see the operation.
 func (l *life) visible() bool { return l.stored != "" || l.err != nil }
 
-// A task is an operation that this manager runs: from Submit until its final
-// state is stored. Its manager's mutex guards what is not marked otherwise.
+// A task is an operation of this manager, from Submit until its final state is
+// stored. The manager's mutex guards its fields, unless they say otherwise.
 type task struct {
 	// Immutable once claimed.
 	id, name string
-	given    bool   // the caller gave the ID: until the first row is stored, it may be another's
-	number   uint64 // by order of submission
+	given    bool   // the caller gave the ID: until the first row is stored, it may belong to another operation
+	number   uint64 // in order of submission
 	fn       Func
 	created  time.Time // of the task, with its monotonic reading
 	base     time.Time // of the operation, at that moment
 	unique   []string  // keys
 
-	inserted  chan struct{} // closed once the store has answered to the first row
-	insertErr error         // its answer; set before that
+	inserted  chan struct{} // closed when the store has answered to the first row
+	insertErr error         // the answer; set before inserted is closed
 
 	word atomic.Uint64 // see report
 
 	life
-	final  *Operation // how it ended, once that is decided; what it points to never changes
+	final  *Operation // the final state, once decided; points to an immutable value
 	cancel context.CancelCauseFunc
 	ticket queue.Ticket[*task]
 
 	listed  bool  // in backlog.changed
 	refused error // why the store did not take final
 
-	checkpoints []chan error // of calls of Checkpoint that wait for a commit
+	checkpoints []chan error // of Checkpoint calls that wait for a commit
 }
 
-// taskOf returns a task that begins with an operation.
+// taskOf returns a new task for an operation.
 func taskOf(op *Operation) *task {
 	t := &task{
 		id:       op.ID,
@@ -467,19 +462,19 @@ func taskOf(op *Operation) *task {
 	return t
 }
 
-// hidden reports whether nobody may find the task by its ID yet.
+// hidden reports whether the task must not be found by its ID yet.
 func (t *task) hidden() bool { return t.given && t.stored == "" }
 
-// The word of a task holds what a function changes without the mutex: its
-// progress and two flags.
+// The word of a task holds what functions change without the mutex: the progress and
+// two flags.
 const (
 	progressBits = 1<<7 - 1
-	wordReported = 1 << 7 // the manager knows of a report that it has yet to take over
+	wordReported = 1 << 7 // the manager knows that there is a report to take over
 	wordReturned = 1 << 8 // the function has returned, or will never be called
 )
 
-// report is what update does. It returns true if the manager has to know: once,
-// until takeOver.
+// report implements a Func's update. It returns true if the manager must be told: for
+// the first change after takeOver.
 func (t *task) report(progress int) (first bool) {
 	progress = min(max(progress, 0), 100)
 	for {
@@ -494,8 +489,8 @@ func (t *task) report(progress int) (first bool) {
 	}
 }
 
-// takeOver makes reported progress part of what is shown. The manager has
-// to know of the next report.
+// takeOver takes over the reported progress into the operation. The next report tells
+// the manager again.
 func (t *task) takeOver() {
 	word := t.word.And(^uint64(wordReported))
 	if progress := int(word & progressBits); progress != t.op.Progress && t.final == nil {
@@ -503,7 +498,7 @@ func (t *task) takeOver() {
 	}
 }
 
-// change changes what is shown.
+// change replaces the operation by a changed copy.
 func (t *task) change(f func(op *Operation)) {
 	op := *t.op
 	op.UpdatedAt = t.now()
@@ -511,9 +506,8 @@ func (t *task) change(f func(op *Operation)) {
 	t.op = &op
 }
 
-// now returns the time for StartedAt and UpdatedAt: the wall clock's, or a
-// later one if that has been set back since the operation was submitted or
-// resumed.
+// now returns the time for StartedAt and UpdatedAt: that of the wall clock, or a later
+// one if the clock has been set back since the operation was submitted or resumed.
 func (t *task) now() time.Time {
 	return latest(
 		wall(),
@@ -523,7 +517,7 @@ func (t *task) now() time.Time {
 	)
 }
 
-// wall returns the time of the wall clock in the form in which it is stored.
+// wall returns the time of the wall clock, in the precision that is stored.
 func wall() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
 
 func latest(times ...time.Time) time.Time {
@@ -537,8 +531,8 @@ type outcome struct {
 	err    string
 }
 
-// finish decides how the operation ends, and reports whether that was still
-// open. Every terminal transition comes through here.
+// finish fixes the final state and reports true; once it is fixed, finish does nothing
+// and reports false. Every terminal transition happens here.
 func (t *task) finish(end outcome) bool {
 	if t.final != nil {
 		return false

@@ -8,16 +8,16 @@ import (
 )
 
 const (
-	// maxLogQueue is how many records wait for a slow handler. More are dropped.
+	// maxLogQueue is how many records may wait for a slow handler. Further ones are dropped.
 	maxLogQueue = 1000
 
 	// logGrace is how long New and Close wait for the handler.
 	logGrace = time.Second
 )
 
-// A logQueue is a [slog.Handler] that passes records to the application's
-// handler in a goroutine of its own: one that blocks holds up no operation, and
-// one that panics ends no process. Without records there is no goroutine.
+// A logQueue is a [slog.Handler] that passes records to the application's handler in a
+// goroutine of its own: a handler that blocks delays no operation, and one that panics
+// does not end the process. Without records there is no goroutine.
 type logQueue struct {
 	slog.Handler
 	records chan *slog.Record
@@ -43,18 +43,18 @@ func (q *logQueue) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// start has the goroutine run if there is something to pass on.
+// start starts the goroutine if there are records and it does not run.
 func (q *logQueue) start() {
 	if len(q.records) > 0 && q.busy.CompareAndSwap(false, true) {
 		go q.run()
 	}
 }
 
-// run passes on what there is.
+// run passes on all records.
 func (q *logQueue) run() {
-	defer func() { // also if the handler calls runtime.Goexit
+	defer func() { // even if the handler calls runtime.Goexit
 		q.busy.Store(false)
-		q.start() // what has come just now
+		q.start() // for records that came just now
 	}()
 	for {
 		select {
@@ -71,7 +71,7 @@ func (q *logQueue) run() {
 	}
 }
 
-// pass passes on one record. There is nowhere to report a panic to.
+// pass passes on one record. A panic can't be reported anywhere.
 func (q *logQueue) pass(r slog.Record) {
 	defer func() { recover() }()
 	if ctx := context.Background(); q.Handler.Enabled(ctx, r.Level) {
@@ -79,7 +79,7 @@ func (q *logQueue) pass(r slog.Record) {
 	}
 }
 
-// flush waits until all has been passed on, or for logGrace.
+// flush waits until all records have been passed on, at most for logGrace.
 func (q *logQueue) flush() {
 	for end := time.Now().Add(logGrace); (q.busy.Load() || len(q.records) > 0) && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)

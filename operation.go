@@ -11,51 +11,48 @@ import (
 	"unicode/utf8"
 )
 
-// An Operation is a snapshot of one long-running piece of work: a plain value
-// that later changes of the operation don't affect, and that its holder may
-// modify. It may be passed between goroutines like any other value.
+// An Operation is a snapshot of a long-running operation: a plain value that later
+// changes don't affect, and that its holder may modify. It may be passed between
+// goroutines like any other value.
 type Operation struct {
-	ID       string `json:"id"` // a UUID, version 7, or what WithID gave
+	ID       string `json:"id"` // a version 7 UUID, or the ID given with WithID
 	Name     string `json:"name"`
 	State    State  `json:"state"`
 	Progress int    `json:"progress"`          // percent, 0..100; 100 once DONE
 	Message  string `json:"message,omitempty"` // what it is doing, in words
 
-	// Metadata and Result are what a round trip through JSON gives: nil, bool,
-	// string, json.Number, []any or map[string]any, the same just after the
-	// finish as after a restart. DecodeMetadata and DecodeResult give typed
-	// access.
+	// Metadata and Result are values that have made a round trip through JSON: nil,
+	// bool, string, json.Number, []any or map[string]any. They are the same right after
+	// the finish as after a restart. DecodeMetadata and DecodeResult give typed access.
 	Metadata interface{} `json:"metadata,omitempty"`
 	Result   interface{} `json:"result,omitempty"`
 
-	// Error is the text of the error that the function returned, or says what
-	// else went wrong. An unfinished operation has one only while its final
-	// state can't be stored; it then says which state and why.
+	// Error is the text of the error that the function returned, or says what else went
+	// wrong. An unfinished operation has one only while its final state can't be stored:
+	// it then says which state, and why.
 	Error string `json:"error,omitempty"`
 
-	// The times are in UTC, to the microsecond. StartedAt and UpdatedAt are
-	// those of the wall clock, but never earlier than CreatedAt plus the time
-	// that has passed on the monotonic clock: no duration is negative because
-	// somebody has set the clock back.
+	// The times are in UTC, to the microsecond. StartedAt and UpdatedAt are times of the
+	// wall clock, but never earlier than CreatedAt plus the time that has passed on the
+	// monotonic clock: setting the clock back makes no duration negative.
 	CreatedAt time.Time `json:"created_at"`
 	StartedAt time.Time `json:"started_at,omitzero"` // zero if it never started
 	UpdatedAt time.Time `json:"updated_at"`          // the finish time, once finished
 
-	// Owner is who runs it, or has run it: the ID of the store by which it was
-	// submitted, or that of the manager, if the store has none.
+	// Owner identifies who runs the operation, or ran it: the ID of the store through
+	// which it was submitted, or that of its manager if the store has none.
 	Owner string `json:"owner,omitempty"`
 
-	// Cancelling says that somebody has asked for its cancellation, and that its
-	// final state is yet to come.
+	// Cancelling is true from a cancel request until the final state.
 	Cancelling bool `json:"cancelling,omitempty"`
 
-	// WaitsFor is the ID of the operation that holds the key (see [WithLock])
-	// which a PENDING one of this process waits for: the first of its keys that
-	// another holds. It is empty for one that only waits for a free slot. It is
-	// not stored, and the changes that Watch yields do not have it.
+	// WaitsFor is the ID of the operation that holds the key (see [WithLock]) for which a
+	// PENDING operation of this manager waits: the first of its keys that another
+	// operation holds. It is empty if the operation waits only for a free slot. It is not
+	// stored, and changes that Watch yields do not have it.
 	WaitsFor string `json:"waits_for,omitempty"`
 
-	manager *Manager // nil if the operation did not come from one
+	manager *Manager // nil if the operation does not come from a manager
 }
 
 // Cancel does what [Manager.Cancel] does with op.ID.
@@ -67,26 +64,25 @@ func (op *Operation) Cancel() error {
 }
 
 // Interrupted reports whether the operation is FAILED because its process or its
-// manager ended: nobody knows how far its function got. Error says so, and that
-// is what Interrupted looks at; a function should not return an error with such
-// a text.
+// manager ended, so that it is unknown how far the function got. It looks at the
+// beginning of Error: a function should not return an error with such a text.
 func (op *Operation) Interrupted() bool {
 	return op.State == StateFailed && (strings.HasPrefix(op.Error, errTextRestart) || strings.HasPrefix(op.Error, errTextShutdown))
 }
 
-// saved reports whether row is what a Save of op has stored, and not another
-// operation with the same ID. The store may have no place for an Owner.
+// saved reports whether row was stored by a Save of op, and does not belong to another
+// operation with the same ID. The store may not keep the Owner.
 func (op *Operation) saved(row *Operation) bool {
 	return row.CreatedAt.Equal(op.CreatedAt) && (row.Owner == op.Owner || row.Owner == "")
 }
 
-// DecodeResult stores the result in the value that v points to, by the rules
-// of [json.Unmarshal]. A missing result is decoded as JSON's null.
+// DecodeResult decodes the result into the value that v points to, as
+// [json.Unmarshal] does. A missing result is decoded as null.
 func (op *Operation) DecodeResult(v any) error {
 	return convert(op.Result, v)
 }
 
-// DecodeMetadata does for the metadata what DecodeResult does for the result.
+// DecodeMetadata is DecodeResult for the metadata.
 func (op *Operation) DecodeMetadata(v any) error {
 	return convert(op.Metadata, v)
 }
@@ -99,17 +95,17 @@ func convert(from, to any) error {
 	return json.Unmarshal(raw, to)
 }
 
-// maxValue is how long metadata and results may be as JSON.
+// maxValue is the maximum length of metadata and results as JSON, in bytes.
 const maxValue = 16 << 20
 
-// valueBytes returns how many bytes the encoded metadata and result have.
+// valueBytes returns the length of the encoded metadata and result, in bytes.
 func (op *Operation) valueBytes() int {
 	metadata, _ := op.Metadata.(json.RawMessage)
 	result, _ := op.Result.(json.RawMessage)
 	return len(metadata) + len(result)
 }
 
-// encode is marshal for a new value: one that is too long is an error.
+// encode is marshal for a new value, with an error if it is too long.
 func encode(v any) (any, error) {
 	value, err := marshal(v)
 	if raw, _ := value.(json.RawMessage); len(raw) > maxValue {
@@ -118,9 +114,8 @@ func encode(v any) (any, error) {
 	return value, err
 }
 
-// marshal returns v as a json.RawMessage, or nil for what JSON calls null. It
-// returns an error for a value that can't make the round trip, also when
-// MarshalJSON panics.
+// marshal returns v as a json.RawMessage, or nil if its JSON is null. It returns an
+// error for a value that can't make the round trip, and if MarshalJSON panics.
 func marshal(v any) (value any, err error) {
 	if v == nil {
 		return nil, nil
@@ -134,7 +129,7 @@ func marshal(v any) (value any, err error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case !json.Valid(raw): // Marshal nests deeper than Unmarshal reads
+	case !json.Valid(raw): // Marshal writes deeper nesting than Unmarshal reads
 		return nil, fmt.Errorf("encoding %T as JSON: nested too deeply", v)
 	case string(raw) == "null":
 		return nil, nil
@@ -142,8 +137,8 @@ func marshal(v any) (value any, err error) {
 	return json.RawMessage(raw), nil
 }
 
-// decode is the other half of the round trip. Invalid JSON decodes as nil: a
-// bad cell in a database must not hide the rest of the row.
+// decode is the other half of the round trip. Invalid JSON decodes as nil: a bad cell
+// in a database must not hide the rest of its row.
 func decode(raw json.RawMessage) (v any) {
 	if !bytes.ContainsAny(raw, "0123456789") { // no numbers: twice as fast
 		_ = json.Unmarshal(raw, &v)
@@ -157,9 +152,9 @@ func decode(raw json.RawMessage) (v any) {
 	return v
 }
 
-// roundTrip returns a copy of v, as JSON makes it.
+// roundTrip returns a copy of v that has made a round trip through JSON.
 func roundTrip(v any) any {
-	if v == nil { // most often, and a decoder takes a microsecond
+	if v == nil { // the usual case; a decoder takes a microsecond
 		return nil
 	}
 	if _, ok := v.(Omitted); ok {
@@ -168,8 +163,8 @@ func roundTrip(v any) any {
 	return decode(rawJSON(v))
 }
 
-// stored returns a value of an operation as stores are given it: nil or a
-// json.RawMessage, which is encoded already.
+// stored returns a value of an operation as passed to stores: nil or a
+// json.RawMessage. A json.RawMessage is encoded already.
 func stored(v any) (any, error) {
 	if raw, ok := v.(json.RawMessage); ok && len(raw) > 0 {
 		return raw, nil
@@ -179,25 +174,24 @@ func stored(v any) (any, error) {
 	return marshal(v)
 }
 
-// rawJSON returns a value of an operation as JSON, nil for none.
+// rawJSON returns a value of an operation as JSON, or nil if there is none.
 func rawJSON(v any) json.RawMessage {
 	value, _ := stored(v)
 	raw, _ := value.(json.RawMessage)
 	return raw
 }
 
-// An Omitted stands for metadata or a result that was left out of a list: see
-// [MaxValue]. It is the length of the value's JSON in bytes.
+// An Omitted stands for metadata or a result that a list has left out: see [MaxValue].
+// It is the length of the value's JSON in bytes.
 type Omitted int
 
-// MarshalJSON returns an error: what was left out can't be encoded, nor be
-// stored again.
+// MarshalJSON returns an error: an omitted value can't be encoded or stored.
 func (o Omitted) MarshalJSON() ([]byte, error) {
 	return nil, fmt.Errorf("a value of %d bytes was left out of the list", int(o))
 }
 
-// bound puts an Omitted in the place of metadata and a result of more than max
-// bytes, unless max is 0.
+// bound replaces metadata and a result of more than max bytes by an Omitted, unless max
+// is 0.
 func (op *Operation) bound(max int) {
 	for _, v := range []*any{&op.Metadata, &op.Result} {
 		if raw, ok := (*v).(json.RawMessage); ok && max > 0 && len(raw) > max {
@@ -206,7 +200,7 @@ func (op *Operation) bound(max int) {
 	}
 }
 
-// rawValue returns a value of an operation as [Raw] does.
+// rawValue returns a value of an operation in the form of [Raw].
 func rawValue(v any) any {
 	if _, ok := v.(Omitted); ok {
 		return v
@@ -221,7 +215,7 @@ func rawValue(v any) any {
 	return raw
 }
 
-// values returns Metadata and Result as stores are given them.
+// values returns Metadata and Result as passed to stores.
 func (op *Operation) values() (metadata, result any, err error) {
 	if metadata, err = stored(op.Metadata); err != nil {
 		return nil, nil, fmt.Errorf("metadata: %w", err)
@@ -232,22 +226,22 @@ func (op *Operation) values() (metadata, result any, err error) {
 	return metadata, result, nil
 }
 
-// encode turns Metadata and Result into what stores are given.
+// encode replaces Metadata and Result by their form for stores.
 func (op *Operation) encode() (err error) {
 	op.Metadata, op.Result, err = op.values()
 	return err
 }
 
-// validUTF8 replaces what a database and JSON would not both return as it is.
+// validUTF8 replaces invalid UTF-8, which a database and JSON return differently.
 func validUTF8(s string) string {
 	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
-// contextKey finds the running of a Func in its context.
+// contextKey is the key of a running in the context of a Func.
 type contextKey struct{}
 
-// FromContext returns a snapshot of the operation whose [Func] was given ctx,
-// or a context derived from it. It reports false for any other context.
+// FromContext returns a snapshot of the operation whose [Func] received ctx, or a
+// context derived from it. It reports false for any other context.
 func FromContext(ctx context.Context) (*Operation, bool) {
 	r, ok := ctx.Value(contextKey{}).(running)
 	if !ok {
@@ -256,7 +250,7 @@ func FromContext(ctx context.Context) (*Operation, bool) {
 	return r.snapshot(), true
 }
 
-// inFunc calls f for the Func that was given ctx. What says what f does.
+// inFunc calls f for the Func that received ctx. what describes f in errors.
 func inFunc(ctx context.Context, what string, f func(r running) error) error {
 	r, ok := ctx.Value(contextKey{}).(running)
 	if !ok {
@@ -265,20 +259,20 @@ func inFunc(ctx context.Context, what string, f func(r running) error) error {
 	return wrap(f(r), "%s of %s", what, r.t.id)
 }
 
-// errReturned is why a function's context is of no use any more.
+// errReturned says that it is too late to change an operation through its context.
 var errReturned = errors.New("its function has returned")
 
-// Checkpoint stores the progress, message and metadata of the operation whose [Func] was
-// given ctx, as they are now, and returns once they are committed: a function
-// that is about to do what must not be done twice, or has done it, notes that
-// in its metadata and calls Checkpoint. The operation is then found as RUNNING
-// with them, should the process die. While the store fails it is tried again.
+// Checkpoint stores the present progress, message and metadata of the operation whose
+// [Func] received ctx, and returns once they are committed. Before and after a step that
+// must not happen twice, a function records that in its metadata and calls Checkpoint:
+// if the process dies, the operation is found RUNNING with that metadata. While the store
+// fails, Checkpoint retries.
 //
-// Checkpoint returns the cause of ctx's end if that comes first, and an error
-// if ctx is no such context, if the function returns meanwhile, or if the
-// operation has been deleted, which wraps [ErrNotFound]. To store something
-// after ctx has ended, pass [context.WithoutCancel] of it, with a timeout: while
-// the store fails, the function would wait, and Close for the function.
+// If ctx is done first, Checkpoint returns its cause. It returns an error if ctx is not
+// the context of a Func, if the function returns meanwhile, or if the operation has been
+// deleted, which wraps [ErrNotFound]. To store something after ctx is done, pass
+// [context.WithoutCancel] of it with a timeout: otherwise, while the store fails, the
+// function waits for the store, and Close for the function.
 func Checkpoint(ctx context.Context) error {
 	return inFunc(ctx, "checkpoint", func(r running) error {
 		select {
@@ -290,9 +284,9 @@ func Checkpoint(ctx context.Context) error {
 	})
 }
 
-// SetMetadata replaces the metadata of the operation whose [Func] was given
-// ctx. Like progress it is seen at once and stored soon after; see [Checkpoint].
-// It returns an error if ctx is no such context, if JSON can't hold v in 16 MiB,
+// SetMetadata replaces the metadata of the operation whose [Func] received ctx. Like
+// progress, it is visible at once and stored soon after; see [Checkpoint]. SetMetadata
+// returns an error if ctx is not the context of a Func, if JSON can't hold v in 16 MiB,
 // or if the function has returned.
 func SetMetadata(ctx context.Context, v any) error {
 	return inFunc(ctx, "set metadata", func(r running) error {
@@ -304,16 +298,15 @@ func SetMetadata(ctx context.Context, v any) error {
 	})
 }
 
-// maxMessage is how many characters of a message are kept.
+// maxMessage is the maximum length of a message, in characters.
 const maxMessage = 1000
 
-// SetMessage says in words what the operation whose [Func] was given ctx is
-// doing, such as the name of the file it is at: [Operation.Message]. Like progress
-// it is seen at once and stored soon after, at most 1,000 characters of it, and
-// an unchanged text does nothing. The last message stays with a FAILED or
-// CANCELLED operation, as what it was doing; DONE clears it. SetMessage never
-// waits for the database. It returns an error if ctx is no such context, or if the
-// function has returned.
+// SetMessage sets the [Operation.Message] of the operation whose [Func] received ctx:
+// what it is doing, in words, such as the name of the current file. Like progress, the
+// message is visible at once and stored soon after. At most 1,000 characters are kept,
+// and an unchanged text does nothing. A FAILED or CANCELLED operation keeps its last
+// message; DONE clears it. SetMessage never waits for the database. It returns an error
+// if ctx is not the context of a Func, or if the function has returned.
 func SetMessage(ctx context.Context, text string) error {
 	text = validUTF8(text)
 	if len(text) > maxMessage {

@@ -9,16 +9,16 @@ import (
 	"time"
 )
 
-// A MemoryStore is a [Persistence] that forgets everything with its process.
-// It keeps all unfinished operations and the 10,000 that finished last.
+// A MemoryStore is a [Persistence] in memory: its operations end with the process. It
+// keeps all unfinished operations and the 10,000 that finished last.
 //
-// Several managers may share one. An operation whose manager has been closed,
-// or that other code has stored, counts as one whose process is gone.
+// Several managers may share a MemoryStore. An operation whose manager has been closed,
+// or that other code has stored, counts as one whose process has died.
 type MemoryStore struct {
 	mu       sync.RWMutex          // guards what follows
 	rows     map[string]*Operation // Metadata and Result are json.RawMessage or nil
-	order    []*Operation          // rows by order of Save, and some that have been deleted
-	finished []*Operation          // rows by order of finishing
+	order    []*Operation          // rows in order of Save, and some deleted ones
+	finished []*Operation          // rows in order of finishing
 	requests map[string]string     // texts of cancel requests for unfinished rows, by ID
 }
 
@@ -65,7 +65,8 @@ func (s *MemoryStore) Update(op *Operation) error {
 	return nil
 }
 
-// retire drops the oldest finished row beyond the limit, if a row has finished. The caller holds s.mu.
+// retire drops the oldest finished row beyond the limit, after a row has changed. The
+// caller holds s.mu.
 func (s *MemoryStore) retire(row *Operation) {
 	if !row.State.Finished() {
 		return
@@ -109,8 +110,7 @@ func (s *MemoryStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	return ops, err
 }
 
-// newestFirst yields the rows by order of Save, the last one first. The caller
-// holds s.mu.
+// newestFirst yields the rows in order of Save, newest first. The caller holds s.mu.
 func (s *MemoryStore) newestFirst(yield func(*Operation, error) bool) {
 	for _, row := range slices.Backward(s.order) {
 		if !s.gone(row) && !yield(row, nil) {
@@ -147,7 +147,7 @@ func (s *MemoryStore) Recover(reason string, resume func(op *Operation) bool) it
 	}
 }
 
-// settle recovers an orphan, and returns nil if another Recover was first.
+// settle recovers an orphan. It returns nil if another Recover came first.
 func (s *MemoryStore) settle(orphan *Operation, reason, owner string, resumed bool) *Operation {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -551,9 +551,9 @@ func (t *task) finish(end outcome) bool {
 	return true
 }
 
-// run calls the function and sets end, also if runtime.Goexit ends the
-// goroutine. All the code that the user supplies runs in here: the function,
-// its error's Error, its value's MarshalJSON.
+// run calls the function and sets end, even if runtime.Goexit ends the goroutine. All
+// user code runs in here: the function, its error's Error method, its value's
+// MarshalJSON method.
 func (t *task) run(ctx context.Context, update func(int), log *slog.Logger, end *outcome) {
 	*end = outcome{state: StateFailed, err: "the function called runtime.Goexit"}
 	defer func() {
@@ -575,8 +575,8 @@ func (t *task) run(ctx context.Context, update func(int), log *slog.Logger, end 
 	}
 }
 
-// ending returns how a function ended that has returned err after its context
-// was cancelled for cause, or without that if cause is nil.
+// ending returns the outcome of a function that returned err. cause is why its context
+// was cancelled, or nil.
 func ending(cause, err error) outcome {
 	if err == nil {
 		return outcome{state: StateDone}
@@ -602,18 +602,18 @@ func ending(cause, err error) outcome {
 	return end
 }
 
-// A cancelled is the cause of a context that was cancelled with that text.
+// A cancelled is the cause of a context that CancelCause has cancelled, with its text.
 type cancelled string
 
 func (c cancelled) Error() string { return ErrCancelled.Error() + ": " + string(c) }
 
 func (c cancelled) Unwrap() error { return ErrCancelled }
 
-// setResult encodes the value that the function returned. If it can't be kept, the
-// outcome says why.
+// setResult encodes the value that the function returned. If the value can't be kept,
+// the outcome's err says why.
 func (o *outcome) setResult(value any) error {
 	text := o.err
-	o.err = joinText(text, "result not kept: encoding it did not return") // should it call runtime.Goexit
+	o.err = joinText(text, "result not kept: encoding it did not return") // in case it calls runtime.Goexit
 	result, err := encode(value)
 	o.result, o.err = result, text
 	if err != nil {

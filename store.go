@@ -19,53 +19,49 @@ import (
 
 // A Persistence stores operations for a [Manager].
 //
-// All methods may be called from any number of goroutines at once. Each should
-// return within some seconds, with an error if it can't do its work.
+// All methods may be called from any number of goroutines at once. Each should return
+// within a few seconds, with an error if it fails.
 //
-// What the manager passes belongs to the store from then on. Its Metadata and
-// Result are nil or a [json.RawMessage]. What the store returns belongs to the
-// caller: no later call may change it, and none of it is nil. Its Metadata and
-// Result may be anything that encodes to the same JSON. Neither side modifies
-// the bytes of a json.RawMessage. Limits and offsets are never negative.
+// Operations that the manager passes belong to the store from then on. Their Metadata
+// and Result are nil or a [json.RawMessage]. Operations that the store returns belong to
+// the caller: they are not nil, and no later call may change them. Their Metadata and
+// Result may be any values that encode to the same JSON. Neither side modifies the bytes
+// of a json.RawMessage. Limits and offsets are never negative.
 //
-// An error that wraps [sql.ErrNoRows] means the same as one that wraps
-// [ErrNotFound].
+// An error that wraps [sql.ErrNoRows] means the same as one that wraps [ErrNotFound].
 //
-// A store may have further abilities, which the manager uses if they are there:
-// see [BatchWriter], [Recoverer], [FilteredLister], [Pruner], [Canceller] and
-// [Notifier]. If a method of theirs returns an error that wraps [errors.ErrUnsupported], as that of a
-// wrapper may whose inner store lacks the ability, the store counts as one
-// without it.
+// A store may have further abilities, which the manager uses if they are present: see
+// [BatchWriter], [Recoverer], [FilteredLister], [Pruner], [Canceller] and [Notifier]. If
+// one of their methods returns an error that wraps [errors.ErrUnsupported], the store
+// counts as one without that ability: a wrapper returns it if the store inside lacks the
+// ability.
 type Persistence interface {
-	// Save stores a new operation. On return it is durable, as far as the
-	// store promises that. If there is an operation with the same ID already,
-	// Save leaves that as it is and returns an error. That wraps [ErrExists] if
-	// the store can tell; after any other error the manager looks with Get,
-	// where it matters. No other error wraps ErrExists.
+	// Save stores a new operation. On return the operation is durable, as far as the
+	// store promises that. If the ID exists already, Save leaves its operation as it is
+	// and returns an error, which wraps [ErrExists] if the store can tell: after any
+	// other error the manager calls Get where it matters. No other error wraps
+	// ErrExists.
 	Save(op *Operation) error
 
-	// Update stores the present state of an operation that is stored and not
-	// finished: everything but its ID, Name, CreatedAt and Owner, and but a
-	// Cancelling that is true already. If it is not stored, or is DONE, FAILED or
-	// CANCELLED already, Update changes nothing and returns an error that wraps
-	// [ErrNotFound]. On any other error the operation should be as it was; the
-	// manager tries again.
+	// Update stores the present state of an operation that is stored and unfinished. It
+	// does not change ID, Name, CreatedAt and Owner, and does not reset Cancelling. If
+	// the operation is not stored, or is DONE, FAILED or CANCELLED already, Update
+	// changes nothing and returns an error that wraps [ErrNotFound]. After any other
+	// error the stored operation should be unchanged; the manager retries.
 	Update(op *Operation) error
 
-	// List returns operations by order of their Save, the last one first,
-	// skipping the first offset of them and returning at most limit, fewer
-	// only where the history ends. Updates do not change the order, and no two
-	// operations share a place in it.
+	// List returns at most limit operations in order of Save, newest first, after
+	// skipping offset of them. It returns fewer only at the end of the history. Updates
+	// do not change the order, and no two operations share a place in it.
 	List(limit, offset int) ([]*Operation, error)
 
-	// Get returns the operation with that ID, or an error that wraps
-	// [ErrNotFound] if there is none.
+	// Get returns the operation with that ID. If there is none, it returns an error that
+	// wraps [ErrNotFound].
 	Get(id string) (*Operation, error)
 }
 
-// usable returns db, or a new memory store if db is nil. Instead of the nil
-// *SQLiteStore of a failed open, it returns one whose methods fail, and the
-// error.
+// usable returns db, or a new memory store if db is nil. For the nil *SQLiteStore of a
+// failed open it returns an error, and a store whose methods return that error.
 func usable(db Persistence) (Persistence, error) {
 	if db == nil {
 		return NewMemoryStore(), nil
@@ -84,7 +80,7 @@ func (s noStore) Update(*Operation) error             { return s.err }
 func (s noStore) List(int, int) ([]*Operation, error) { return nil, s.err }
 func (s noStore) Get(string) (*Operation, error)      { return nil, s.err }
 
-// notFound makes an error that wraps sql.ErrNoRows also wrap ErrNotFound.
+// notFound makes an error that wraps sql.ErrNoRows wrap ErrNotFound, too.
 func notFound(err error) error {
 	if errors.Is(err, sql.ErrNoRows) && !errors.Is(err, ErrNotFound) {
 		return fmt.Errorf("%w: %w", ErrNotFound, err)
@@ -101,23 +97,21 @@ func get(db Persistence, id string) (*Operation, error) {
 	return op, notFound(err)
 }
 
-// A BatchWriter is a [Persistence] that can store many operations at the cost
-// of one.
+// A BatchWriter is a [Persistence] that can store many operations at the cost of one.
 type BatchWriter interface {
 	Persistence
 
-	// WriteBatch does what Save does for each of saves, then what Update does
-	// for each of updates, in that order. It returns an error for each of them
-	// in the same order, nil where it succeeded, or no errors at all if every
-	// one did: an operation that can't be stored must not keep the others from
-	// being stored. On return they are durable. No two of the updates are of
-	// the same operation, except that one which finishes it may follow one
-	// which does not.
+	// WriteBatch does what Save does for each of saves, and then what Update does for
+	// each of updates, in that order. It returns one error per operation in the same
+	// order, nil for success, or no errors at all if all succeeded. An operation that
+	// can't be stored must not keep the others from being stored. On return they are
+	// durable. At most two updates are for the same operation: one that does not finish
+	// it, followed by one that does.
 	WriteBatch(saves, updates []*Operation) []error
 }
 
-// writeBatch uses the store's WriteBatch if it has one, and else Save and
-// Update in turn.
+// writeBatch uses the store's WriteBatch if it has one, and otherwise Save and Update
+// for each operation.
 func writeBatch(db Persistence, saves, updates []*Operation) []error {
 	n := len(saves) + len(updates)
 	if b, ok := db.(BatchWriter); ok {
@@ -129,7 +123,7 @@ func writeBatch(db Persistence, saves, updates []*Operation) []error {
 			err := fmt.Errorf("%T.WriteBatch returned %d errors for %d operations", db, len(errs), n)
 			return slices.Repeat([]error{err}, n)
 		case !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, errors.ErrUnsupported) }):
-			// One by one.
+			// Individually.
 		default:
 			for i, err := range errs {
 				errs[i] = notFound(err)
@@ -147,8 +141,7 @@ func writeBatch(db Persistence, saves, updates []*Operation) []error {
 	return errs
 }
 
-// history yields all operations of a store, the newest first, by way of its
-// List.
+// history yields all operations of a store, newest first, from its List.
 func history(db Persistence) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		const limit = 1000
@@ -169,12 +162,12 @@ func history(db Persistence) iter.Seq2[*Operation, error] {
 					continue
 				}
 				ids[op.ID] = true
-				// What was saved between two pages has moved some of the first to the second.
+				// An operation saved between two calls moves one from the first page to the second.
 				if !before[op.ID] && !yield(op, nil) {
 					return
 				}
 			}
-			if maps.Equal(ids, before) { // this would go on for ever
+			if maps.Equal(ids, before) { // this would never end
 				yield(nil, fmt.Errorf("%T.List(%d, %d) returned the page before it", db, limit, offset-len(page)))
 				return
 			}
@@ -183,50 +176,47 @@ func history(db Persistence) iter.Seq2[*Operation, error] {
 	}
 }
 
-// A Recoverer is a [Persistence] that knows which process runs an operation,
-// so that several managers can share it.
+// A Recoverer is a [Persistence] that knows which process runs an operation, so that
+// several managers can share it.
 //
-// A store that others may take for dead while it lives, because it can't be
-// reached, has a method Owner() string. Once it notices, it goes on with a new
-// Owner: each write of an operation with the earlier one fails with an error that
-// wraps [ErrLost], and Changes ends with such an error. The manager then gives up
-// those operations: the contexts of their functions are cancelled, those that have
-// not started never do, and what the store has of them counts from then on.
+// A store that others may take for dead while it is alive but out of reach has a method
+// Owner() string. When it notices that, it continues with a new Owner: writes of
+// operations with the earlier one fail with an error that wraps [ErrLost], and Changes
+// ends with such an error. The manager then gives up those operations: it cancels the
+// contexts of their functions, never starts those that wait, and from then on the
+// stored state of these operations counts.
 //
-// A store that notices by itself that a process has ended may have a method
-// Deaths() <-chan struct{}. Its channel holds a token when there is something to
-// recover, and again for as long as there is: the managers on the store then call
-// Recover. Without it, only those do that start, or that wait for or watch
-// operations of others.
+// A store that detects deaths of processes by itself may have a method
+// Deaths() <-chan struct{}. Its channel holds a token whenever there is something to
+// recover, and managers on the store then call Recover. Without Deaths, only managers
+// that start, or that wait for or watch operations of others, call it.
 type Recoverer interface {
 	Persistence
 
-	// Recover finishes every PENDING or RUNNING operation whose process has
-	// ended: its State becomes FAILED and its Error reason. It yields each once
-	// that is stored, and ends with a nil operation and an error if it can't go
-	// on. It leaves alone what a manager on this store, or on another that is
-	// alive, runs. If the caller stops early, more may be finished than was
-	// yielded.
+	// Recover finishes every PENDING or RUNNING operation whose process has ended: its
+	// State becomes FAILED, and its Error reason. It yields each operation after storing
+	// that, and ends with a nil operation and an error if it can't continue. It leaves
+	// the operations of managers on this store, and on other live ones, alone. If the
+	// caller stops early, more operations may be finished than were yielded.
 	//
-	// If resume is not nil, Recover calls it with each such operation of which
-	// nobody has asked for the cancellation, outside of any transaction and
-	// holding no lock. The operation is a copy, in which resume sets Owner to who
-	// wants to run it. If resume returns true, Recover takes the operation over
-	// instead of finishing it, in one step, and yields it: Owner as set (or what
-	// the store itself calls its owner), State PENDING, no Progress, Message and
-	// StartedAt, a new UpdatedAt, the rest as it was. It yields nothing if it then
-	// finds that another Recover was first, and finishes the operation if its
-	// cancellation has been asked for meanwhile.
+	// If resume is not nil, Recover calls it for each such operation without a cancel
+	// request, outside of any transaction and holding no lock, with a copy in which
+	// resume sets Owner to the new owner. If resume returns true, Recover takes the
+	// operation over in one atomic step, instead of finishing it, and yields it: with
+	// Owner as set (or the store's own), State PENDING, no Progress, Message and
+	// StartedAt, a new UpdatedAt, and everything else unchanged. If another Recover came
+	// first, it yields nothing; if there is a cancel request by then, it finishes the
+	// operation.
 	//
-	// An operation together with an error means that Recover can't tell whether
-	// its process is alive, and has left it, and all others of that process,
-	// alone. The error says why, and what to do. It is yielded once for each
-	// such process, and not again by the next Recover of the same store.
+	// An operation together with an error means that Recover can't tell whether its
+	// process is alive, and has left all operations of that process alone. The error
+	// says why, and what to do. Recover yields it once per process, and not again in
+	// later calls on the same store.
 	Recover(reason string, resume func(op *Operation) bool) iter.Seq2[*Operation, error]
 }
 
-// recovered returns what becomes of an orphan: FAILED for that reason, or, if
-// resumed, PENDING.
+// recovered returns the new state of an orphan: FAILED for that reason, or PENDING if it
+// is resumed.
 func (op Operation) recovered(reason string, resumed bool) *Operation {
 	op.UpdatedAt = latest(wall(), op.UpdatedAt, op.StartedAt, op.CreatedAt)
 	if resumed {
@@ -237,8 +227,8 @@ func (op Operation) recovered(reason string, resumed bool) *Operation {
 	return &op
 }
 
-// resumes asks resume, if there is one, whether to take over an orphan, and
-// returns the owner that it then gets.
+// resumes asks resume, if it is not nil, whether to take over an orphan, and returns the
+// new owner.
 func resumes(resume func(op *Operation) bool, orphan *Operation) (owner string, ok bool) {
 	if resume == nil || orphan.Cancelling {
 		return "", false
@@ -248,16 +238,16 @@ func resumes(resume func(op *Operation) bool, orphan *Operation) (owner string, 
 	return op.Owner, ok
 }
 
-// recoverOrphans uses the store's Recover if it has one. A store without it is
-// taken to have one manager: whatever is unfinished in its whole history and
-// not live in there is an orphan. If live is nil, it recovers nothing there.
-// Update takes over what is to be resumed there; its Owner stays.
+// recoverOrphans uses the store's Recover if it has one. A store without it is assumed
+// to have one manager: every unfinished operation in its history that is not live is an
+// orphan, and an Update that keeps the Owner takes over those to be resumed. If live is
+// nil, nothing is recovered in such a store.
 func recoverOrphans(db Persistence, reason string, resume func(op *Operation) bool, live func(id string) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		r, able := db.(Recoverer)
 		if able {
 			for op, err := range r.Recover(reason, resume) {
-				// An error of the operating system may say the same, of something else.
+				// An error of the operating system may be ErrUnsupported for another reason.
 				able = op != nil || !errors.Is(err, errors.ErrUnsupported) || errors.As(err, new(syscall.Errno))
 				if !able {
 					break
@@ -285,8 +275,8 @@ func recoverOrphans(db Persistence, reason string, resume func(op *Operation) bo
 	}
 }
 
-// updateOrphan recovers an operation that was not live a moment ago. It returns
-// nil if the operation has finished or has been deleted before that.
+// updateOrphan recovers an operation with Update. It returns nil if the operation has
+// finished or has been deleted meanwhile.
 func updateOrphan(db Persistence, id, reason string, resumed bool) (*Operation, error) {
 	op, err := get(db, id)
 	if errors.Is(err, ErrNotFound) || err == nil && !op.State.live() {
@@ -299,7 +289,7 @@ func updateOrphan(db Persistence, id, reason string, resumed bool) (*Operation, 
 	if err := op.encode(); err != nil {
 		return nil, fmt.Errorf("%s: %w", id, err)
 	}
-	stored := *op // which belongs to the store from then on
+	stored := *op // belongs to the store from then on
 	if err := notFound(db.Update(&stored)); errors.Is(err, ErrNotFound) {
 		return nil, nil
 	} else if err != nil {
@@ -308,42 +298,42 @@ func updateOrphan(db Persistence, id, reason string, resumed bool) (*Operation, 
 	return op, nil
 }
 
-// A Filter says which operations a list is of.
+// A Filter says which operations a list contains.
 type Filter struct {
-	States []State // in one of these states; of none for all
+	States []State // in one of these states; empty for all
 	Name   string  // with exactly this name; "" for all
-	Before string  // behind the operation with this ID in the list; "" for all
+	Before string  // after the operation with this ID in the list; "" for all
 
 	Containing string            // with this text in the name, ASCII letters in either case; "" for all
-	Metadata   map[string]string // with a JSON object as metadata that has these strings as members; nil for all
+	Metadata   map[string]string // with a JSON object as metadata that has these members; nil for all
 
-	// Finished at FinishedAfter or later, and before FinishedBefore, zero for any
-	// time. If one of them is not zero, what is not finished, or has no UpdatedAt,
-	// is left out.
+	// Finished at FinishedAfter or later, and before FinishedBefore; zero for no bound.
+	// If one of them is set, operations that are unfinished or have no UpdatedAt are
+	// left out.
 	FinishedAfter, FinishedBefore time.Time
 
-	// Finished, and listed by UpdatedAt, the latest first; those with the same in
-	// the order of List.
+	// Finished operations only, in order of UpdatedAt, latest first. Those with the same
+	// UpdatedAt are in the order of List.
 	ByFinish bool
 
-	// Context is the caller's, or nil. Once it is done, the result is not needed: a
-	// store that would go on for long should return its error.
+	// Context is the caller's, or nil. Once it is done, nobody needs the result: a store
+	// that would take long should return the context's error.
 	Context context.Context
 
-	// With States or Metadata: the IDs, sorted, of operations whose state or metadata
-	// is not yet stored. If they are stored as unfinished, those in Include count as
-	// being in one of the states and having the metadata, and those in Exclude do not.
+	// With States or Metadata: the IDs, sorted, of operations whose present state or
+	// metadata is not stored yet. As long as they are stored as unfinished, those in
+	// Include count as matching States and Metadata, and those in Exclude do not.
 	Include, Exclude []string
 
-	// If not 0: in place of metadata and results of more bytes than that there
-	// may be an [Omitted], so that the store does not read them.
+	// If not 0, metadata and results of more bytes may be replaced by an [Omitted], so
+	// that the store need not read them.
 	MaxValue int
 
-	// The Result of all operations is nil, so that the store does not read it.
+	// All Results are nil, so that the store need not read them.
 	WithoutResults bool
 }
 
-// ended returns the error of the filter's context.
+// ended returns the error of the filter's context, if it has one.
 func (f Filter) ended() error {
 	if f.Context == nil {
 		return nil
@@ -351,8 +341,7 @@ func (f Filter) ended() error {
 	return f.Context.Err()
 }
 
-// matches reports whether a stored operation is one that the filter is for,
-// Before left aside.
+// matches reports whether a stored operation matches the filter, apart from Before.
 func (f Filter) matches(op *Operation) bool {
 	return (f.Name == "" || op.Name == f.Name) &&
 		(f.Containing == "" || strings.Contains(lowerASCII(op.Name), lowerASCII(f.Containing))) &&
@@ -360,7 +349,7 @@ func (f Filter) matches(op *Operation) bool {
 		f.inRange(op.UpdatedAt) && f.matchesNow(op)
 }
 
-// lowerASCII folds letters as SQLite does.
+// lowerASCII folds letters as SQLite's lower does.
 func lowerASCII(s string) string {
 	return strings.Map(func(r rune) rune {
 		if 'A' <= r && r <= 'Z' {
@@ -370,15 +359,15 @@ func lowerASCII(s string) string {
 	}, s)
 }
 
-// ranged reports whether the filter is for a range of time.
+// ranged reports whether the filter has a range of time.
 func (f Filter) ranged() bool { return !f.FinishedAfter.IsZero() || !f.FinishedBefore.IsZero() }
 
 func (f Filter) inRange(t time.Time) bool {
 	return !f.ranged() || !t.IsZero() && !t.Before(f.FinishedAfter) && (f.FinishedBefore.IsZero() || t.Before(f.FinishedBefore))
 }
 
-// matchesNow reports whether an operation matches in what may change while it is
-// live: its state and its metadata.
+// matchesNow reports whether an operation matches in state and metadata, which may change
+// while it is live.
 func (f Filter) matchesNow(op *Operation) bool {
 	if len(f.States)+len(f.Metadata) > 0 && op.State.live() {
 		if _, ok := slices.BinarySearch(f.Include, op.ID); ok {
@@ -391,8 +380,8 @@ func (f Filter) matchesNow(op *Operation) bool {
 	return (len(f.States) == 0 || slices.Contains(f.States, op.State)) && f.inMetadata(op.Metadata)
 }
 
-// inMetadata reports whether metadata has all the strings. What was left out has
-// been compared by the store.
+// inMetadata reports whether metadata has all members of the filter. Omitted metadata
+// matches: the store has compared it.
 func (f Filter) inMetadata(metadata any) bool {
 	if _, ok := metadata.(Omitted); ok || len(f.Metadata) == 0 {
 		return true
@@ -406,30 +395,29 @@ func (f Filter) inMetadata(metadata any) bool {
 	return true
 }
 
-// A FilteredLister is a [Persistence] that can find operations by more than
-// their place in the history.
+// A FilteredLister is a [Persistence] that can find operations by more than their place
+// in the history.
 type FilteredLister interface {
 	Persistence
 
-	// ListFiltered does what List does with those operations that the filter
-	// is for. If there is no operation with the ID Before, and that is a UUIDv7,
-	// as Submit makes them, the page begins where it would be: their order is
-	// that of their times. For any other ID, ListFiltered then returns an error
-	// that wraps [ErrNotFound]. With ByFinish it does so for the ID of any operation
-	// that is not stored as finished.
+	// ListFiltered is List for the operations that match the filter. If there is no
+	// operation with the ID Before and the ID is a UUIDv7, as Submit makes them, the page
+	// begins where that operation would be: UUIDv7s are in order of time. For any other
+	// unknown ID, ListFiltered returns an error that wraps [ErrNotFound]; with ByFinish,
+	// for the ID of any operation that is not stored as finished.
 	ListFiltered(f Filter, limit, offset int) ([]*Operation, error)
 }
 
-// isTimed reports whether an ID is a UUIDv7, of which later ones are greater.
+// isTimed reports whether an ID is a UUIDv7: later ones are greater.
 func isTimed(id string) bool {
 	u, err := uuid.Parse(id)
 	return err == nil && u.Version() == 7 && u.String() == id
 }
 
-// neighbour returns the ID before which a list goes on, "" for the start, if it was
-// to go on before a timed ID that is not there. That is the next greater ID, or
-// what is before the first smaller one if that comes earlier: where the clock was
-// set back, rather something twice than something left out.
+// neighbour returns the ID before which a list continues that was to continue before an
+// unknown timed ID, or "" for the start. That is the next greater ID, or the ID just
+// before the first smaller one, whichever comes first: if the clock was set back, a list
+// may repeat operations but leaves none out.
 func neighbour(newestFirst iter.Seq2[*Operation, error], id string) (before string, err error) {
 	var last, greater, beforeSmaller string
 	var smaller, late bool
@@ -453,8 +441,8 @@ func neighbour(newestFirst iter.Seq2[*Operation, error], id string) (before stri
 	return greater, nil
 }
 
-// listFiltered uses the store's ListFiltered if it has one, its List if there is
-// nothing to filter, and else looks at the whole history.
+// listFiltered uses the store's ListFiltered if it has one, its List if there is nothing
+// to filter, and otherwise searches the whole history.
 func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, error) {
 	if err := f.ended(); err != nil {
 		return nil, err
@@ -472,8 +460,8 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 	return f.page(history(db), limit, offset)
 }
 
-// page returns a part of the operations that the filter is for. It keeps little
-// more than offset and limit ask for.
+// page returns the matching operations between offset and limit. It keeps few more than
+// that in memory.
 func (f Filter) page(newestFirst iter.Seq2[*Operation, error], limit, offset int) (ops []*Operation, err error) {
 	start, err := f.start(newestFirst)
 	if err != nil {
@@ -501,7 +489,7 @@ func (f Filter) page(newestFirst iter.Seq2[*Operation, error], limit, offset int
 		}
 	}
 	switch {
-	case passed || f.ByFinish: // also if start was deleted meanwhile
+	case passed || f.ByFinish: // even if start was deleted meanwhile
 	case !isTimed(f.Before):
 		return nil, fmt.Errorf("%s: %w", f.Before, ErrNotFound)
 	default:
@@ -514,7 +502,7 @@ func (f Filter) page(newestFirst iter.Seq2[*Operation, error], limit, offset int
 	return ops[min(offset, len(ops)):min(last, len(ops))], nil
 }
 
-// sorted sorts operations in the order of List by finish, if the filter says so.
+// sorted sorts operations by finish if the filter says so.
 func (f Filter) sorted(ops []*Operation) []*Operation {
 	if f.ByFinish {
 		slices.SortStableFunc(ops, func(a, b *Operation) int { return b.UpdatedAt.Compare(a.UpdatedAt) })
@@ -522,8 +510,8 @@ func (f Filter) sorted(ops []*Operation) []*Operation {
 	return ops
 }
 
-// start returns the finished operation Before with ByFinish, or nil for the start
-// of the list and for the order of List.
+// start returns the operation Before of a list ByFinish, or nil for any other list and for
+// the start of the list.
 func (f Filter) start(newestFirst iter.Seq2[*Operation, error]) (*Operation, error) {
 	if !f.ByFinish || f.Before == "" {
 		return nil, nil
@@ -543,14 +531,13 @@ func (f Filter) start(newestFirst iter.Seq2[*Operation, error]) (*Operation, err
 type Pruner interface {
 	Persistence
 
-	// Prune deletes the operations that have finished before that time. It does
-	// so in steps that do not delay other calls for long, and yields how many
-	// operations each has deleted. What is not finished, or has no UpdatedAt,
-	// stays.
+	// Prune deletes the operations that finished before that time, in steps that do not
+	// delay other calls for long, and yields how many operations each step has deleted.
+	// Operations that are unfinished or have no UpdatedAt stay.
 	Prune(before time.Time) iter.Seq2[int, error]
 }
 
-// prune uses the store's Prune. There is no way without it.
+// prune uses the store's Prune. There is no fallback.
 func prune(db Persistence, before time.Time) iter.Seq2[int, error] {
 	if p, ok := db.(Pruner); ok {
 		return p.Prune(before)
@@ -560,28 +547,27 @@ func prune(db Persistence, before time.Time) iter.Seq2[int, error] {
 	}
 }
 
-// A Canceller is a [Persistence] that passes cancel requests to the managers that
-// run the operations.
+// A Canceller is a [Persistence] that passes cancel requests to the managers of the
+// operations.
 type Canceller interface {
 	Persistence
 
-	// RequestCancel stores a request to cancel the operation with that ID, with a
-	// text that says who asks and why, or "". The operation is Cancelling from
-	// then on, and keeps its other fields. Only the first request counts, or the
-	// first Update to Cancelling: later ones change nothing. If there is no such
-	// operation, or it has finished, RequestCancel returns an error that wraps
-	// [ErrNotFound].
+	// RequestCancel stores a request to cancel the operation with that ID, with a text
+	// that says who asks and why, or "". The operation is Cancelling from then on; its
+	// other fields do not change. Only the first request, or the first Update to
+	// Cancelling, counts. If there is no such operation or it has finished,
+	// RequestCancel returns an error that wraps [ErrNotFound].
 	RequestCancel(id, text string) error
 
-	// CancelRequests returns the texts of the requests, by the ID of the
-	// operation, for the unfinished operations that this store has saved. It may
-	// include others that are Cancelling. It is called often, and should not read
-	// the operations that have none.
+	// CancelRequests returns the texts of the cancel requests for the unfinished
+	// operations that this store has saved, by ID. It may include other operations that
+	// are Cancelling. It is called often, and should not read operations without a
+	// request.
 	CancelRequests() (map[string]string, error)
 }
 
-// requestCancel uses the store's RequestCancel. There is no way without it: then
-// the error wraps [errors.ErrUnsupported] if the operation is not finished.
+// requestCancel uses the store's RequestCancel. There is no fallback: without it, the
+// error for an unfinished operation wraps [errors.ErrUnsupported].
 func requestCancel(db Persistence, id, text string) error {
 	if c, ok := db.(Canceller); ok {
 		if err := notFound(c.RequestCancel(id, text)); !errors.Is(err, errors.ErrUnsupported) {
@@ -598,7 +584,7 @@ func requestCancel(db Persistence, id, text string) error {
 	return fmt.Errorf("another manager runs it, and %T has no RequestCancel: %w", db, errors.ErrUnsupported)
 }
 
-// cancelRequests uses the store's CancelRequests. Without it nobody can have asked.
+// cancelRequests uses the store's CancelRequests. Without it there are no requests.
 func cancelRequests(db Persistence) (map[string]string, error) {
 	if c, ok := db.(Canceller); ok {
 		if requests, err := c.CancelRequests(); !errors.Is(err, errors.ErrUnsupported) {
@@ -608,23 +594,21 @@ func cancelRequests(db Persistence) (map[string]string, error) {
 	return nil, nil
 }
 
-// A Notifier is a [Persistence] that notices when its data may have changed.
+// A Notifier is a [Persistence] that reports when its data may have changed.
 type Notifier interface {
 	Persistence
 
-	// Changes yields nil at once, and then whenever another store, or this one,
-	// may have changed something since it yielded last: no later than about 100
-	// milliseconds after the change is committed, and at most every 100
-	// milliseconds. It ends when ctx is done, or with an error when it can't go
-	// on.
+	// Changes yields nil at once, and then whenever this store or another one may have
+	// changed something since it last yielded: at most about 100 milliseconds after the
+	// commit, and at most once every 100 milliseconds. It ends when ctx is done, or with
+	// an error if it can't continue.
 	Changes(ctx context.Context) iter.Seq[error]
 }
 
-// pollInterval is how long a change by another manager may go unnoticed.
+// pollInterval is how long another manager's change may go unnoticed.
 const pollInterval = 100 * time.Millisecond
 
-// hints uses the store's Changes if it has one, and else takes the data to change
-// all the time.
+// hints uses the store's Changes if it has one, and otherwise yields every pollInterval.
 func hints(ctx context.Context, db Persistence) iter.Seq[error] {
 	return func(yield func(error) bool) {
 		n, able := db.(Notifier)

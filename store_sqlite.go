@@ -20,39 +20,39 @@ import (
 	"github.com/mynt-nas/task/internal/sqlitefile"
 )
 
-// An SQLiteStore is a [Persistence] in an SQLite database, in a table called
-// tasks. Several managers and several processes may share the database.
+// An SQLiteStore is a [Persistence] in an SQLite database, in a table called tasks.
+// Several managers and several processes may share the database.
 type SQLiteStore struct {
 	// Immutable.
 	db    *sqlitefile.DB
-	owner *owner.Owner // runs what this store saves
+	owner *owner.Owner // of the operations that this store saves
 
 	reported sync.Map // IDs of the owners that Recover has reported
 }
 
-// OpenSQLite opens the SQLite database in the file with that path, creating
-// the file, but no directory, if there is none. The path ":memory:" stands for
-// a new database in memory.
+// OpenSQLite opens the SQLite database file with that path, and creates the file, but no
+// directory, if it does not exist. The path ":memory:" stands for a new database in
+// memory.
 //
-// The database is put into WAL mode and written with synchronous=FULL: what
-// the store has confirmed survives a crash of the program, of the system, and
-// a loss of power. New files get the mode 0600. A table tasks that other code
-// has made, with the columns that docs/schema.md lists, is taken over; one that is
-// something else is refused and left as it is.
+// The database uses WAL mode and synchronous=FULL: confirmed writes survive a crash of
+// the program or the system, and a power failure. New files get the mode 0600. OpenSQLite
+// takes over a table tasks that other code has created with the columns listed in
+// docs/schema.md. It refuses any other table or view of that name, and leaves it
+// unchanged.
 //
-// While the store is open, a locked file PATH-owner-UUID beside the database
-// tells other processes that this one is alive. The database must not be on a
-// network filesystem, nor be moved while it is open. A file with several hard
-// links, or one that is itself a mount point, is refused: commits would get
-// lost between its names.
+// While the store is open, a locked file PATH-owner-UUID beside the database tells other
+// processes that this one is alive. The database must not be on a network filesystem, and
+// must not be moved while it is open. OpenSQLite refuses a file that has several hard
+// links or is itself a mount point, because commits under one name would be lost under
+// another.
 //
-// While the file is locked, OpenSQLite waits up to 10 seconds. Then, and for any
-// other reason at once, it returns an error, and may be called again.
+// If the file is locked, OpenSQLite waits for up to 10 seconds; other errors it returns at
+// once. It may be called again after an error.
 //
-// OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program
-// built without cgo, or with the build tag task_nosqlite3, it returns an
-// error; [NewSQLiteStore] takes any driver. The tag leaves go-sqlite3 out, for
-// programs with another driver that is called "sqlite3".
+// OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program built
+// without cgo, or with the build tag task_nosqlite3, it returns an error;
+// [NewSQLiteStore] works with any driver. The tag leaves out go-sqlite3, for programs with
+// another driver called "sqlite3".
 func OpenSQLite(path string) (*SQLiteStore, error) {
 	var s *SQLiteStore
 	file, err := sqlitefile.Resolve(path)
@@ -62,19 +62,17 @@ func OpenSQLite(path string) (*SQLiteStore, error) {
 	return s, wrap(err, "open database %q", path)
 }
 
-// NewSQLiteStore returns a store inside an application's own SQLite database,
-// which may have other tables and be opened through any driver with SQLite
-// 3.38 or later. It adds a table tasks, or to one that is there the columns and
-// the indexes that it lacks, and touches nothing else: the connections'
-// settings are the application's, and so is what a loss of power may take
-// (go-sqlite3's default is synchronous=NORMAL in WAL mode: the last moments).
-// Next to the database file it keeps the same locked file as [OpenSQLite], and
-// it refuses the same files.
+// NewSQLiteStore returns a store inside an application's own SQLite database, which may
+// have other tables and may be opened with any driver that has SQLite 3.38 or later. It
+// creates a table tasks, or adds the missing columns and indexes to an existing one, and
+// touches nothing else. The application's connection settings decide what a power failure
+// may lose: with go-sqlite3's default in WAL mode, synchronous=NORMAL, the last commits.
+// NewSQLiteStore keeps the same locked file beside the database as [OpenSQLite], and
+// refuses the same files.
 //
-// One connection is enough, as long as the application doesn't hold it in a
-// transaction of its own while it calls the manager. A database in memory, and
-// one that is opened with cache=shared, must have exactly one, by
-// SetMaxOpenConns(1).
+// One connection is enough, as long as the application doesn't hold it in a transaction
+// of its own while calling the manager. A database in memory, or one opened with
+// cache=shared, must have exactly one: call SetMaxOpenConns(1).
 func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	var s *SQLiteStore
 	file, err := sqlitefile.Use(db)
@@ -84,12 +82,12 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 	return s, wrap(err, "use database")
 }
 
-// AttachSQLite opens the database of another program that may be running, for a
-// tool beside it. The store changes only what it is asked to: it creates no
-// file, leaves the table, its columns and the database's settings as they are,
-// recovers nothing, and has no owner file. A manager on it can do everything
-// but Submit, which returns an error that wraps [errors.ErrUnsupported], as Save
-// does. A table without the columns and indexes of this version is an error.
+// AttachSQLite opens the database of another program, which may be running, for a tool
+// beside it. The store changes only what its caller asks for: it creates no file, does not
+// change the table's columns or the database's settings, recovers nothing, and has no
+// owner file. A manager on it can do everything but Submit, which returns an error that
+// wraps [errors.ErrUnsupported], as Save does. AttachSQLite returns an error if the table
+// lacks columns or indexes of this version.
 func AttachSQLite(path string) (*SQLiteStore, error) {
 	s, err := attach(path)
 	return s, wrap(err, "attach to database %q", path)
@@ -100,7 +98,7 @@ func attach(path string) (*SQLiteStore, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(cmp.Or(file, path)); err != nil { // also that of ":memory:"
+	if _, err := os.Stat(cmp.Or(file, path)); err != nil { // ":memory:" is an error, too
 		return nil, fmt.Errorf("%w: name the file of an existing database", err)
 	}
 	db, err := sqlitefile.OpenExisting(file)
@@ -114,22 +112,21 @@ func attach(path string) (*SQLiteStore, error) {
 	return s, nil
 }
 
-// Close ends the store, and closes the database if this package opened it.
-// Close the manager first: what it has not finished by then is left for the
-// next one to recover.
+// Close closes the store, and the database if this package opened it. Close the manager
+// first: the next one recovers what is unfinished by then.
 func (s *SQLiteStore) Close() error {
-	if s == nil { // as a failed open has returned it
+	if s == nil { // the result of a failed open
 		return nil
 	}
 	return errors.Join(s.db.Close(), s.owner.Release())
 }
 
-// Owner returns the Owner of the operations that the store saves: a UUID, or ""
-// after [AttachSQLite].
+// Owner returns the Owner of operations that the store saves: a UUID, or "" after
+// [AttachSQLite].
 func (s *SQLiteStore) Owner() string { return s.owner.ID }
 
-// newStore returns a store in the database at a path, which open opens. A new
-// file gets the mode of the owner's.
+// newStore returns a store in the database at path, which open opens. A new database file
+// gets the mode and owner of the file modeOf.
 func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*SQLiteStore, error) {
 	own, err := owner.New(path)
 	if err != nil {
@@ -146,12 +143,11 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 	return s, nil
 }
 
-// The table as SPEC.md has it, with what this package adds at the end. A query
-// uses an index only if it repeats the index's expression and its condition.
-// The first index is for ByState; it stays small, as most operations end DONE.
-// The second one is for recovery, and has only unfinished rows: those of the
-// living cost nothing there. The third one is for Prune and ByFinish, and the last
-// one for CancelRequests.
+// The table of SPEC.md, with this package's columns at the end. A query uses an index
+// only if it repeats the index's expression and condition. The first index is for
+// ByState; it stays small, because most operations end DONE. The second is for recovery;
+// it contains only unfinished rows, by owner, so that those of live owners cost nothing.
+// The third is for Prune and ByFinish, the last for CancelRequests.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -179,8 +175,8 @@ CREATE TABLE IF NOT EXISTS tasks (
 		`CREATE INDEX IF NOT EXISTS tasks_cancelling ON tasks (` + ownerText + `) WHERE ` + cancelling},
 }
 
-// The conditions and the expressions that the indexes have. For IN, SQLite would
-// build a set of states for each statement that writes.
+// The conditions and expressions of the indexes. They do not use IN, for which SQLite
+// would build a set of states in each writing statement.
 const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
 	finishTime = `ifnull(updated_at, '')`
@@ -189,33 +185,32 @@ const (
 	ownerText  = `ifnull(CAST(owner AS TEXT), '')` // "" for a row without an owner
 )
 
-// A row is an operation in the form in which it is stored. Databases written
-// by one version of this package are read by all later ones, so these forms
-// may be added to but not changed:
+// A row is an operation as stored. Later versions of this package must read the databases
+// of earlier ones, so these formats may be extended but not changed:
 //
-//   - the columns of schema, of which other programs may read all and have
-//     filled those of the specification in their own ways;
-//   - metadata and result as JSON, NULL for none; error as NULL for none;
-//   - times in UTC in the layout of timeFormat, NULL for none;
+//   - the columns of schema; other programs may read all of them, and may have filled
+//     those of SPEC.md in their own formats;
+//   - metadata and result as JSON, or NULL; error as text, or NULL;
+//   - times in UTC in the layout of timeFormat, or NULL;
 //   - owner as the UUID of the store that runs the operation.
 //
-// Everything is read as text: each driver converts columns declared DATETIME
-// in its own way.
+// Everything is read as text, because each driver converts columns declared DATETIME in
+// its own way.
 type row struct {
-	rowid                           int64 // not kept: VACUUM changes it
+	rowid                           int64 // not to be kept: VACUUM changes it
 	id, name, state                 string
 	progress                        int64
-	metadata, result                any // a text, or the length of one that was not read
+	metadata, result                any // text, or the length of omitted text
 	err                             string
 	createdAt, updatedAt, startedAt string
 	owner, message, cancelRequested string
 }
 
-// columns are what a row is read from.
+// columns are the result columns that a row is read from.
 var columns = columnsFor(Filter{})
 
-// columnsFor is columns with the length, an integer, in place of metadata and
-// results of more bytes than the filter's MaxValue, or without results.
+// columnsFor is columns for a filter: metadata and results longer than its MaxValue are
+// replaced by their length, an integer, and with WithoutResults results are empty.
 func columnsFor(f Filter) string {
 	cells := []string{`rowid`, `coalesce(CAST(progress AS INTEGER), 0)`}
 	for _, name := range []string{"id", "name", "state", "error", "created_at", "updated_at", "started_at", "owner", "message",
@@ -232,8 +227,8 @@ func columnsFor(f Filter) string {
 	return strings.Join(cells, ", ")
 }
 
-// operation turns a row into an operation. What it can't make sense of becomes
-// a zero value: one bad cell must not hide the rest of the history.
+// operation turns a row into an operation. A cell that it can't read becomes a zero value:
+// one bad cell must not hide the rest of the history.
 func (r *row) operation() *Operation {
 	return &Operation{
 		ID:         r.id,
@@ -268,11 +263,11 @@ func cellJSON(cell any) any {
 	return raw
 }
 
-// timeFormat has a fixed width, so that the order of texts is that of times,
-// and is one that SQLite's date functions read.
+// timeFormat has a fixed width, so that texts and times have the same order. SQLite's date
+// functions read it.
 const timeFormat = "2006-01-02 15:04:05.000000"
 
-// formatTime returns "" for no time.
+// formatTime returns "" for the zero time.
 func formatTime(t time.Time) string {
 	if t.IsZero() {
 		return ""
@@ -281,7 +276,7 @@ func formatTime(t time.Time) string {
 	if t.Year() < 0 || t.Year() > 9999 {
 		return t.Format(timeFormat)
 	}
-	text := t.AppendFormat(make([]byte, 0, len(timeFormat)), time.RFC3339) // which takes a third of the time
+	text := t.AppendFormat(make([]byte, 0, len(timeFormat)), time.RFC3339) // Go's fast path: three times as fast
 	text[len("2006-01-02")], text[len("2006-01-02 15:04:05")] = ' ', '.'
 	for unit := 100_000; unit > 0; unit /= 10 {
 		text = append(text, byte('0'+t.Nanosecond()/1000/unit%10))
@@ -289,10 +284,10 @@ func formatTime(t time.Time) string {
 	return string(text)
 }
 
-// cellTime returns the zero time for a cell that is no time in one of the
-// layouts below, and for a time that JSON has no form for.
+// cellTime parses a time. It returns the zero time for text in none of the layouts below,
+// and for a time that JSON can't represent.
 func cellTime(cell string) time.Time {
-	if day := len("2006-01-02"); len(cell) == len(timeFormat) && cell[day] == ' ' { // ours: Parse is quickest with RFC3339
+	if day := len("2006-01-02"); len(cell) == len(timeFormat) && cell[day] == ' ' { // ours: Parse is fastest with RFC3339
 		if t, err := time.Parse(time.RFC3339, cell[:day]+"T"+cell[day+1:]+"Z"); err == nil {
 			return t
 		}
@@ -318,7 +313,7 @@ func cellTime(cell string) time.Time {
 	return time.Time{}
 }
 
-// textCell returns NULL for an empty text.
+// textCell returns NULL for empty text.
 func textCell(s string) any {
 	if s == "" {
 		return nil
@@ -334,8 +329,8 @@ func valueCell(v any) any { return textCell(string(rawJSON(v))) }
 type statement struct {
 	one    string // its text for one row
 	format string // its text for many, with %s for the rows of parameters
-	params int    // of a row
-	none   error  // the outcome if it writes fewer rows than it has
+	params int    // parameters of one row
+	none   error  // the outcome if it writes fewer rows than given
 }
 
 // many returns the text for n rows.
@@ -344,8 +339,7 @@ func (s *statement) many(n int) string {
 	return fmt.Sprintf(s.format, strings.Repeat(row, n)[len(", "):])
 }
 
-// update never finishes an operation twice, and never creates one again that
-// has been deleted.
+// update never finishes an operation twice, and never recreates a deleted one.
 var update = &statement{`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
 	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
 	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`,
@@ -366,18 +360,18 @@ var insert = &statement{insertInto + `VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
 // idCell is the place of the ID among the parameters.
 const idCell = 9
 
-// maxChunk is how many rows one statement writes at most: one with many rows costs
-// less than as many statements.
+// maxChunk is the maximum number of rows of one statement. One statement with many rows
+// costs less than many statements.
 const maxChunk = 64
 
 // A write is a row to insert or to update.
 type write struct {
 	*statement
-	args []any  // those of this row, and of all behind it
-	err  *error // where the outcome goes
+	args []any  // of this row, followed by those of all later rows
+	err  *error // receives the outcome
 }
 
-// appendCells appends those of an operation's row, as many as the statement has.
+// appendCells appends the statement's arguments for an operation.
 func (s *statement) appendCells(args []any, op *Operation, owner any) ([]any, error) {
 	metadata, result, err := op.values()
 	if err != nil {
@@ -405,17 +399,16 @@ func (s *SQLiteStore) Update(op *Operation) error {
 	return s.WriteBatch(nil, []*Operation{op})[0]
 }
 
-// errAttached is the error of Save after AttachSQLite: without an owner file,
-// others would take the operation for one that a dead process has left.
+// errAttached is the error of Save after AttachSQLite: without an owner file, others would
+// take the operation for an orphan.
 var errAttached = fmt.Errorf("the store only looks on, see AttachSQLite: %w", errors.ErrUnsupported)
 
-// WriteBatch implements [BatchWriter]. It writes all rows in one transaction,
-// many with one statement. If a statement fails, or writes fewer rows than it
-// has (an ID may exist, and UPDATE ... FROM takes one of two for the same
-// operation), the rows are written one by one instead, in their order. If COMMIT
-// finds no room for all of them, those are stored for which there is room. Any
-// other failure of BEGIN or COMMIT, and a database that stays locked, fail the
-// whole batch.
+// WriteBatch implements [BatchWriter]. It writes all rows in one transaction, with many
+// rows per statement. If a statement fails, or writes fewer rows than given (an ID may
+// exist, and UPDATE ... FROM applies only one of two updates of the same operation), it
+// writes the rows one by one instead, in order. If the disk is too full for all rows, it
+// stores those for which there is room. Any other failure of BEGIN or COMMIT, and a
+// database that stays locked, fail the whole batch.
 func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 	errs := make([]error, len(saves)+len(updates))
 	writes := make([]write, 0, len(errs))
@@ -466,7 +459,7 @@ func setAll(writes []write, err error) {
 	}
 }
 
-// chunk returns how many of the first rows the next statement can write.
+// chunk returns how many rows the next statement writes.
 func chunk(writes []write) (n int) {
 	for n < min(len(writes), maxChunk) && writes[n].statement == writes[0].statement {
 		n++
@@ -474,9 +467,9 @@ func chunk(writes []write) (n int) {
 	return n
 }
 
-// writeRows writes rows of the same kind with one statement. There are few such
-// statements to prepare: rows of NULL, which are not written, make the number of rows
-// 2, 4 or a multiple of 8.
+// writeRows writes rows of the same kind with one statement. It pads them with rows of
+// NULL, which are not written, to 2, 4 or a multiple of 8 rows, so that there are few
+// different statements to prepare.
 func writeRows(c *sql.Conn, writes []write) (err error) {
 	stmt, n := writes[0].statement, 0
 	args := writes[0].args[:len(writes)*stmt.params]
@@ -488,7 +481,7 @@ func writeRows(c *sql.Conn, writes []write) (err error) {
 			size = (len(writes) + 1) &^ 1
 		}
 		args = append(args[:len(args):len(args)], make([]any, (size-len(writes))*stmt.params)...)
-		// A query, because go-sqlite3 passes the arguments of those to C all at once.
+		// A query, because go-sqlite3 passes a query's arguments to C in one call.
 		err = cmp.Or(sqlitefile.Each(c, stmt.many(size), args, func() {}), sqlText(`SELECT changes()`).row(c, &n))
 	}
 	if err == nil && n < len(writes) {
@@ -497,13 +490,13 @@ func writeRows(c *sql.Conn, writes []write) (err error) {
 	return err
 }
 
-// writeEach writes each row with a statement of its own, so that a row that
-// can't be written fails alone. If such a row ends the transaction (a trigger
-// may, and a full disk), the rows before it are written again. If COMMIT finds
-// no room, each half of the rows is written again.
+// writeEach writes each row with a statement of its own, so that a bad row fails alone. If
+// a bad row ends the transaction (a trigger or a full disk may do that), it writes the rows
+// before it again. If the disk is too full for COMMIT, it writes each half of the rows
+// again.
 func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 	for len(writes) > 0 {
-		end := len(writes) // or the row that has ended the transaction
+		end := len(writes) // or the index of the row that has ended the transaction
 		err := s.db.Write(deadline, func(c *sql.Conn) error {
 			end = len(writes)
 			for i, w := range writes {
@@ -539,8 +532,8 @@ func (s *SQLiteStore) writeEach(deadline time.Time, writes []write) {
 	}
 }
 
-// whyIgnored returns why no row was inserted: that there is one with the same ID,
-// or else err.
+// whyIgnored returns ErrExists if there is a row with that ID, and otherwise err: why no
+// row was inserted.
 func whyIgnored(c *sql.Conn, id any, err error) error {
 	ids, readErr := sqlitefile.Strings(c, `SELECT id FROM tasks WHERE id = ?`, id)
 	if len(ids) > 0 {
@@ -549,7 +542,7 @@ func whyIgnored(c *sql.Conn, id any, err error) error {
 	return cmp.Or(readErr, err)
 }
 
-// A query is SQL text, or a part of one, with its arguments.
+// A query is SQL text, or a part of it, with its arguments.
 type query struct {
 	text string
 	args []any
@@ -557,12 +550,12 @@ type query struct {
 
 func sqlText(text string, args ...any) query { return query{text, args} }
 
-// plus returns the query with more text and arguments behind it.
+// plus returns the query with text and arguments appended.
 func (q query) plus(text string, args ...any) query {
 	return query{q.text + text, slices.Concat(q.args, args)}
 }
 
-// with returns the query with others behind it.
+// with returns the query with others appended.
 func (q query) with(others ...query) query {
 	for _, other := range others {
 		q = q.plus(other.text, other.args...)
@@ -570,7 +563,7 @@ func (q query) with(others ...query) query {
 	return q
 }
 
-// unionAll returns a query for the rows of all those queries.
+// unionAll returns a query for the rows of all queries.
 func unionAll(queries []query) query {
 	all := queries[0]
 	for _, q := range queries[1:] {
@@ -590,7 +583,7 @@ func (q query) each(c *sql.Conn, f func(), cells ...any) error {
 }
 
 func jsonArray[T any](all []T) string {
-	raw, _ := json.Marshal(all) // which can't fail
+	raw, _ := json.Marshal(all) // can't fail
 	return string(raw)
 }
 
@@ -599,8 +592,8 @@ func (s *SQLiteStore) List(limit, offset int) ([]*Operation, error) {
 	return s.ListFiltered(Filter{}, limit, offset)
 }
 
-// ListFiltered implements [FilteredLister]. By state it uses the index, except
-// for those DONE. What no index has is searched for in steps.
+// ListFiltered implements [FilteredLister]. It uses the index for states other than DONE,
+// and searches in steps for whatever no index contains.
 func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, error) {
 	ctx := cmp.Or(f.Context, context.Background())
 	if f.Name+f.Containing != "" || len(f.Metadata) > 0 || f.ranged() || slices.Contains(f.States, StateDone) ||
@@ -623,13 +616,13 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 	return ops, err
 }
 
-// noneDone reports whether the index of states has all that the filter is for.
+// noneDone reports whether the index of states contains all rows of the filter's states.
 func (f Filter) noneDone() bool { return len(f.States) > 0 && !slices.Contains(f.States, StateDone) }
 
-// placeOf returns an expression for the rowid below which are the rows submitted
-// before an operation: NULL if there is none. Without its row, a timed ID is
-// taken to be behind its nearest neighbours with a smaller ID, and behind any
-// others that are not followed by its next neighbour with a greater one.
+// placeOf returns an expression for the rowid below which are the rows submitted before an
+// operation, or NULL if the ID is unknown. Without a row, the place of a timed ID is above
+// its nearest neighbours with smaller IDs, and not below its next neighbour with a greater
+// one.
 func placeOf(id string) query {
 	const self = `(SELECT rowid FROM tasks WHERE id = ?)`
 	if !isTimed(id) {
@@ -642,15 +635,15 @@ func placeOf(id string) query {
 		UNION ALL SELECT ifnull((SELECT rowid `+greater+` LIMIT 1), 9223372036854775807))))`, id, id, id)
 }
 
-// The order with ByFinish is that of the index: by the text of the time, of which
-// that in a foreign layout may be out of place.
+// The order of ByFinish is that of the index, by the text of the time: times in foreign
+// layouts may be out of place.
 const (
 	byFinish      = ` FROM tasks INDEXED BY tasks_finished WHERE ` + finished
 	orderByFinish = ` ORDER BY ` + finishTime + ` DESC, rowid DESC`
 )
 
-// selection returns the end of a query for the rows for which the filter, but
-// for its Before and its range of time, and a condition hold.
+// selection returns the end of a query for the rows that match a condition and the filter,
+// apart from its Before and its range of time.
 func selection(f Filter, where query, limit, offset int) query {
 	if f.Name != "" {
 		where = where.plus(` AND name = ?`, f.Name)
@@ -660,11 +653,11 @@ func selection(f Filter, where query, limit, offset int) query {
 	}
 	now, page := whereNow(f), sqlText(` LIMIT ? OFFSET ?`, limit, offset)
 	switch {
-	case f.ByFinish: // so the rest has the final state
+	case f.ByFinish: // where restricts to finished rows, whose states are stored
 		if len(f.States) > 0 {
 			now = now.plus(` AND state IN (SELECT value FROM json_each(?))`, jsonArray(f.States))
 		}
-		// The sorter need not hold what columns are long.
+		// So that the sorter need not hold long columns.
 		rowids := sqlText(`SELECT rowid FROM tasks NOT INDEXED WHERE `).with(where, now).plus(orderByFinish).with(page)
 		return sqlText(` FROM tasks WHERE rowid IN (`).with(rowids).plus(`)` + orderByFinish)
 	case len(f.States) > 0:
@@ -678,13 +671,12 @@ func selection(f Filter, where query, limit, offset int) query {
 	return sqlText(` FROM tasks WHERE `).with(where).plus(` ORDER BY rowid DESC`).with(page)
 }
 
-// included holds for unfinished rows with one of the IDs in a JSON array.
+// included is the condition for unfinished rows whose IDs are in a JSON array.
 const included = `(state IN ('PENDING', 'RUNNING') AND id IN (SELECT value FROM json_each(?)))`
 
-// whereNow returns what is to be added to a condition for the rows that have the
-// filter's metadata and are not in its Exclude. Without a backslash, the JSON of a
-// string has its text: most rows need not be parsed. CASE keeps json_each from
-// failing for what is no JSON.
+// whereNow returns a condition to append for rows that have the filter's metadata and are
+// not in its Exclude. JSON without a backslash contains a string's text as it is, so most
+// rows need not be parsed. CASE keeps json_each from failing on invalid JSON.
 func whereNow(f Filter) (and query) {
 	const cell = `CAST(metadata AS TEXT)`
 	for _, key := range slices.Sorted(maps.Keys(f.Metadata)) {
@@ -698,10 +690,9 @@ func whereNow(f Filter) (and query) {
 	return and
 }
 
-// whereState returns a condition that holds for the last rows that are in one of
-// the filter's states and for which two conditions hold, and for those in its
-// Include for which the first holds. Each state has a query of its own, because only
-// so the index answers each in its order.
+// whereState returns a condition for the last rows that are in one of the filter's states
+// and match both conditions, and for those in its Include that match the first. Each state
+// has a query of its own, so that the index returns its rows in order.
 func whereState(f Filter, where, now query, last int64) query {
 	var queries []query
 	for _, state := range f.States {
@@ -718,23 +709,23 @@ func whereState(f Filter, where, now query, last int64) query {
 	return sqlText(`rowid IN (`).with(unionAll(queries)).plus(`)`)
 }
 
-// maxStep is how many rows one step of a search looks at, at most: some fit into
-// SQLite's cache, and take a millisecond. In between others get the connection,
-// the WAL can be checkpointed, and the context counts.
+// maxStep is the maximum number of rows of one step of a search: a few milliseconds of
+// work. Between steps, others get the connection, the WAL can be checkpointed, and the
+// context is checked.
 const maxStep = 5000
 
-// A place is one in a list. Only with ByFinish it has a finish.
+// A place is a position in a list.
 type place struct {
-	finish any // a cell of finishTime
+	finish any // a cell of finishTime; only with ByFinish
 	rowid  int64
 }
 
-// placeFinish is the parameter for a place's finish. As that, some drivers return
-// nil for bytes of which there are none.
+// placeFinish is the parameter for a place's finish. Some drivers return nil for an empty
+// BLOB there.
 const placeFinish = `coalesce(?, x'')`
 
-// search is ListFiltered in steps. Should a VACUUM give rows new rowids meanwhile,
-// it may miss some.
+// search is ListFiltered in steps. If a VACUUM changes rowids meanwhile, it may miss some
+// rows.
 func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (ops []*Operation, err error) {
 	var below *place
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
@@ -748,7 +739,7 @@ func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (
 		var next *place
 		err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
 			var window query
-			if n == 2*first { // what is frequent has been found by now
+			if n == 2*first { // frequent rows have been found by now
 				window, err = fewFor(c, f, *below)
 			}
 			if next = nil; err == nil && window.text == "" {
@@ -769,7 +760,7 @@ func (s *SQLiteStore) search(ctx context.Context, f Filter, limit, offset int) (
 	return ops, nil
 }
 
-// start returns the place below which a search begins, or nil if nothing is there.
+// start returns the place below which a search begins, or nil if no rows are there.
 func start(c *sql.Conn, f Filter) (*place, error) {
 	at := place{rowid: math.MaxInt64}
 	var err error
@@ -794,8 +785,8 @@ func start(c *sql.Conn, f Filter) (*place, error) {
 	return &at, err
 }
 
-// bounds returns what is to be added to a condition for finished rows that may be
-// in the filter's range of time.
+// bounds returns a condition to append for finished rows that may be in the filter's range
+// of time.
 func bounds(f Filter) (and query) {
 	if !f.FinishedAfter.IsZero() {
 		and = and.plus(` AND `+finishTime+` >= ?`, bound(f.FinishedAfter, -foreignSlack))
@@ -806,19 +797,19 @@ func bounds(f Filter) (and query) {
 	return and
 }
 
-// bound returns where in the order of texts a time is, with some slack.
+// bound returns the place of a time, plus slack, in the order of texts.
 func bound(t time.Time, slack time.Duration) string {
 	if t = t.UTC(); t.Year() < 9999 {
 		t = t.Add(slack)
 	}
-	if t.Year() > 9999 { // which has more digits
-		return ":" // which is behind all digits
+	if t.Year() > 9999 { // it has more digits
+		return ":" // after all digits
 	}
 	return formatTime(t)
 }
 
-// fewFor returns a condition for the rest of the list if an index that is not in its
-// order has so few rows for it that one step is enough, and else no text.
+// fewFor returns a condition for the rest of the list if an index that has another order
+// contains so few rows for it that one step is enough, and otherwise no text.
 func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	var from query
 	switch {
@@ -829,7 +820,7 @@ func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	default:
 		return window, nil
 	}
-	const few = 4 * maxStep // most of which are only counted, or in the slack
+	const few = 4 * maxStep // most are only counted, or are in the slack
 	var n int
 	err = sqlText(`SELECT count(*) FROM (SELECT 1`).with(from).plus(` LIMIT ?)`, few+1).row(c, &n)
 	if err != nil || n > few {
@@ -842,8 +833,8 @@ func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	return window.plus(`) AND rowid < ?`, below.rowid), nil
 }
 
-// windowOf returns a condition for the next n rows below a place, or for fewer in
-// one step, and the place of the next step, or nil if there is none.
+// windowOf returns a condition for the next n or fewer rows below a place, and the place of
+// the next step, or nil if this is the last one.
 func windowOf(c *sql.Conn, f Filter, below place, n int) (window query, next *place, err error) {
 	if f.ByFinish {
 		return windowByFinish(c, f, below, n)
@@ -858,9 +849,8 @@ func windowOf(c *sql.Conn, f Filter, below place, n int) (window query, next *pl
 	return sqlText(`rowid < ? AND rowid >= ?`, below.rowid, last.Int64), next, err
 }
 
-// lastOf returns a query for the rowid of the n-th row below another, or for NULL
-// if there are fewer. Only rows of the filter's states count if the index has
-// them.
+// lastOf returns a query for the rowid of the n-th row below another, or NULL if there are
+// fewer. If the index contains the filter's states, only their rows count.
 func lastOf(f Filter, below int64, n int) query {
 	const last = `SELECT (SELECT rowid FROM tasks WHERE rowid < ?%s ORDER BY rowid DESC LIMIT 1 OFFSET ?) AS last`
 	if !f.noneDone() || f.ranged() {
@@ -873,14 +863,14 @@ func lastOf(f Filter, below int64, n int) query {
 	return sqlText(`SELECT max(last) FROM (`).with(unionAll(queries)).plus(`)`)
 }
 
-// windowByFinish is windowOf with ByFinish: rows with the same time as the place have
-// a step of their own.
+// windowByFinish is windowOf with ByFinish. Rows with the same time as the place have a step
+// of their own.
 func windowByFinish(c *sql.Conn, f Filter, below place, n int) (window query, next *place, err error) {
 	from, same := sqlText(byFinish), below.rowid > math.MinInt64
 	if same {
 		from = from.plus(` AND `+finishTime+` = `+placeFinish+` AND rowid < ?`, below.finish, below.rowid)
 	} else {
-		f.FinishedBefore = time.Time{} // that is a place above this one
+		f.FinishedBefore = time.Time{} // its place is above this one
 		from = from.plus(` AND `+finishTime+` < `+placeFinish, below.finish).with(bounds(f))
 	}
 	from = from.plus(orderByFinish)
@@ -897,8 +887,8 @@ func windowByFinish(c *sql.Conn, f Filter, below place, n int) (window query, ne
 	return sqlText(`rowid IN (SELECT rowid`).with(from).plus(` LIMIT ?)`, n), next, nil
 }
 
-// inRange returns a condition for those rows of a window that have finished in the
-// filter's range of time.
+// inRange returns a condition for the rows of a window that finished in the filter's range
+// of time.
 func inRange(c *sql.Conn, f Filter, window query) (query, error) {
 	in := []int64{}
 	var rowid int64
@@ -912,8 +902,7 @@ func inRange(c *sql.Conn, f Filter, window query) (query, error) {
 	return sqlText(`rowid IN (SELECT value FROM json_each(?))`, jsonArray(in)), err
 }
 
-// step looks for operations in a window. It returns what it has found, and how many
-// it has skipped.
+// step returns the matching operations of a window, and how many it has skipped.
 func step(c *sql.Conn, f Filter, window query, limit, offset int) (ops []*Operation, skipped int, err error) {
 	if f.ranged() {
 		if window, err = inRange(c, f, window); err != nil {
@@ -942,7 +931,7 @@ func (s *SQLiteStore) Get(id string) (*Operation, error) {
 	return ops[0], nil
 }
 
-// read returns the operations that columns and the end of a query select.
+// read returns the operations selected by columns and the end of a query.
 func (s *SQLiteStore) read(ctx context.Context, columns string, from query) (ops []*Operation, err error) {
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
 		ops, err = operations(c, columns, from)
@@ -951,14 +940,14 @@ func (s *SQLiteStore) read(ctx context.Context, columns string, from query) (ops
 	return ops, err
 }
 
-// operations is read with a connection.
+// operations is read on a connection.
 func operations(c *sql.Conn, columns string, from query) (ops []*Operation, err error) {
 	err = eachRow(c, columns, from, func(r *row) { ops = append(ops, r.operation()) })
 	return ops, err
 }
 
-// eachRow calls f with each row that columns and the end of a query select. The
-// next row takes its place.
+// eachRow calls f with each row selected by columns and the end of a query. It reuses the
+// row.
 func eachRow(c *sql.Conn, columns string, from query, f func(*row)) error {
 	var r row
 	return sqlText(`SELECT `+columns+from.text, from.args...).each(c, func() { f(&r) },
@@ -966,12 +955,12 @@ func eachRow(c *sql.Conn, columns string, from query, f func(*row)) error {
 		&r.owner, &r.message, &r.cancelRequested, &r.metadata, &r.result)
 }
 
-// recoverChunk is how many operations one transaction of Recover changes, so
-// that the writes of the living are not held up by a long history of the dead.
+// recoverChunk is the maximum number of operations that one transaction of Recover
+// changes, so that other writes need not wait long.
 const recoverChunk = 1000
 
-// Recover implements [Recoverer]. An operation is an orphan if its row has no
-// owner, or one whose lock nobody holds.
+// Recover implements [Recoverer]. An operation is an orphan if its row has no owner, or if
+// nobody holds the owner's lock.
 func (s *SQLiteStore) Recover(reason string, resume func(op *Operation) bool) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		if s.Owner() == "" {
@@ -990,8 +979,7 @@ func (s *SQLiteStore) Recover(reason string, resume func(op *Operation) bool) it
 	}
 }
 
-// ownersQuery steps through the index from one owner to the next, however many
-// rows each has.
+// ownersQuery steps through the index from owner to owner, however many rows each has.
 const (
 	nextOwner   = `SELECT min(` + ownerText + `) FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished
 	ownersQuery = `WITH RECURSIVE owners (text) AS (` + nextOwner + ` UNION ALL
@@ -999,8 +987,7 @@ const (
 		SELECT text FROM owners WHERE text IS NOT NULL`
 )
 
-// owners returns the owners of unfinished operations, and those that have left
-// nothing but a file.
+// owners returns the owners of unfinished operations, and those that have only a file.
 func (s *SQLiteStore) owners() (ids []string, err error) {
 	err = s.db.Read(context.Background(), func(c *sql.Conn) (err error) {
 		ids, err = sqlitefile.Strings(c, ownersQuery)
@@ -1014,8 +1001,8 @@ func (s *SQLiteStore) owners() (ids []string, err error) {
 	return ids, err
 }
 
-// recoverFrom yields what it has recovered from an owner, if that is dead, and
-// reports whether to go on.
+// recoverFrom recovers the operations of an owner if it is dead, yields them, and reports
+// whether to continue.
 func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) bool, yield func(*Operation, error) bool) (goOn bool) {
 	done, dead, unknown := s.owner.Dead(id)
 	switch {
@@ -1047,8 +1034,8 @@ func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) 
 	}
 }
 
-// reportUnknown yields an operation of an owner of which nobody knows whether it is
-// dead, and why, the first time. It reports whether to go on.
+// reportUnknown yields an operation of an owner that may be dead or alive, with the reason,
+// once per owner. It reports whether to continue.
 func (s *SQLiteStore) reportUnknown(id string, unknown error, yield func(*Operation, error) bool) (goOn bool) {
 	if _, again := s.reported.Load(id); again {
 		return true
@@ -1062,42 +1049,42 @@ func (s *SQLiteStore) reportUnknown(id string, unknown error, yield func(*Operat
 		"its operations stay as they are; if it is dead, remove that file", unknown))
 }
 
-// ofOwner selects unfinished operations of an owner behind a rowid.
+// ofOwner selects an owner's unfinished operations after a rowid.
 const ofOwner = ` FROM tasks INDEXED BY tasks_unfinished WHERE ` + unfinished + ` AND ` + ownerText + ` = ? AND rowid > ?
 	ORDER BY rowid LIMIT ?`
 
 // An orphan is a row that Recover has found.
 type orphan struct {
 	row
-	resumed bool // it is to be taken over
+	resumed bool // take it over
 }
 
-// orphans returns some operations of a dead owner, those behind a rowid, and asks
-// which of them are to be taken over. Should a VACUUM give rows new rowids
-// meanwhile, some may be left for the next Recover.
+// orphans returns the next operations of a dead owner after a rowid, and asks resume which
+// of them to take over. If a VACUUM changes rowids meanwhile, some may be left to the next
+// Recover.
 func (s *SQLiteStore) orphans(owner string, at int64, resume func(op *Operation) bool) (all []orphan, err error) {
 	err = s.db.Read(context.Background(), func(c *sql.Conn) error {
 		all = nil
 		return eachRow(c, columns, sqlText(ofOwner, owner, at, recoverChunk), func(r *row) { all = append(all, orphan{row: *r}) })
 	})
 	for i := range all {
-		if all[i].id != "" { // or NULL, of which there may be many
+		if all[i].id != "" { // else NULL or empty, and maybe not unique
 			_, all[i].resumed = resumes(resume, all[i].operation())
 		}
 	}
 	return all, err
 }
 
-// What settle does with an orphan, unless another Recover was first.
+// The statements of settle, which do nothing if another Recover came first.
 const (
 	whereOrphan = ` WHERE rowid = ? AND coalesce(CAST(id AS TEXT), '') = ? AND ` + ownerText + ` = ? AND ` + unfinished
 	failOrphan  = `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ?` + whereOrphan
 	takeOrphan  = `UPDATE tasks SET state = 'PENDING', owner = ?, updated_at = ?, progress = 0, message = NULL, started_at = NULL` +
-		whereOrphan + ` AND cancel_requested_at IS NULL AND typeof(id) = 'text'` // which Update finds
+		whereOrphan + ` AND cancel_requested_at IS NULL AND typeof(id) = 'text'` // else Update would not find it
 )
 
-// settle marks operations of a dead owner as failed, or takes them over. It
-// touches no cell that this does not concern: other code may have written it.
+// settle marks operations of a dead owner as failed, or takes them over. It changes no
+// other cells, which other code may have written.
 func (s *SQLiteStore) settle(orphans []orphan, owner, reason string) (ops []*Operation, err error) {
 	err = s.db.Write(s.db.Deadline(), func(c *sql.Conn) (err error) {
 		ops = nil
@@ -1111,7 +1098,7 @@ func (s *SQLiteStore) settle(orphans []orphan, owner, reason string) (ops []*Ope
 			if n == 0 && err == nil {
 				op = o.operation().recovered(reason, false)
 				n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
-				// 0 if another was first, or a trigger has ignored it
+				// 0 if another Recover came first, or if a trigger has ignored it
 			}
 			if err != nil {
 				return err
@@ -1125,26 +1112,25 @@ func (s *SQLiteStore) settle(orphans []orphan, owner, reason string) (ops []*Ope
 	return ops, err
 }
 
-// pruneChunk is how many rows Prune deletes at most at a time.
+// pruneChunk is the maximum number of rows that Prune deletes at a time.
 const pruneChunk = 100
 
-// foreignSlack is by how much a text in a foreign layout may be behind its place
-// in the order of time: zones go up to 14 hours, and a T sorts behind a space.
+// foreignSlack is how far a text in a foreign layout may be from its place in the order of
+// time: zones go up to 14 hours, and a T sorts after a space.
 const foreignSlack = 38 * time.Hour
 
-// A pruneCursor is a place in the index that Prune reads. Should a VACUUM give
-// rows new rowids meanwhile, some of those that finished in the very
-// microsecond at the cursor are left for the next Prune.
+// A pruneCursor is a place in the index that Prune reads. If a VACUUM changes rowids
+// meanwhile, some rows that finished in the microsecond at the cursor may be left to the
+// next Prune.
 type pruneCursor struct {
 	finish string
 	rowid  int64
 }
 
-// Prune implements [Pruner]. The file does not get smaller, but what is deleted
-// makes room in it.
+// Prune implements [Pruner]. The file does not shrink, but new rows reuse the space.
 func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
-		at := pruneCursor{finish: "0"} // behind those without a time
+		at := pruneCursor{finish: "0"} // after rows without a time
 		for more := true; more; {
 			var n int
 			var next pruneCursor
@@ -1157,14 +1143,13 @@ func (s *SQLiteStore) Prune(before time.Time) iter.Seq2[int, error] {
 			if !yield(n, err) || err != nil {
 				return
 			}
-			time.Sleep(time.Since(start)) // in which others may write
+			time.Sleep(time.Since(start)) // let others write
 		}
 	}
 }
 
-// prune deletes some operations behind the cursor that have finished before a
-// time, and returns a cursor behind those that it has looked at. Only texts
-// count as times.
+// prune looks at the next operations after the cursor, deletes those that finished before
+// a time, and returns the new cursor. Only texts count as times.
 func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, deleted int, err error) {
 	next = at
 	var old []int64
@@ -1181,8 +1166,8 @@ func (at pruneCursor) prune(c *sql.Conn, before time.Time) (next pruneCursor, de
 	return next, deleted, err
 }
 
-// pruneQuery continues after the cursor's row: first those with the same time,
-// then those with a later one, up to a bound.
+// pruneQuery selects rows after the cursor: first those with the same time, then those
+// with a later time, up to a bound.
 const (
 	pruneFrom  = `SELECT * FROM (SELECT ` + finishTime + `, rowid FROM tasks INDEXED BY tasks_finished WHERE ` + finished
 	pruneQuery = pruneFrom + ` AND ` + finishTime + ` = ? AND rowid > ? ORDER BY rowid LIMIT ?) UNION ALL ` +
@@ -1223,7 +1208,7 @@ func (s *SQLiteStore) Changes(ctx context.Context) iter.Seq[error] {
 	return s.db.Changes(ctx, pollInterval)
 }
 
-// changes executes a statement and returns how many rows it has changed.
+// changes executes a statement and returns the number of changed rows.
 func changes(c *sql.Conn, query string, args ...any) (int, error) {
 	res, err := c.ExecContext(context.Background(), query, args...)
 	if err != nil {

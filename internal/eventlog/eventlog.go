@@ -1,9 +1,8 @@
-// Package eventlog keeps the latest events of many keys in one order, for any
-// number of readers, each at its own pace. It knows nothing of what the events
-// mean.
+// Package eventlog keeps the latest events of many keys in one order, for any number of
+// readers, each at its own pace. It does not know what the events mean.
 //
-// A [Log] is bounded. A reader that falls too far behind gets [ErrLagged]; it
-// delays neither the log nor other readers.
+// A [Log] is bounded. A reader that falls too far behind gets [ErrLagged]; it delays
+// neither the log nor other readers.
 package eventlog
 
 import (
@@ -31,9 +30,9 @@ type Log[V any] struct {
 	started uint64               // the last event before the start of any reader
 	dropped uint64               // the last event dropped
 	readers map[*Reader[V]]bool
-	all     int                     // how many of them want all keys
-	idle    map[*Reader[V]]bool     // those of them that have read everything
-	named   map[string][]*Reader[V] // the readers that have named a key
+	all     int                     // number of readers of all keys
+	idle    map[*Reader[V]]bool     // readers of all keys that have read everything
+	named   map[string][]*Reader[V] // readers that have named a key
 	end     error                   // not nil once the log is closed
 }
 
@@ -48,16 +47,15 @@ type entry[V any] struct {
 	Event[V]
 	prev, next *entry[V]
 	bytes      int
-	unread     int  // how many readers want it and have not read it
+	unread     int  // number of readers that want it and have not read it
 	soft       bool // the next soft event of the key supersedes it
-	read       bool // by some reader
+	read       bool // some reader has read it
 }
 
-// New returns an empty log that holds events of at most maxKeys keys and values
-// of at most maxBytes, where the latest value of each key counts. The newest
-// event stays whatever its size. The log drops events that all its readers have
-// read: to have events for [Log.ReadFrom], make a reader that never reads. It
-// drops events of keys that a reader has named last.
+// New returns an empty log that holds events of at most maxKeys keys, and at most maxBytes
+// of values, of which the latest of each key counts. The newest event stays whatever its
+// size. The log drops events that all its readers have read: for [Log.ReadFrom], create a
+// reader that never reads. Events of keys that a reader has named are dropped last.
 func New[V any](maxKeys, maxBytes int) *Log[V] {
 	l := &Log[V]{
 		maxKeys:  maxKeys,
@@ -72,9 +70,9 @@ func New[V any](maxKeys, maxBytes int) *Log[V] {
 	return l
 }
 
-// Append adds an event of a key. A soft event only updates the last event of the
-// key: it replaces that one in place if no reader has read it, and supersedes it
-// if that one is soft, too. Append does nothing after [Log.Close].
+// Append adds an event of a key. bytes is the size of its value. A soft event updates the
+// last event of the key: it replaces that event in place if no reader has read it, and
+// supersedes it if that event is soft, too. Append does nothing after [Log.Close].
 func (l *Log[V]) Append(key string, v V, bytes int, soft bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -122,7 +120,7 @@ func (l *Log[V]) add(key string, soft bool) *entry[V] {
 	return e
 }
 
-// release drops an event that no reader has yet to read.
+// release drops an event that no reader still has to read.
 func (l *Log[V]) release(e *entry[V]) {
 	if e.unread == 0 {
 		l.dropped = max(l.dropped, e.Seq)
@@ -130,8 +128,8 @@ func (l *Log[V]) release(e *entry[V]) {
 	}
 }
 
-// evict drops the oldest events until the log is within its bounds, but never the
-// newest one. Readers that have not read them lag.
+// evict drops the oldest events until the log is within its bounds, but never the newest
+// one. Readers that have not read a dropped event lag.
 func (l *Log[V]) evict(evenNamed bool) {
 	for e := l.root.next; e != l.root.prev && l.full(); e = e.next {
 		if !evenNamed && len(l.named[e.Key]) > 0 {
@@ -173,7 +171,7 @@ func (l *Log[V]) Close(err error) {
 	}
 }
 
-// Readers returns how many readers there are.
+// Readers returns the number of readers.
 func (l *Log[V]) Readers() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -182,19 +180,19 @@ func (l *Log[V]) Readers() int {
 
 // A Reader reads the events of a log, or those of some keys, in order.
 type Reader[V any] struct {
-	Start uint64 // the seq of the last event before those that it reads
+	Start uint64 // the Seq of the last event before those that it reads
 
 	log   *Log[V]
 	keys  map[string]bool // nil for all
 	ready chan struct{}   // holds a token when there may be something to read
 
 	// Guarded by log.mu.
-	next   *entry[V] // the entry to read next; log.root if there is none
+	next   *entry[V] // the next entry to read; log.root if there is none
 	lagged bool
 }
 
-// Read returns a reader of the events from now on: of the keys given, which are
-// distinct, or of all if none is given. The caller must close it.
+// Read returns a reader of the events from now on: of the given keys, which must be
+// distinct, or of all keys if none is given. The caller must close it.
 func (l *Log[V]) Read(keys ...string) *Reader[V] {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -213,8 +211,8 @@ func (l *Log[V]) Read(keys ...string) *Reader[V] {
 	return r
 }
 
-// ReadFrom returns a reader of all events after the one with that seq. It
-// reports false if the log does not have them all.
+// ReadFrom returns a reader of all events after the one with that Seq. It reports false if
+// the log no longer has all of them. The caller must close the reader.
 func (l *Log[V]) ReadFrom(seq uint64) (*Reader[V], bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -242,7 +240,7 @@ func (l *Log[V]) reader(seq uint64) *Reader[V] {
 
 func (r *Reader[V]) wants(key string) bool { return r.keys == nil || r.keys[key] }
 
-// skip moves the reader on to the next entry that it wants.
+// skip moves the reader to the next entry that it wants.
 func (r *Reader[V]) skip() {
 	end := &r.log.root
 	for r.next = r.next.next; r.next != end && !r.wants(r.next.Key); r.next = r.next.next {
@@ -252,10 +250,10 @@ func (r *Reader[V]) skip() {
 	}
 }
 
-// Next returns the next event, or false if there is none now: then wait for
-// Ready. It returns [ErrLagged] after the log has dropped an event that the
-// reader had not read, and the error given to [Log.Close] after the last event.
-// After [Reader.Close] there are no events.
+// Next returns the next event, or false if there is none now: then wait for Ready. It
+// returns [ErrLagged] after the log has dropped an event that the reader had not read, and
+// the error given to [Log.Close] after the last event. After [Reader.Close] there are no
+// more events.
 func (r *Reader[V]) Next() (Event[V], bool, error) {
 	l := r.log
 	l.mu.Lock()
@@ -274,8 +272,8 @@ func (r *Reader[V]) Next() (Event[V], bool, error) {
 	return e.Event, true, nil
 }
 
-// Ready returns the channel that holds a token when there may be something to
-// read, once Next has returned nothing.
+// Ready returns a channel that receives a token when, after Next has returned nothing,
+// there may be something to read.
 func (r *Reader[V]) Ready() <-chan struct{} { return r.ready }
 
 func (r *Reader[V]) signal() {

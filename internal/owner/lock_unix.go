@@ -9,9 +9,8 @@ import (
 
 const canLock = true
 
-// lock takes the lock on f without waiting for it, alone or shared with others
-// who share it. It is f's until f is closed, also against other open files of
-// this process.
+// lock takes an exclusive or a shared lock on f, without waiting. f holds it until f is
+// closed, also against other open files of this process.
 func lock(f *os.File, shared bool) error {
 	how := syscall.LOCK_EX
 	if shared {
@@ -30,13 +29,12 @@ func lock(f *os.File, shared bool) error {
 	}
 }
 
-// share lets those who may write the database lock the owner's file f. What
-// the process may not set stays as it is, and then that class of users gets no
-// right to it.
+// share gives the users that may write the database the right to lock the owner's file f.
+// If the process may not set the file's group, the group gets no right.
 func share(f *os.File, database os.FileInfo) {
 	mode := database.Mode().Perm() & 0o222
 	if want, ok := database.Sys().(*syscall.Stat_t); ok && f.Chown(int(want.Uid), int(want.Gid)) != nil && f.Chown(-1, int(want.Gid)) != nil {
-		mode &^= 0o020 // or another group would get it
+		mode &^= 0o020 // else another group would get the right
 	}
 	f.Chmod(0o600 | mode | mode<<1)
 }

@@ -1,9 +1,9 @@
 // Package owner determines which of the processes that share a database are alive.
 //
-// Each opener of the database is an [Owner]: it has an ID and holds an
-// operating-system lock on a file beside the database that is named after that
-// ID. The kernel drops the lock when the process ends, however it ends, so
-// there are no leases to renew and no heartbeats to miss.
+// Each opener of the database is an [Owner]: it has an ID, and holds an operating-system
+// lock on a file beside the database that is named after the ID. The kernel drops the lock
+// when the process ends, however it ends: there are no leases to renew and no heartbeats
+// to miss.
 package owner
 
 import (
@@ -16,7 +16,7 @@ import (
 	"github.com/google/uuid"
 )
 
-// errLocked is returned by lock if somebody else holds the lock.
+// errLocked is returned by lock if another owner holds the lock.
 var errLocked = errors.New("locked by another owner")
 
 // An Owner is one opener of a database. Its methods may be called
@@ -28,15 +28,14 @@ type Owner struct {
 	file   *os.File // locked
 }
 
-// New returns a new owner of the database in the file with that path, which
-// need not exist. With an empty path, and on systems that can't lock files, it
-// returns one that takes itself to be the only one.
+// New returns a new owner of the database file with that path, which need not exist. With
+// an empty path, and on systems without file locks, the new owner assumes that it is the
+// only one.
 //
-// The owner's file gets the owner and group of the database file, as far as
-// this process may set them, and can be read and written by those classes of
-// users that may write the database: each of them must be able to tell whether
-// the owner lives, and nobody else should be able to lock the file, which would
-// keep a dead owner alive.
+// The owner's file gets the owner and group of the database file, as far as this process
+// may set them, and is readable and writable by the classes of users that may write the
+// database: they must be able to tell whether the owner is alive. Nobody else should be
+// able to lock the file, which would keep a dead owner alive.
 func New(database string) (*Owner, error) {
 	if database == "" || !canLock {
 		return &Owner{ID: uuid.NewString()}, nil
@@ -56,7 +55,7 @@ func New(database string) (*Owner, error) {
 			}
 			return o, nil
 		}
-		// Before it was locked, another owner took it for that of a dead one.
+		// Another owner has found the file before it was locked, and taken its owner for dead.
 		f.Close()
 		if err != nil && !errors.Is(err, errLocked) {
 			os.Remove(f.Name())
@@ -65,8 +64,8 @@ func New(database string) (*Owner, error) {
 	}
 }
 
-// Observer returns one that is no owner of the database in the file with that
-// path: it has no ID and no file, and looks at the owners with Dead.
+// Observer returns an Owner without ID and file, which owns nothing in the database file
+// with that path and only looks at the owners with Dead.
 func Observer(database string) *Owner { return &Owner{prefix: database + "-owner-"} }
 
 // Path returns the path of the owner's file, "" without one.
@@ -77,8 +76,8 @@ func (o *Owner) Path() string {
 	return o.prefix + o.ID
 }
 
-// Release ends the ownership: from now on the owner counts as dead.
-// It does nothing when called again.
+// Release ends the ownership: from now on the owner counts as dead. Further calls do
+// nothing.
 func (o *Owner) Release() error {
 	if o.file == nil {
 		return nil
@@ -91,8 +90,8 @@ func (o *Owner) Release() error {
 	return err
 }
 
-// Others returns the IDs of the owners that have a file beside the database,
-// o's own excepted; none if the directory can't be read.
+// Others returns the IDs of the other owners that have a file beside the database. It
+// returns none if the directory can't be read.
 func (o *Owner) Others() []string {
 	if o.prefix == "" {
 		return nil
@@ -108,16 +107,16 @@ func (o *Owner) Others() []string {
 	return ids
 }
 
-// Dead reports whether the owner with that ID is dead. If it is, the caller
-// shares its lock until it calls done, with true if nothing is left that could
-// tell others of that owner: its file is then removed.
+// Dead reports whether the owner with that ID is dead. If it is, the caller holds a shared
+// lock on its file until it calls done: done(true), when nothing refers to the owner any
+// longer, removes the file.
 //
-// The lock is shared because several may find the same owner dead at the same
-// time. None of them may take another one's lock for the owner's.
+// The lock is shared because several processes may find the same owner dead at the same
+// time, and none of them may mistake another one's lock for the owner's.
 //
-// Whatever is no ID of an owner is dead; o itself is not. An owner whose file
-// can't be looked at counts as alive; err names the file. So does any owner
-// that an observer asks for on a system that can't lock files.
+// An invalid ID is that of a dead owner; o itself is alive. An owner whose file can't be
+// examined counts as alive, and err names the file. So does every owner for an observer on
+// a system without file locks.
 func (o *Owner) Dead(id string) (done func(forget bool), dead bool, err error) {
 	if o.ID == "" && !canLock {
 		return nil, false, errors.ErrUnsupported
@@ -152,14 +151,14 @@ func (o *Owner) Dead(id string) (done func(forget bool), dead bool, err error) {
 	}, true, nil
 }
 
-// valid reports whether id is one that New has made. Only such an ID may
-// become part of a path.
+// valid reports whether id has the form of New's IDs. Only such an ID may become part of a
+// path.
 func valid(id string) bool {
 	u, err := uuid.Parse(id)
 	return err == nil && u.String() == id
 }
 
-// names reports whether path still leads to f.
+// names reports whether path is still the path of f.
 func names(path string, f *os.File) bool {
 	at, err := os.Lstat(path)
 	if err != nil {

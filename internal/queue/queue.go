@@ -1,5 +1,5 @@
-// Package queue decides which of the waiting items may run: at most so many at
-// once, one at a time of each key, and otherwise in the order of arrival.
+// Package queue decides which waiting items may run: a limited number at once, one per key
+// at a time, and otherwise in order of arrival.
 package queue
 
 import (
@@ -7,30 +7,30 @@ import (
 	"slices"
 )
 
-// A Queue holds the tickets of items that wait or run. It has no lock of its
-// own.
+// A Queue holds the tickets of items that wait or run. Its methods must not be called
+// concurrently.
 type Queue[T any] struct {
-	limit   int // how many may run at once; 0 for any number
+	limit   int // number of items that may run at once; 0 for no limit
 	running int
-	last    uint64       // the number of the last ticket
-	ready   []*Ticket[T] // those that wait only for a slot, by number
+	last    uint64       // number of the last ticket
+	ready   []*Ticket[T] // tickets that wait only for a slot, by number
 
-	// waiters has, for each key, the tickets that need it, by number. The first
-	// one holds the key, whether it runs or waits.
+	// waiters holds, for each key, the tickets that need it, by number. The first one
+	// holds the key, whether it runs or waits.
 	waiters map[string][]*Ticket[T]
 }
 
-// A Ticket is the place of an item in a queue. It can be added again after Done,
-// Remove or Clear.
+// A Ticket is the place of an item in a queue. It may be added again after Done, Remove or
+// Clear.
 type Ticket[T any] struct {
 	Item    T
 	keys    []string
-	number  uint64 // by order of arrival; 0 unless the item waits
-	blocked int    // how many of its keys others hold
+	number  uint64 // in order of arrival; 0 unless the item waits
+	blocked int    // number of its keys that others hold
 }
 
-// New returns an empty queue that lets at most limit items run at once, or any
-// number if limit is 0.
+// New returns an empty queue that lets at most limit items run at once, or any number if
+// limit is 0.
 func New[T any](limit int) *Queue[T] {
 	return &Queue[T]{limit: limit, waiters: make(map[string][]*Ticket[T])}
 }
@@ -57,8 +57,8 @@ func (q *Queue[T]) Add(t *Ticket[T]) {
 	}
 }
 
-// Next takes the first item that may run out of the queue. It reports false if
-// none may. The caller must call Done when the item has run.
+// Next takes the first item that may run out of the queue, or reports false if none may.
+// The caller must call Done when the item has run.
 func (q *Queue[T]) Next() (item T, ok bool) {
 	if len(q.ready) == 0 || q.limit > 0 && q.running >= q.limit {
 		return item, false
@@ -71,8 +71,8 @@ func (q *Queue[T]) Next() (item T, ok bool) {
 	return t.Item, true
 }
 
-// Holder returns the item that holds the first key for which a ticket waits, and
-// reports whether there is one.
+// Holder returns the item that holds the first key that a ticket waits for, or reports
+// false if it waits for none.
 func (q *Queue[T]) Holder(t *Ticket[T]) (item T, ok bool) {
 	for _, key := range t.keys {
 		if t.blocked > 0 && q.waiters[key][0] != t {
@@ -101,15 +101,15 @@ func (q *Queue[T]) Remove(t *Ticket[T]) {
 	t.number, t.blocked = 0, 0
 }
 
-// position returns where in a list a ticket is or belongs. The running ticket
-// that holds a key has the number 0 and is the first of its list.
+// position returns the index of a ticket in a list, or where it belongs. The running
+// ticket that holds a key has number 0 and is the first of its list.
 func position[T any](list []*Ticket[T], t *Ticket[T]) int {
 	i, _ := slices.BinarySearchFunc(list, t, func(a, b *Ticket[T]) int { return cmp.Compare(a.number, b.number) })
 	return i
 }
 
-// release takes a ticket out of the lists of its keys. A waiter that thereby
-// holds all keys that it needs is ready.
+// release takes a ticket out of the lists of its keys. A waiter that then holds all of its
+// keys becomes ready.
 func (q *Queue[T]) release(t *Ticket[T]) {
 	for _, key := range t.keys {
 		waiters := q.waiters[key]
@@ -131,8 +131,8 @@ func (q *Queue[T]) release(t *Ticket[T]) {
 	}
 }
 
-// Clear removes all waiting items, and returns them by order of arrival. Those
-// that run hold their keys until Done.
+// Clear removes all waiting items and returns them in order of arrival. Running items hold
+// their keys until Done.
 func (q *Queue[T]) Clear() []T {
 	waiting := slices.Clone(q.ready)
 	for _, waiters := range q.waiters {
@@ -143,9 +143,9 @@ func (q *Queue[T]) Clear() []T {
 		}
 	}
 	slices.SortFunc(waiting, func(a, b *Ticket[T]) int { return cmp.Compare(a.number, b.number) })
-	waiting = slices.Compact(waiting) // one that needs several keys
+	waiting = slices.Compact(waiting) // a ticket with several keys is there several times
 	items := make([]T, len(waiting))
-	for i, t := range slices.Backward(waiting) { // so that none becomes ready
+	for i, t := range slices.Backward(waiting) { // backward, so that none becomes ready
 		items[i] = t.Item
 		q.Remove(t)
 	}

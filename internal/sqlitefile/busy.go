@@ -13,20 +13,19 @@ import (
 const (
 	busy    = 5  // the database is locked
 	locked  = 6  // a table is locked, by another connection of a shared cache
-	ioError = 10 // reading or writing failed; with a disk quota, for lack of room
-	full    = 13 // there is no room
+	ioError = 10 // reading or writing failed, maybe because a disk quota is used up
+	full    = 13 // the disk is full
 )
 
-// Locked reports whether an error says that the database, or a table in it, is
-// locked for the moment.
+// Locked reports whether an error says that the database or a table is locked at the
+// moment.
 func Locked(err error) bool {
 	c := code(err)
 	return c == busy || c == locked
 }
 
-// sharedCache reports whether connections of the pool share a cache, and with it
-// the size of the cache, which nobody else can change. If there are no two
-// connections at the moment, it reports false.
+// sharedCache reports whether connections of the pool share a cache: then they share its
+// size, which nobody else can change. Without two free connections it reports false.
 func (d *DB) sharedCache() bool {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -51,14 +50,13 @@ func (d *DB) sharedCache() bool {
 	return err == nil && after != before || err != nil && code(err) == locked
 }
 
-// Full reports whether an error may be due to a lack of room, so that less might
-// still be written.
+// Full reports whether an error may mean that the disk is full, so that a smaller write
+// might succeed.
 func Full(err error) bool {
 	return err != nil && (code(err) == full || code(err) == ioError)
 }
 
-// code returns the primary result code of a driver's error, or something that
-// is none of the above.
+// code returns the primary result code of a driver's error, if it is one of the above.
 func code(err error) int {
 	var coded interface{ Code() int } // as modernc.org/sqlite has it
 	text := strings.ToLower(err.Error())

@@ -1,6 +1,6 @@
-// Package sqlitefile opens SQLite databases, prepares tables in them, and runs
-// reads and transactions that wait while the database is locked. It works with
-// any SQLite driver, and knows nothing of what the tables hold.
+// Package sqlitefile opens SQLite databases, prepares tables in them, and runs reads and
+// transactions that wait while the database is locked. It works with any SQLite driver,
+// and does not know what the tables contain.
 package sqlitefile
 
 import (
@@ -16,14 +16,13 @@ import (
 	"time"
 )
 
-// A DB is a database that is ready for use. Its methods may be called
-// concurrently.
+// A DB is an open database. Its methods may be called concurrently.
 type DB struct {
 	*sql.DB         // the pool for writes
 	reads   *sql.DB // for reads; the same pool if there may be no other
 
-	// Timeout bounds each Read and, by way of Deadline, each Write, the wait
-	// for a connection included. Change it only before the first call.
+	// Timeout bounds each Read and, through Deadline, each Write, including the wait for
+	// a connection. Change it only before the first call.
 	Timeout time.Duration
 
 	path string      // of the database file; "" if there is none
@@ -35,18 +34,17 @@ type DB struct {
 	closed bool               // Close was called
 }
 
-// DefaultTimeout is the Timeout of a new DB. Tests that wait until it has passed
-// make it shorter, before they open a database.
+// DefaultTimeout is the Timeout of a new DB. Tests that wait for it shorten it before they
+// open a database.
 var DefaultTimeout = 10 * time.Second
 
 const readConns = 4 // the connections for reads of a database that Open has opened
 
-// Open opens the database file at a path that Resolve has returned, "" for a
-// new database in memory. A new file gets the mode and owner of the file at
-// modeOf, if that is not "". The database is written with synchronous=FULL.
-// Open needs the go-sqlite3 driver.
+// Open opens the database file at a path that Resolve has returned, or a new database in
+// memory for "". A new file gets the mode and owner of the file modeOf, unless that is "".
+// The database is written with synchronous=FULL. Open needs the go-sqlite3 driver.
 //
-// Writes have a connection of their own, so that readers can't keep it busy.
+// Writes have a connection of their own, which readers can't keep busy.
 func Open(path, modeOf string) (*DB, error) {
 	if path == "" {
 		db, err := open(dsn(":memory:", "memory", ""), 1)
@@ -56,8 +54,8 @@ func Open(path, modeOf string) (*DB, error) {
 		return (&DB{DB: db, reads: db, owns: true}).prepared() // another connection would be another database
 	}
 	if _, err := os.Stat(path); err != nil {
-		// SQLite itself creates the file: if this process opened and closed it,
-		// SQLite would lose its locks on it.
+		// SQLite itself creates the file: if this process opened and closed the file, SQLite
+		// would lose its locks on it.
 		db, err := openPool(dsn(path, "rwc", modeOf))
 		if err != nil {
 			return nil, err
@@ -69,8 +67,8 @@ func Open(path, modeOf string) (*DB, error) {
 	return OpenExisting(path)
 }
 
-// OpenExisting is Open for a file that is there. A file that is deleted later is
-// not created again unnoticed.
+// OpenExisting is Open for an existing file. If the file is deleted later, it is not
+// silently created again.
 func OpenExisting(path string) (*DB, error) {
 	existing := dsn(path, "rw", "")
 	writes, err := open(existing, 1)
@@ -94,9 +92,8 @@ func open(dsn string, conns int) (*sql.DB, error) {
 	return db, err
 }
 
-// Use returns a DB for an application's database, whose settings stay as they
-// are. It returns an error, and has written nothing, if the database cannot
-// keep what is written.
+// Use returns a DB for an application's database, and does not change its settings. It
+// returns an error before writing anything if the database can't keep what is written.
 func Use(db *sql.DB) (*DB, error) {
 	if db == nil {
 		return nil, errors.New("the *sql.DB is nil")
@@ -104,7 +101,7 @@ func Use(db *sql.DB) (*DB, error) {
 	return (&DB{DB: db, reads: db}).prepared()
 }
 
-// prepared returns d if the database is suitable, and else closes it.
+// prepared returns d if the database is suitable, and otherwise closes it.
 func (d *DB) prepared() (*DB, error) {
 	d.Timeout = DefaultTimeout
 	if err := d.prepare(); err != nil {
@@ -113,7 +110,7 @@ func (d *DB) prepared() (*DB, error) {
 	return d, nil
 }
 
-// prepare checks that the database is suitable, and notes which file it is in.
+// prepare checks that the database is suitable, and determines its file.
 func (d *DB) prepare() error {
 	var version, journal string
 	var file sql.NullString
@@ -143,8 +140,8 @@ func (d *DB) prepare() error {
 	return onlyName(d.path, d.info)
 }
 
-// tooOld reports whether a version of SQLite lacks what this module needs:
-// json_each is built in since 3.38, and all else is older.
+// tooOld reports whether a version of SQLite lacks something that this module needs:
+// json_each is built in since 3.38, everything else is older.
 func tooOld(version string) bool {
 	var major, minor int
 	fmt.Sscanf(version, "%d.%d", &major, &minor)
@@ -162,15 +159,14 @@ func (d *DB) Close() error {
 	d.mu.Lock()
 	d.closed = true
 	for c := range d.kept {
-		c.Close() // which Changes notices
+		c.Close() // Changes notices that
 	}
 	d.mu.Unlock()
-	return errors.Join(d.reads.Close(), d.DB.Close()) // which may be the same, closed already
+	return errors.Join(d.reads.Close(), d.DB.Close()) // they may be the same pool
 }
 
-// Read calls f, which only reads, with a connection. It calls f again while
-// the database is locked, until d.Timeout has passed or ctx is done. It does not
-// interrupt f.
+// Read calls f, which must only read, with a connection. While the database is locked, it
+// calls f again, until d.Timeout has passed or ctx is done. It does not interrupt f.
 func (d *DB) Read(ctx context.Context, f func(*sql.Conn) error) error {
 	return d.retry(ctx, d.reads, d.Deadline(), f)
 }
@@ -178,10 +174,9 @@ func (d *DB) Read(ctx context.Context, f func(*sql.Conn) error) error {
 // Deadline returns when a Write that begins now should give up.
 func (d *DB) Deadline() time.Time { return time.Now().Add(d.Timeout) }
 
-// Write calls f in a transaction that holds SQLite's write lock, and commits
-// if f returns nil. While the database is locked it begins again with a new
-// transaction, until the deadline; f must set its results anew each time. Any
-// other error ends it at once.
+// Write calls f in a transaction that holds SQLite's write lock, and commits if f returns
+// nil. While the database is locked, it retries with a new transaction until the deadline;
+// f must set its results anew each time. Any other error ends Write at once.
 func (d *DB) Write(deadline time.Time, f func(*sql.Conn) error) error {
 	return d.retry(context.Background(), d.DB, deadline, func(c *sql.Conn) error {
 		if err := Exec(c, "BEGIN IMMEDIATE"); err != nil {
@@ -189,7 +184,7 @@ func (d *DB) Write(deadline time.Time, f func(*sql.Conn) error) error {
 		}
 		err := f(c)
 		if err == nil {
-			// Meanwhile, with a rollback journal, SQLite admits no new readers.
+			// With a rollback journal, SQLite admits no new readers during these retries.
 			err = wait(deadline, func(err error) bool { return code(err) == busy }, func() error { return Exec(c, "COMMIT") })
 		}
 		if err != nil {
@@ -199,9 +194,9 @@ func (d *DB) Write(deadline time.Time, f func(*sql.Conn) error) error {
 	})
 }
 
-// rollback ends the transaction of a connection that is about to go back to the
-// pool. A connection that stays in a transaction is closed instead, but not
-// that of a database without a file, which is gone with it.
+// rollback ends the transaction of a connection before it returns to the pool. It closes a
+// connection that stays in the transaction, except that of a database without a file, which
+// would be lost.
 func (d *DB) rollback(c *sql.Conn, deadline time.Time) {
 	for Exec(c, "ROLLBACK") != nil && InTransaction(c) {
 		if d.path != "" || time.Now().After(deadline) {
@@ -212,25 +207,25 @@ func (d *DB) rollback(c *sql.Conn, deadline time.Time) {
 	}
 }
 
-// InTransaction reports whether c may be in a transaction: SQLite does not
-// nest them, and takes no lock to begin one.
+// InTransaction reports whether c may be in a transaction. SQLite does not nest
+// transactions, and needs no lock to begin one.
 func InTransaction(c *sql.Conn) bool {
 	return Exec(c, "BEGIN") != nil || Exec(c, "ROLLBACK") != nil
 }
 
-// retry calls f with a connection of a pool while that fails because of a lock,
-// until the deadline or the end of ctx.
+// retry calls f with a connection of a pool, and again while f fails because of a lock,
+// until the deadline or until ctx is done.
 func (d *DB) retry(ctx context.Context, pool *sql.DB, deadline time.Time, f func(*sql.Conn) error) error {
 	if err := d.checkFile(); err != nil {
 		return err
 	}
-	// Only the wait for a connection gets the context: go-sqlite3 would start
-	// a goroutine for each statement.
+	// Only the wait for a connection gets the context: with one, go-sqlite3 would start a
+	// goroutine for each statement.
 	bounded, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	timedOut := errors.New("timed out waiting for a connection to the database")
 	return wait(deadline, Locked, func() error {
-		c, err := pool.Conn(bounded) // which fails if opening it needs a lock
+		c, err := pool.Conn(bounded) // may fail because of a lock, too
 		switch {
 		case err == nil:
 			defer c.Close()
@@ -238,7 +233,7 @@ func (d *DB) retry(ctx context.Context, pool *sql.DB, deadline time.Time, f func
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, context.DeadlineExceeded):
-			return timedOut // or what the database has said before
+			return timedOut // or the last error of the database
 		default:
 			err = fmt.Errorf("no connection to the database: %w", err)
 		}
@@ -247,8 +242,8 @@ func (d *DB) retry(ctx context.Context, pool *sql.DB, deadline time.Time, f func
 	})
 }
 
-// checkFile returns an error if the database file is not the one that was
-// opened: SQLite would go on writing to a file that nobody finds again.
+// checkFile returns an error if the database file is no longer the one that was opened:
+// SQLite would continue to write to a file that nobody can find.
 func (d *DB) checkFile() error {
 	if d.info == nil {
 		return nil
@@ -263,8 +258,8 @@ func (d *DB) checkFile() error {
 	return nil
 }
 
-// wait calls f until it succeeds or fails with an error that is not worth
-// another try, or the deadline has passed.
+// wait calls f until it succeeds, fails with an error that is not worth a retry, or the
+// deadline has passed.
 func wait(deadline time.Time, again func(error) bool, f func() error) error {
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		err := f()
@@ -281,8 +276,7 @@ func Exec(c *sql.Conn, query string) error {
 	return err
 }
 
-// Each reads each row of a query into the cells, as [sql.Rows.Scan] does, and then
-// calls f.
+// Each reads each row of a query into cells, as [sql.Rows.Scan] does, and then calls f.
 func Each(c *sql.Conn, query string, args []any, f func(), cells ...any) error {
 	rows, err := c.QueryContext(context.Background(), query, args...)
 	if err != nil {
@@ -305,10 +299,10 @@ func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
 	return all, err
 }
 
-// Changes yields nil at once, and then every so often if a commit of anyone has
-// changed the database since it yielded last. It ends when ctx is done, or with an
-// error. It keeps one connection, unless the pool may open just one: then it
-// yields every time.
+// Changes yields nil at once, and then checks at the interval every, and yields nil if any
+// commit has changed the database since it last yielded. It ends when ctx is done, or with
+// an error. It keeps a connection, unless the pool may open only one: then it yields every
+// time.
 func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
 	return func(yield func(error) bool) {
 		if d.reads.Stats().MaxOpenConnections == 1 {
@@ -334,9 +328,9 @@ func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
 	}
 }
 
-// version returns the number that changes with each commit of another connection
-// than c. It keeps c until drop. A sql.Conn must not be closed while it is used:
-// database/sql would dereference nil.
+// version returns a number that changes with each commit on another connection than c. It
+// keeps c until drop. A sql.Conn must not be closed while it is in use: database/sql would
+// dereference nil.
 func (d *DB) version(c *sql.Conn) (n int64, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -358,7 +352,7 @@ func (d *DB) drop(c *sql.Conn) {
 	c.Close()
 }
 
-// pause waits for so long, and reports whether ctx is not done meanwhile.
+// pause waits for d, or until ctx is done, and reports whether d has passed.
 func pause(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():

@@ -20,8 +20,8 @@ func openPool(dsn string) (*sql.DB, error) { return sql.OpenDB(connector(dsn)), 
 // A connector opens connections to its data source name.
 type connector string
 
-// walLimit is the size that SQLite cuts the WAL down to after a long reader has
-// made it grow.
+// walLimit is the size to which SQLite truncates the WAL after a long reader has made it
+// grow.
 const walLimit = "PRAGMA journal_size_limit = 67108864"
 
 var mattn = &sqlite3.SQLiteDriver{ConnectHook: func(c *sqlite3.SQLiteConn) error {

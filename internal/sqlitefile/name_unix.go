@@ -9,11 +9,10 @@ import (
 	"syscall"
 )
 
-// onlyName returns an error if the file at a resolved path has another name
-// that leads to it: a hard link, or, where path is a mount point, the path of
-// the file that is mounted there. SQLite's journal and the owner files are
-// named after the path, so that programs which use different names do not see
-// each other's commits and locks. Mounts are examined on Linux, where /proc is
+// onlyName returns an error if the file at a resolved path has another name: a hard link,
+// or, if path is a mount point, the path of the file that is mounted there. SQLite's
+// journal and the owner files are named after the path, so that programs that use different
+// names do not see each other's commits and locks. Mounts are checked on Linux, if /proc is
 // mounted.
 func onlyName(path string, info os.FileInfo) error {
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink > 1 {

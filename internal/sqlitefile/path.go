@@ -10,9 +10,8 @@ import (
 	"strings"
 )
 
-// Resolve returns the absolute path of a database file, with all symbolic
-// links followed, or an error if there can't be a database. For ":memory:" it
-// returns "".
+// Resolve returns the absolute path of a database file, with all symbolic links resolved,
+// or an error if there can't be a database. For ":memory:" it returns "".
 func Resolve(path string) (string, error) {
 	if path == ":memory:" {
 		return "", nil
@@ -50,10 +49,9 @@ func Resolve(path string) (string, error) {
 	return path, nil
 }
 
-// dsn returns go-sqlite3's data source name for a path. The settings are in it
-// because a PRAGMA reaches one connection only. The busy timeout is short,
-// because Read and Write try again. A new file gets the mode and owner of
-// modeOf.
+// dsn returns go-sqlite3's data source name for a path. It contains the settings, because a
+// PRAGMA reaches only one connection. The busy timeout is short, because Read and Write
+// retry. A new file gets the mode and owner of the file modeOf.
 func dsn(path, mode, modeOf string) string {
 	path = filepath.ToSlash(path)
 	if filepath.VolumeName(path) != "" {

@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// A Schema says what a table must be like.
+// A Schema describes a table.
 type Schema struct {
 	Table    string
 	Required []string // columns that an existing table must have, the primary key first
@@ -18,9 +18,9 @@ type Schema struct {
 	Create   []string // statements that create it and its indexes, IF NOT EXISTS
 }
 
-// Migrate creates a table, or adds to an existing one the columns and indexes
-// that it lacks, and puts a database that Open has opened into WAL mode. It
-// changes nothing if the table can't be used.
+// Migrate creates a table, or adds the missing columns and indexes to an existing one, and
+// switches a database that Open has opened to WAL mode. It changes nothing if the table
+// can't be used.
 func (d *DB) Migrate(s Schema) error {
 	err := d.Write(d.Deadline(), func(c *sql.Conn) error {
 		if err := s.check(c); err != nil {
@@ -52,8 +52,8 @@ func (d *DB) Migrate(s Schema) error {
 	return fmt.Errorf("can't be written: %w: make sure that it is an SQLite database, that you may write it, and that no other program has it locked", err)
 }
 
-// Check returns an error that says what to do if the database lacks the table
-// or something of it. It changes nothing.
+// Check returns an error, which says what to do, if the database lacks the table, a column
+// or an index. It changes nothing.
 func (d *DB) Check(s Schema) error {
 	return d.Read(context.Background(), func(c *sql.Conn) error {
 		if err := s.check(c); err != nil {
@@ -82,14 +82,14 @@ func (d *DB) Check(s Schema) error {
 	})
 }
 
-// A refusal is an error that says why a table is unfit.
+// A refusal is an error that says why a table can't be used.
 type refusal string
 
 func (r refusal) Error() string { return string(r) }
 
-// check returns a refusal if what has the table's name is something else. For
-// a table, pragma_index_info lists the key by which it is stored if that is not
-// the rowid.
+// check returns a refusal if the object with the table's name can't be used.
+// pragma_index_info of a table lists the key by which it is stored, if that is not the
+// rowid.
 func (s Schema) check(c *sql.Conn) error {
 	required, err := json.Marshal(s.Required)
 	if err != nil {
@@ -110,11 +110,10 @@ func (s Schema) check(c *sql.Conn) error {
 	return err
 }
 
-// syncOnOpen makes the transaction write a page, so that COMMIT syncs what
-// others have committed: a process that was killed after it had written a
-// commit, and before it had synced it, has left one that everybody sees and
-// that a loss of power would still undo. See internal/powerloss. The page is
-// the first one, with the number that an application may keep in it.
+// syncOnOpen makes the transaction write a page, so that COMMIT syncs the commits of
+// others: a process that was killed between writing and syncing a commit has left one that
+// everybody sees, but that a power failure would still undo. See internal/powerloss. The
+// page is the first one, with the user_version of the application.
 func syncOnOpen(c *sql.Conn) error {
 	version, err := Strings(c, "PRAGMA user_version")
 	if err != nil {
@@ -123,8 +122,8 @@ func syncOnOpen(c *sql.Conn) error {
 	return Exec(c, "PRAGMA user_version = "+version[0])
 }
 
-// enterWAL puts the database into WAL mode. While several processes do that at
-// once, SQLite does not wait for the busy timeout.
+// enterWAL switches the database to WAL mode. When several processes do that at once,
+// SQLite ignores the busy timeout.
 func (d *DB) enterWAL() error {
 	return d.retry(context.Background(), d.DB, d.Deadline(), func(c *sql.Conn) error {
 		mode, err := Strings(c, "PRAGMA journal_mode = WAL")

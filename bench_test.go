@@ -214,8 +214,8 @@ func BenchmarkHistory(b *testing.B) {
 	}
 }
 
-// BenchmarkSubmitBesideSearches measures Submit beside 100 clients that search
-// 2,700,000 rows for a name that none has.
+// BenchmarkSubmitBesideSearches measures Submit beside 100 clients that search 2,700,000
+// rows for a name that does not occur.
 func BenchmarkSubmitBesideSearches(b *testing.B) {
 	for b.Loop() {
 		r := besideSearches(b, 2_700_000, 100, 20*time.Second)

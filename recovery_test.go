@@ -58,9 +58,8 @@ func twoManagers(t *testing.T, path string) (managers []*task.Manager, ids []str
 	return managers, ids, func() { close(released) }
 }
 
-// leaveOwners adds operations of owners that are dead, each in another way, and
-// of one of whom nobody can tell. It also makes a file that no owner's ID must
-// lead to.
+// leaveOwners adds operations of owners that are dead, each in another way, and of one
+// that may be dead or alive. It also creates a file that no owner's ID must lead to.
 func leaveOwners(t *testing.T, path string) (lost []string, doubtful string) {
 	t.Helper()
 	must(t, os.WriteFile(path+"-owner-"+unlockedOwner, nil, 0o600))

@@ -642,8 +642,8 @@ func TestWatchBody(t *testing.T) {
 	}
 }
 
-// An operation whose first row can't be stored ends the sequence of whoever has
-// named it.
+// An operation whose first row can't be stored ends the sequences of the watchers that
+// have named it.
 func TestWatchFailedSubmit(t *testing.T) {
 	ids, fail := make(chan string), make(chan struct{})
 	db := testkit.NewFake(nil)

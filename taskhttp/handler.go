@@ -25,10 +25,12 @@
 // error of a cancelled operation contains the client's address and the reason from the
 // query parameter "reason".
 //
-// An event stream begins with a "snapshot" event, which holds the live operations, and
-// continues with an "operation" event for each change. It contains every state change and
-// the latest progress. A client that reconnects with Last-Event-ID, as browsers do, gets
-// the events it missed. The stream has these other events:
+// The stream /events begins with a "snapshot" event, which holds the live operations, and
+// continues with an "operation" event for each change. A client that reconnects with
+// Last-Event-ID, as browsers do, gets the events it missed. The stream of one operation
+// begins with an "operation" event for the present state, and ends when the operation has
+// finished. Both contain every state change and the latest progress. There are these other
+// events:
 //
 //   - "reload": events are missing because the event history has expired or the client was
 //     too slow. The client must load the list again.

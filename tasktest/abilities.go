@@ -152,7 +152,8 @@ var recoverChecks = []check{
 	},
 }
 
-// left stores operations in all states and reopens the store, which leaves them behind.
+// left stores operations in all states and then reopens the store, so that the unfinished
+// ones are orphans. It reports whether reopening succeeded.
 func (s *session) left(rounds int) bool {
 	for i := range rounds {
 		for _, state := range states {

@@ -65,7 +65,7 @@ func Delay(d time.Duration) func(Call) error {
 }
 
 // Lost returns an error that simulates a lost acknowledgement: if a fault returns it, the
-// store does the work, but the call fails with err.
+// store does the work, but the call fails with err. Changes fails without calling the store.
 func Lost(err error) error { return &lostError{err} }
 
 type lostError struct{ err error }

@@ -62,8 +62,8 @@ func matches(f task.Filter, op *task.Operation) bool {
 		matchesNow(f, op)
 }
 
-// matchesNow reports whether an operation matches the filter's states and metadata, or
-// Include and Exclude decide so.
+// matchesNow reports whether an operation matches the filter's states and metadata. For an
+// unfinished operation, Include and Exclude take precedence.
 func matchesNow(f task.Filter, op *task.Operation) bool {
 	if len(f.States)+len(f.Metadata) > 0 && !op.State.Finished() {
 		if slices.Contains(f.Include, op.ID) {

@@ -54,7 +54,7 @@ func (s cancelStore) CancelRequests() (map[string]string, error) {
 	return requests, nil
 }
 
-// cancelling opens a store that breaks the contract as wrong sets up.
+// cancelling opens a cancelStore modified by wrong.
 func cancelling(wrong func(s *cancelStore)) openFunc {
 	return once(func() cancelStore {
 		s := newCancelStore()

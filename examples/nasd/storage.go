@@ -378,8 +378,9 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 // deleting is the name prefix of pools that are being removed. No pool has such a name.
 const deleting = ".deleting-"
 
-// removePool renames the pool first, so that a partly removed pool is never visible. It
-// ends all uploads before: an upload must not report a file as stored that is then removed.
+// removePool renames the pool before removing it, so that a partly removed pool is never
+// visible. Before that it ends all uploads, because an upload must not report a file as
+// stored that is then removed.
 func (s *storage) removePool(ctx context.Context, name string, update func(int)) error {
 	defer s.uploads.allow(name)
 	if err := s.uploads.end(ctx, name); err != nil {

@@ -189,8 +189,8 @@ func (h *handler) listen() (rec *recorder, leave func(), err error) {
 	return rec, func() { h.leave(rec) }, nil
 }
 
-// leave ends a stream's use of a recorder. A recorder without streams ends after the time
-// idle.
+// leave ends a stream's use of a recorder. A recorder that is idle for a minute (the
+// constant idle) ends.
 func (h *handler) leave(rec *recorder) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -319,7 +319,7 @@ func (s *stream) event(name, id string, data []byte) {
 }
 
 // heartbeat writes a "heartbeat" event. It has no ID, so that the client keeps its last
-// event ID. It has data, because browsers ignore an event without.
+// event ID. It has data, because browsers ignore an event without data.
 func (s *stream) heartbeat() { s.write([]byte("event: heartbeat\ndata: {}\n\n")) }
 
 // reload writes a "reload" event. Its empty ID resets the client's last event ID.
@@ -345,7 +345,7 @@ func (s *stream) snapshot(id string, ops []light, more bool) {
 	s.write([]byte("}\n\n"))
 }
 
-// write buffers p. It is sent with the next flush at the latest.
+// write buffers or sends p. The next flush sends all buffered data.
 func (s *stream) write(p []byte) {
 	if len(s.buf)+len(p) > maxPiece {
 		s.send(s.buf)

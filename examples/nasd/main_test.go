@@ -575,7 +575,7 @@ func TestDelete(t *testing.T) {
 }
 
 // TestKillDelete checks that a kill leaves no partial pool. The next daemon finishes a
-// removal that had begun, but does not begin one.
+// removal that had begun, but does not begin one that was waiting.
 func TestKillDelete(t *testing.T) {
 	t.Parallel()
 	d := start(t, t.TempDir(), "-limit", "0")

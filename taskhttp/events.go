@@ -23,31 +23,31 @@ import (
 
 const (
 	heartbeat = 15 * time.Second       // between heartbeats of an idle stream
-	pause     = 100 * time.Millisecond // between batches, in which progress is conflated
+	pause     = 100 * time.Millisecond // between batches; progress is conflated meanwhile
 	retry     = 2 * time.Second        // before a browser reconnects
-	idle      = time.Minute            // for which a recorder continues without streams
+	idle      = time.Minute            // how long a recorder lives without streams
 
-	// The bounds of a recorder's history. A client that is further behind gets the
-	// event "reload".
+	// The bounds of a recorder's history. A client that falls further behind gets a
+	// "reload" event.
 	maxRecent = 10_000
 	maxBytes  = 8 << 20
 
-	// The bounds of one batch, of a snapshot, and of one write.
+	// The bounds of a batch, a snapshot, and a single write.
 	maxBatch      = 256
 	maxBatchBytes = 256 << 10
 	maxSnapshot   = 1000
-	maxPiece      = 64 << 10 // which the client has to receive before the deadline
+	maxPiece      = 64 << 10 // the client has to receive this much before the deadline
 )
 
-// A recorder follows the changes of operations and stores the recent ones in memory
-// for any number of streams. It never waits for a stream.
+// A recorder follows the changes of operations and keeps the recent ones in memory for any
+// number of streams. It never waits for a stream.
 type recorder struct {
 	epoch string // distinguishes its event IDs from those of other recorders
 	stop  context.CancelFunc
 	log   *eventlog.Log[entry]
 
 	mu    sync.Mutex       // guards what follows
-	live  map[string]light // after the last event of log
+	live  map[string]light // live operations as of the last event in log
 	ended bool             // log is closed
 
 	// Guarded by the handler's mu.
@@ -82,7 +82,7 @@ func newRecorder(stop context.CancelFunc) *recorder {
 		log:   eventlog.New[entry](maxRecent, maxBytes),
 		live:  make(map[string]light),
 	}
-	rec.log.Read() // never reads, so that the log holds as many events as its bounds allow
+	rec.log.Read() // never read, so the log keeps as many events as its bounds allow
 	return rec
 }
 
@@ -133,30 +133,30 @@ func (rec *recorder) over() bool {
 	return rec.ended
 }
 
-// errExpired means that a stream is too far behind.
+// errExpired means that a stream has fallen too far behind.
 var errExpired = errors.New("event history expired")
 
-// snapshot returns the live operations, running ones first, and a reader of the
-// events after that. With more, there are other live operations.
+// snapshot returns the live operations, running ones first, and a reader of the events that
+// follow. more reports that there are further live operations.
 func (rec *recorder) snapshot() (ops []light, more bool, r *eventlog.Reader[entry]) {
 	rec.mu.Lock()
 	ops = slices.AppendSeq(make([]light, 0, len(rec.live)), maps.Values(rec.live))
 	r = rec.log.Read()
 	rec.mu.Unlock()
 	slices.SortFunc(ops, func(a, b light) int {
-		// "RUNNING" comes after "PENDING", IDs by order of submission.
+		// "RUNNING" sorts after "PENDING", and IDs sort by submission.
 		return cmp.Or(cmp.Compare(b.State, a.State), cmp.Compare(a.ID, b.ID))
 	})
 	return ops[:min(len(ops), maxSnapshot)], len(ops) > maxSnapshot, r
 }
 
-// eventID returns the ID of the event with that seq.
+// eventID returns the ID of the event with the given sequence number.
 func (rec *recorder) eventID(seq uint64) string {
 	return rec.epoch + "-" + strconv.FormatUint(seq, 10)
 }
 
-// resume returns a reader of the events after the one with that ID. It reports
-// false if this recorder does not have them all.
+// resume returns a reader of the events after the one with the given ID. It reports false
+// if this recorder no longer has all of them.
 func (rec *recorder) resume(eventID string) (r *eventlog.Reader[entry], ok bool) {
 	digits, ok := strings.CutPrefix(eventID, rec.epoch+"-")
 	if !ok {
@@ -189,8 +189,8 @@ func (h *handler) listen() (rec *recorder, leave func(), err error) {
 	return rec, func() { h.leave(rec) }, nil
 }
 
-// leave ends a stream's use of a recorder. A recorder ends after some time without
-// streams.
+// leave ends a stream's use of a recorder. A recorder that is idle for a minute (the
+// constant idle) ends.
 func (h *handler) leave(rec *recorder) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -231,7 +231,7 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	last := r.Header.Get("Last-Event-ID")
 	reader, known := rec.resume(last)
 	if known {
-		s.heartbeat() // says that the stream works, although there is no snapshot
+		s.heartbeat() // shows that the stream works, although there is no snapshot
 	} else {
 		if last != "" {
 			s.reload(errExpired)
@@ -245,10 +245,9 @@ func (h *handler) events(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	return nil
 }
 
-// eventsOf streams the changes of one operation, and ends when it has finished. The
-// first event is its present state, so that a client misses nothing.
-// The event IDs are states: a client that reconnects with a final state gets a
-// response that makes it stop.
+// eventsOf streams the changes of one operation until it has finished. The first event is
+// the present state, so that a client misses nothing. The event IDs are states: a client
+// that reconnects with a final state gets a response that makes it stop.
 func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	id := r.PathValue("id")
 	watching, stop := context.WithCancel(context.Background())
@@ -285,23 +284,22 @@ func (h *handler) eventsOf(w http.ResponseWriter, r *http.Request, _ url.Values)
 	return nil
 }
 
-// A stream is a response that is written in pieces, most often server-sent events.
+// A stream is a response that is written in pieces, usually server-sent events.
 type stream struct {
 	ctx context.Context // done when the stream must end
 	w   http.ResponseWriter
 	c   *http.ResponseController
-	buf []byte // data that is not sent yet, at most maxPiece
-	err error  // the first error of sending
+	buf []byte // data not yet sent, at most maxPiece
+	err error  // the first send error
 }
 
 func streamHeader(w http.ResponseWriter) {
 	header := w.Header()
 	header.Set("Content-Type", "text/event-stream")
-	header.Set("X-Accel-Buffering", "no") // or nginx would buffer
+	header.Set("X-Accel-Buffering", "no") // stops nginx from buffering
 }
 
-// newStream begins a response. If w can't flush, it returns an error and writes
-// nothing.
+// newStream begins a response. If w cannot flush, it returns an error and writes nothing.
 func newStream(ctx context.Context, w http.ResponseWriter) (*stream, error) {
 	streamHeader(w)
 	s := &stream{ctx: ctx, w: w, c: http.NewResponseController(w)}
@@ -320,18 +318,17 @@ func (s *stream) event(name, id string, data []byte) {
 	s.write([]byte("\n\n"))
 }
 
-// heartbeat writes the event "heartbeat". It has no ID, so that the client's last
-// event ID stays, and data, without which browsers ignore an event.
+// heartbeat writes a "heartbeat" event. It has no ID, so that the client keeps its last
+// event ID. It has data, because browsers ignore an event without data.
 func (s *stream) heartbeat() { s.write([]byte("event: heartbeat\ndata: {}\n\n")) }
 
-// reload writes the event "reload". Its empty ID resets the client's last event
-// ID.
+// reload writes a "reload" event. Its empty ID resets the client's last event ID.
 func (s *stream) reload(why error) {
 	data, _ := json.Marshal(map[string]string{"detail": why.Error()})
 	s.event("reload", "", data)
 }
 
-// snapshot writes the event "snapshot" with some of the live operations, or all.
+// snapshot writes a "snapshot" event with the given live operations, as far as they fit.
 func (s *stream) snapshot(id string, ops []light, more bool) {
 	s.write(fmt.Appendf(nil, "event: snapshot\nid: %s\ndata: {\"tasks\":[", id))
 	a := array{s: s}
@@ -348,7 +345,7 @@ func (s *stream) snapshot(id string, ops []light, more bool) {
 	s.write([]byte("}\n\n"))
 }
 
-// write sends p, at the latest with the next flush.
+// write buffers or sends p. The next flush sends all buffered data.
 func (s *stream) write(p []byte) {
 	if len(s.buf)+len(p) > maxPiece {
 		s.send(s.buf)
@@ -361,8 +358,8 @@ func (s *stream) write(p []byte) {
 	s.buf = append(s.buf, p...)
 }
 
-// send sends p in pieces, each with its own deadline. The deadline is after the
-// next heartbeat: one that passes while the stream is idle would end an HTTP/2
+// send sends p in pieces, each with its own deadline. The deadline is later than the next
+// heartbeat, because a deadline that passes while the stream is idle would end an HTTP/2
 // stream.
 func (s *stream) send(p []byte) {
 	for len(p) > 0 && s.err == nil {
@@ -383,10 +380,10 @@ func (s *stream) setDeadline() {
 // shortenDeadline limits the time of a write during the server's shutdown.
 func (s *stream) shortenDeadline() { s.c.SetWriteDeadline(time.Now().Add(shutdownGrace)) }
 
-// unblock shortens the deadline of a write that is blocked when s.ctx is done.
-// The handler must call stop before it returns, and stop waits for shortenDeadline:
-// using a ResponseWriter after its handler has returned crashes the process over
-// HTTP/2, and corrupts the next response over HTTP/1.1.
+// unblock shortens the deadline of a blocked write when s.ctx is done. The handler must
+// call stop before it returns. stop waits for shortenDeadline, because using a
+// ResponseWriter after its handler has returned crashes the process over HTTP/2 and
+// corrupts the next response over HTTP/1.1.
 func (s *stream) unblock() (stop func()) {
 	shortened := make(chan struct{})
 	stopFunc := context.AfterFunc(s.ctx, func() {
@@ -400,7 +397,7 @@ func (s *stream) unblock() (stop func()) {
 	}
 }
 
-// flush sends the data that was written.
+// flush sends the buffered data.
 func (s *stream) flush() {
 	s.send(s.buf)
 	s.buf = nil // an idle stream needs no buffer
@@ -408,8 +405,8 @@ func (s *stream) flush() {
 	s.err = cmp.Or(s.err, s.c.Flush())
 }
 
-// follow sends the events of a reader until the log is closed, s.ctx is done, or
-// a write fails.
+// follow sends the events of a reader until the log is closed, s.ctx is done, or a write
+// fails.
 func (s *stream) follow(r *eventlog.Reader[entry], eventID func(eventlog.Event[entry]) string) {
 	defer r.Close()
 	timer := time.NewTimer(heartbeat)
@@ -438,7 +435,7 @@ func (s *stream) follow(r *eventlog.Reader[entry], eventID func(eventlog.Event[e
 	}
 }
 
-// batch writes the next events, and reports whether there were any.
+// batch writes the next events and reports whether there were any.
 func (s *stream) batch(r *eventlog.Reader[entry], eventID func(eventlog.Event[entry]) string) (sent bool, err error) {
 	for n, size := 0, 0; n < maxBatch && size < maxBatchBytes && s.err == nil; n++ {
 		e, ok, err := r.Next()
@@ -455,7 +452,7 @@ func (s *stream) batch(r *eventlog.Reader[entry], eventID func(eventlog.Event[en
 	return sent, nil
 }
 
-// end sends the reason for the end of the events.
+// end writes the reason why the events ended, if the client must know it.
 func (s *stream) end(err error) {
 	switch {
 	case errors.Is(err, errFinished):

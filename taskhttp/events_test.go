@@ -46,7 +46,7 @@ func TestEvents(t *testing.T) {
 			}
 		}
 		must(t, m.Cancel(c.ID))
-		r.want("operation c PENDING 0", "operation c CANCELLED 0") // it is cancelling first
+		r.want("operation c PENDING 0", "operation c CANCELLED 0") // still cancelling at first
 		b.end("result", nil)
 		r.want("operation b DONE 100")
 		run(t, m, "d", nil, errors.New("no"))
@@ -100,7 +100,7 @@ func TestEventsResume(t *testing.T) {
 		first.want("operation a RUNNING 10")
 		first.body.Close()
 
-		// Only the missed events.
+		// Only the missed events are sent.
 		a.update(20)
 		a.update(30)
 		run(t, m, "b", nil, nil)
@@ -110,7 +110,7 @@ func TestEventsResume(t *testing.T) {
 		again.want("operation a RUNNING 30", "operation b PENDING 0", "operation b RUNNING 0", "operation b DONE 100", "operation a DONE 100")
 		again.body.Close()
 
-		// Nothing was missed, and a heartbeat says so at once.
+		// If no events were missed, a heartbeat says so at once.
 		same := s.listen(t.Context(), "/events", "Last-Event-ID", again.lastID)
 		start := time.Now()
 		e, err := same.any()
@@ -164,7 +164,7 @@ func TestEventsReload(t *testing.T) {
 		r.want("reload", "snapshot c RUNNING 5")
 		r.body.Close()
 
-		// Another handler, as after a restart.
+		// Another handler has a new event history, as after a restart.
 		s = newPipeSite(t, mount(m))
 		r = s.listen(t.Context(), "/events", "Last-Event-ID", r.lastID)
 		r.want("reload", "snapshot c RUNNING 5")
@@ -173,8 +173,8 @@ func TestEventsReload(t *testing.T) {
 	})
 }
 
-// TestEventsStuckClient: a client that doesn't read is disconnected, and no other
-// client is delayed.
+// TestEventsStuckClient: a client that does not read is disconnected, and no other client
+// is delayed.
 func TestEventsStuckClient(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -322,14 +322,14 @@ func TestEventsWithoutFlush(t *testing.T) {
 	}
 }
 
-// TestEventsFinalStates: the stream contains the final state of each operation that
-// is live after the snapshot, even if it ends soon after the first request.
+// TestEventsFinalStates: the stream contains the final state of each operation that is live
+// after the snapshot, even if the operation ends soon after the first request.
 func TestEventsFinalStates(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, nil)
 	for i := range 100 {
 		func() {
-			s := newSite(t, mount(m)) // a handler without a recorder
+			s := newSite(t, mount(m)) // a new handler has no recorder yet
 			defer s.server.Close()
 			op := newControlled(t, m, fmt.Sprint("op ", i))
 			ended := make(chan bool)
@@ -360,7 +360,7 @@ func TestEventsFinalStates(t *testing.T) {
 	}
 }
 
-// TestEventsReconnecting: a client that often loses its connection gets all final
+// TestEventsReconnecting: a client that loses its connection again and again gets all final
 // states.
 func TestEventsReconnecting(t *testing.T) {
 	t.Parallel()
@@ -444,7 +444,7 @@ func (s *site) follow(lastID *string, n int, ended map[string]bool) {
 	*lastID = events.lastID
 }
 
-// TestEventsMany: hundreds of stuck streams do not delay Submit, and end when their
+// TestEventsMany: hundreds of stuck streams do not delay Submit, and they end when their
 // clients disconnect.
 func TestEventsMany(t *testing.T) {
 	m := newManager(t, nil)

@@ -23,7 +23,8 @@ func ExampleHandler() {
 
 	mux := http.NewServeMux()
 	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(manager)))
-	// http.ListenAndServe("localhost:8080", mux), and look at http://localhost:8080/api/tasks/ui
+	// Call http.ListenAndServe("localhost:8080", mux) and open
+	// http://localhost:8080/api/tasks/ui.
 
 	server := httptest.NewServer(mux)
 	defer server.Close()
@@ -65,7 +66,7 @@ func ExampleAccepted() {
 	// 200
 }
 
-// The application knows how to run an operation again: here by its name.
+// The application knows how to run an operation again, here by its name.
 func ExampleRunAgain() {
 	manager := task.NewManager(nil)
 	defer manager.Close()
@@ -88,8 +89,8 @@ func ExampleRunAgain() {
 	// Output: 202
 }
 
-// The application decides who may see and cancel tasks: it wraps the handler.
-// Browsers send cookies and passwords with requests for event streams, too.
+// The application decides who may see and cancel tasks by wrapping the handler. Browsers
+// also send cookies and passwords with requests for event streams.
 func ExampleHandler_authentication() {
 	manager := task.NewManager(nil)
 	defer manager.Close()
@@ -124,10 +125,9 @@ func ExampleHandler_authentication() {
 	// 200
 }
 
-// Without a login, a page from the internet could reach the handler by a name of
-// its own that resolves to this machine (DNS rebinding). This handler serves only
-// requests for the names of the machine and for IP addresses: a name that the page
-// controls is none of them.
+// Without a login, a page on the internet could reach the handler through a host name of
+// its own that resolves to this machine (DNS rebinding). This handler serves only requests
+// for the machine's own names and for IP addresses, which the page's host name cannot be.
 func ExampleHandler_hosts() {
 	manager := task.NewManager(nil)
 	defer manager.Close()
@@ -136,7 +136,7 @@ func ExampleHandler_hosts() {
 	known := func(h http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			host, _, err := net.SplitHostPort(r.Host)
-			if err != nil { // there is no port
+			if err != nil { // no port
 				host = r.Host
 			}
 			_, err = netip.ParseAddr(strings.Trim(host, "[]"))
@@ -150,7 +150,7 @@ func ExampleHandler_hosts() {
 	mux := http.NewServeMux()
 	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(manager)))
 
-	server := httptest.NewServer(known(mux)) // all handlers, not only this one
+	server := httptest.NewServer(known(mux)) // wrap all handlers, not only this one
 	defer server.Close()
 	for _, host := range []string{"nas.example.org", "NAS.example.org:8080", "127.0.0.1:8080", "[::1]:8080", "rebound.example.com"} {
 		r, _ := http.NewRequest("GET", server.URL+"/api/tasks/", nil)

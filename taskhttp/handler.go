@@ -1,5 +1,5 @@
-// Package taskhttp serves the operations of a [task.Manager] over HTTP: as
-// JSON, as server-sent events, and as a page for the browser.
+// Package taskhttp serves the operations of a [task.Manager] over HTTP, as JSON, as
+// server-sent events, and as a web page.
 //
 //	GET  /               lists the history in pages, selected by the query
 //	GET  /{id}           returns one operation
@@ -14,57 +14,55 @@
 //
 // Errors are problem details (RFC 9457).
 //
-// The list has the newest submission first, or, with order=finish, only finished
-// operations, the one that finished last first. The parameters state, name,
-// containing (a part of the name), metadata.KEY=VALUE, finished_after and
-// finished_before select operations, and can be combined. A response with a
-// next_cursor is not the last page.
+// The list is ordered by submission, newest first. With order=finish it contains only
+// finished operations, ordered by finish time, newest first. The parameters state, name,
+// containing (a part of the name), metadata.KEY=VALUE, finished_after and finished_before
+// filter the list and can be combined. A response without next_cursor is the last page.
 //
-// Cancel does not wait until the operation has ended. Its response has the status
-// 202 and the present state of the operation: a PENDING operation will not start,
-// but becomes CANCELLED only when that is stored. Wait returns after that. The
-// error of a cancelled operation contains the address from which it was cancelled,
-// and the reason from the query parameter "reason".
+// Cancel does not wait for the operation to end. It responds with the present state and
+// status 202, or 200 if the operation had already finished. A PENDING operation will not
+// start, but becomes CANCELLED only when that state is stored; wait returns after that. The
+// error of a cancelled operation contains the client's address and the reason from the
+// query parameter "reason".
 //
-// A stream of events begins with the event "snapshot", which holds the live
-// operations, and continues with an event "operation" for each change. The stream
-// contains every change of state, and the latest progress. A client that
-// reconnects with Last-Event-ID, as browsers do, gets the events that it has
-// missed. The stream has these further events:
+// The stream /events begins with a "snapshot" event, which holds the live operations, and
+// continues with an "operation" event for each change. A client that reconnects with
+// Last-Event-ID, as browsers do, gets the events it missed. The stream of one operation
+// begins with an "operation" event for the present state, and ends when the operation has
+// finished. Both contain every state change and the latest progress. There are these other
+// events:
 //
-//   - "reload": events are missing, because the history of events has expired or
-//     because the client was too slow. The client must load the list again.
-//   - "deleted": an unfinished operation was deleted from the database. It has no
-//     final state.
+//   - "reload": events are missing because the event history has expired or the client was
+//     too slow. The client must load the list again.
+//   - "deleted": an unfinished operation was deleted from the database. It has no final
+//     state.
 //   - "heartbeat": there was no other event for 15 seconds, or the client has just
 //     reconnected. A client that receives nothing for longer has lost its connection.
 //   - "closed": the manager is closed.
 //
-// A client therefore never misses a final state without a notice. An event may come
-// twice, and GET may return a newer state than the next event: compare updated_at.
-// A finished operation never changes.
+// A client therefore never misses a final state without notice. An event may arrive twice,
+// and GET may return a newer state than the next event: compare updated_at. A finished
+// operation never changes.
 //
-// Lists and events omit metadata and results of more than 16 KiB as JSON, and set
-// metadata_omitted and result_omitted. They cut names, messages and errors to that length.
-// GET /{id} returns the full values. A page ends before its limit at 8 MiB: a client
-// continues while there is a next_cursor. A client that receives nothing for 25
-// seconds is disconnected.
+// Lists and events omit metadata and results longer than 16 KiB as JSON, and set
+// metadata_omitted and result_omitted. They truncate names, messages and errors to that
+// length. GET /{id} returns the full values. A page may end before its limit, at 8 MiB:
+// continue while there is a next_cursor. A client that receives nothing for 25 seconds is
+// disconnected.
 //
 //	curl -N localhost:8080/api/tasks/events
 //
-// Every client that reaches the [Handler] can see and cancel every operation.
-// Wrap the handler in the application's own authentication, as the package's
-// example does.
+// Every client that can reach the [Handler] can see and cancel every operation. Wrap the
+// handler in the application's own authentication, as the package example does.
 //
-// Listening only on 127.0.0.1 or in a local network does not protect a handler
-// without authentication. A page from the internet can make its own name resolve to
-// such an address in a visitor's browser (DNS rebinding). For the browser and for
-// [http.CrossOriginProtection] its requests then have the same origin as the page,
-// so that the page can read and cancel every operation. The Host header of these
-// requests contains the name of the page, and this package does not check it:
-// refuse requests for names that are not the server's own, as an example does. A
-// login by password, or by a cookie for the server's own name, also helps, because
-// the browser does not send it to another name.
+// Listening only on 127.0.0.1 or on a local network does not protect a handler without
+// authentication. A page on the internet can make its own host name resolve to such an
+// address in a visitor's browser (DNS rebinding). To the browser and to
+// [http.CrossOriginProtection] its requests then have the same origin as the page, so the
+// page can read and cancel every operation. The Host header of these requests contains the
+// page's host name, and this package does not check it: reject requests for host names that
+// are not the server's own, as an example does. A login by password, or by a cookie for the
+// server's own name, also helps, because the browser does not send it to another host name.
 package taskhttp
 
 import (
@@ -93,7 +91,7 @@ import (
 const (
 	defaultLimit = 50 // operations on a page
 	maxLimit     = 500
-	listChunk    = 64 // operations that are read at once
+	listChunk    = 64 // operations read at once
 
 	maxValue = 16 << 10 // bytes of metadata, results and texts in lists and events
 	maxPage  = 8 << 20  // bytes of a list or a snapshot
@@ -101,32 +99,32 @@ const (
 	defaultTimeout = 30 * time.Second // of a wait
 	maxTimeout     = 10 * time.Minute
 
-	// grace is the time that a client may take to receive a piece of a response, in
-	// addition to the time between heartbeats.
+	// grace is how long a client may take to receive one piece of a response, in addition
+	// to the time between heartbeats.
 	grace = 10 * time.Second
 
-	// shutdownGrace is how long streams and waits continue after the start of the
-	// server's shutdown.
+	// shutdownGrace is how long streams and waits continue after the server starts to shut
+	// down.
 	shutdownGrace = 500 * time.Millisecond
 )
 
 // An Option changes what a [Handler] serves.
 type Option func(*handler)
 
-// Title sets the heading of the page, with which its title in the browser begins
-// too. It is "Tasks" by default.
+// Title sets the heading of the page, which also begins the title shown by the browser. The
+// default is "Tasks".
 func Title(text string) Option { return func(h *handler) { h.title = text } }
 
-// Home adds a link with that text to the page, to a page of the application. The
-// URL may be relative to that of the page.
+// Home adds a link with the given text to the page, pointing to a page of the application.
+// The URL may be relative to the page's URL.
 func Home(text, url string) Option {
 	return func(h *handler) { h.homeText, h.homeURL = text, url }
 }
 
-// TrustedOrigin admits cross-origin requests from pages of that origin, such as
-// "https://nas.example:8443". It is for a reverse proxy that changes the Host header:
-// the origin is that of the proxy, as browsers see it. TrustedOrigin may be given
-// several times. Handler panics if the origin has another form.
+// TrustedOrigin allows cross-origin requests from pages of the given origin, such as
+// "https://nas.example:8443". Use it for a reverse proxy that changes the Host header; the
+// origin is the proxy's, as browsers see it. TrustedOrigin may be given several times.
+// Handler panics if the origin has another form.
 func TrustedOrigin(origin string) Option {
 	return func(h *handler) {
 		if err := h.guard.AddTrustedOrigin(origin); err != nil {
@@ -135,34 +133,33 @@ func TrustedOrigin(origin string) Option {
 	}
 }
 
-// RunAgain offers to run finished operations again, over HTTP and on the page. f
-// gets the operation, and submits another one, for example by its name and its
-// metadata. f returns what [task.Manager.Submit] has returned: with
-// [task.WithUnique], a second click then leads to the unfinished operation that the
-// first one has started. For an operation that cannot be run again, f returns an
-// error that wraps [errors.ErrUnsupported].
+// RunAgain makes it possible to run finished operations again, over HTTP and from the page.
+// f gets the finished operation and submits a new one, for example based on its name and
+// metadata. f returns the results of [task.Manager.Submit]: with [task.WithUnique], a
+// second click then leads to the unfinished operation started by the first. If an operation
+// cannot be run again, f returns an error that wraps [errors.ErrUnsupported].
 //
-// f is called for DONE, FAILED and CANCELLED operations, several times at once. If it
-// panics, the response has the status 500, and the stack is logged to [slog.Default].
-// Without RunAgain, these requests have the response 501.
+// f is called for DONE, FAILED and CANCELLED operations, and may be called concurrently. If
+// it panics, the response has status 500 and the stack is logged to [slog.Default]. Without
+// RunAgain, these requests get status 501.
 func RunAgain(f func(*task.Operation) (*task.Operation, error)) Option {
 	return func(h *handler) { h.runAgain = f }
 }
 
-// Handler returns a handler that serves m. Mount it under any prefix, with a
-// slash at the end:
+// Handler returns a handler that serves m. Mount it under any prefix that ends with a
+// slash:
 //
 //	mux.Handle("/api/tasks/", http.StripPrefix("/api/tasks", taskhttp.Handler(m)))
 //
-// It refuses cross-origin requests that change something. It compares the Origin
-// header with the Host header, which a reverse proxy must therefore pass on, unless
-// its origin is a [TrustedOrigin]. It sets its own deadlines where a response may take longer than [http.Server]
-// allows. Event streams and waits end when the client disconnects, when m is
-// closed, and when the http.Server that serves them is shut down: they do not
-// delay its Shutdown.
+// It rejects cross-origin requests that change something. It compares the Origin header
+// with the Host header, so a reverse proxy must pass the Host header on, unless its origin
+// is a [TrustedOrigin]. It sets its own deadlines where a response may take longer than
+// [http.Server] allows. Event streams and waits end when the client disconnects, when m is
+// closed, and when the http.Server that serves them is shut down: they do not delay its
+// Shutdown.
 //
-// The handler needs no closing: it releases the event history when m is closed,
-// or a minute after the last stream has ended.
+// The handler needs no closing. It releases the event history when m is closed, or a minute
+// after the last stream ends.
 func Handler(m *task.Manager, opts ...Option) http.Handler {
 	h := &handler{manager: m, servers: make(map[*http.Server]context.Context), title: "Tasks"}
 	for _, opt := range opts {
@@ -188,7 +185,7 @@ type handler struct {
 	manager                  *task.Manager
 	mux                      http.ServeMux
 	guard                    http.CrossOriginProtection
-	page                     []byte // with the title and the link of the options
+	page                     []byte // with the title and link set by the options
 	title, homeText, homeURL string
 	runAgain                 func(*task.Operation) (*task.Operation, error) // nil without RunAgain
 
@@ -197,15 +194,15 @@ type handler struct {
 	servers  map[*http.Server]context.Context
 }
 
-// A route is one line of the table above. serve either writes a response or
-// returns an error.
+// A route is one line of the table above. serve either writes a response or returns an
+// error.
 type route struct {
 	method, path string
-	query        []string // the names of its parameters
+	query        []string // parameter names
 	serve        func(w http.ResponseWriter, r *http.Request, query url.Values) error
 }
 
-// metadataPrefix begins the names of parameters that select by metadata.
+// metadataPrefix begins the names of the parameters that filter by metadata.
 const metadataPrefix = "metadata."
 
 var listQuery = []string{"state", "name", "containing", metadataPrefix + "KEY",
@@ -227,8 +224,8 @@ func (h *handler) routes() []route {
 	}
 }
 
-// parse parses the query of a request for a route with parameters. It ignores
-// unknown parameters, which may be meant for a wrapper of the handler.
+// parse parses the query of a request if the route has parameters. It ignores unknown
+// parameters, which may be meant for a wrapper of the handler.
 func (rt route) parse(query string) (url.Values, error) {
 	if len(rt.query) == 0 {
 		return nil, nil
@@ -277,7 +274,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// clean reports whether the mux serves p without a redirect. Its redirects would
+// clean reports whether the mux serves p without a redirect. A redirect by the mux would
 // lack the prefix under which the handler is mounted.
 func clean(p string) bool {
 	c := path.Clean(p)
@@ -327,7 +324,7 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 		op, err, more = next()
 	}
 	s.write([]byte("]"))
-	if more { // an error is for the request for the next page
+	if more { // an error is left to the request for the next page
 		id, _ := json.Marshal(last)
 		s.write(fmt.Appendf(nil, `,"next_cursor":%s`, id))
 	}
@@ -335,8 +332,7 @@ func (h *handler) list(w http.ResponseWriter, r *http.Request, query url.Values)
 	return nil
 }
 
-// listOptions returns the options that the query of a list asks for, except those
-// of its pages.
+// listOptions returns the list options given by the query, except those for paging.
 func listOptions(query url.Values) ([]task.ListOption, error) {
 	states, err := parseStates(query["state"])
 	if err != nil {
@@ -371,7 +367,7 @@ func listOptions(query url.Values) ([]task.ListOption, error) {
 	return opts, nil
 }
 
-// history yields the operations after the one with that ID, chunk by chunk.
+// history yields the operations after the one with the given ID, chunk by chunk.
 func (h *handler) history(chunk int, before string, opts ...task.ListOption) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		for more := true; more; {
@@ -391,21 +387,22 @@ func (h *handler) history(chunk int, before string, opts ...task.ListOption) ite
 	}
 }
 
-// A light is an operation in the form that lists and events contain.
+// A light is an operation in the form used by lists and events.
 type light struct {
 	*task.Operation
 	MetadataOmitted bool `json:"metadata_omitted,omitempty"`
 	ResultOmitted   bool `json:"result_omitted,omitempty"`
 }
 
-// lighten returns op without the values that are too long for a list.
+// lighten returns op without the values that are too long for lists and events.
 func lighten(op *task.Operation) light {
 	c := *op
 	c.Name, c.Message, c.Error = cut(c.Name), cut(c.Message), cut(c.Error)
 	return light{&c, omit(&c.Metadata), omit(&c.Result)}
 }
 
-// omit reports whether a value was omitted from a list, or must be.
+// omit reports whether the store omitted a value or the value is too long. It clears such a
+// value.
 func omit(v *any) bool {
 	_, omitted := (*v).(task.Omitted)
 	raw, _ := (*v).(json.RawMessage)
@@ -422,8 +419,8 @@ func cut(text string) string {
 	return strings.ToValidUTF8(text[:maxValue], "") + "…"
 }
 
-// encode returns an operation as JSON. If it can't be encoded, the JSON has an
-// error that says why.
+// encode returns an operation as JSON. If that fails, the JSON contains only the basic
+// fields and an error that says why.
 func (l light) encode() []byte {
 	data, err := json.Marshal(l)
 	if err != nil {
@@ -438,7 +435,7 @@ type array struct {
 	size int
 }
 
-// add writes an operation, and reports whether it fits.
+// add writes an operation and reports whether it fits.
 func (a *array) add(op light) bool {
 	data := op.encode()
 	if a.s.err != nil || a.size > 0 && a.size+len(data) > maxPage {
@@ -456,8 +453,8 @@ var allStates = []task.State{
 	task.StatePending, task.StateRunning, task.StateDone, task.StateFailed, task.StateCancelled,
 }
 
-// parseStates parses the parameter state. It may be repeated, and each value may
-// hold several states, separated by commas.
+// parseStates parses the state parameter. It may be repeated, and each value may hold
+// several states separated by commas.
 func parseStates(values []string) (states []task.State, err error) {
 	for name := range strings.SplitSeq(strings.Join(values, ","), ",") {
 		if name == "" {
@@ -472,7 +469,7 @@ func parseStates(values []string) (states []task.State, err error) {
 	return states, nil
 }
 
-// parseTime parses a time. The zero time means that there is none.
+// parseTime parses a time parameter. It returns the zero time if the parameter is absent.
 func parseTime(name string, query url.Values) (time.Time, error) {
 	value := query.Get(name)
 	if value == "" {
@@ -523,8 +520,7 @@ func (h *handler) result(w http.ResponseWriter, r *http.Request, _ url.Values) e
 	return nil
 }
 
-// whole writes a response with the complete operation, with its values as they are
-// stored.
+// whole writes a response with the complete operation, including its values as stored.
 func (h *handler) whole(w http.ResponseWriter, r *http.Request, status int, op *task.Operation) error {
 	rest := *op
 	rest.Metadata, rest.Result = nil, nil
@@ -547,8 +543,8 @@ func (h *handler) whole(w http.ResponseWriter, r *http.Request, status int, op *
 	return nil
 }
 
-// respond begins a response of JSON, which the stream writes. The caller must then
-// call end.
+// respond begins a JSON response that is written through the returned stream. The caller
+// must call end.
 func (h *handler) respond(w http.ResponseWriter, r *http.Request, status int) (s *stream, end func()) {
 	ctx, cancel := h.context(r)
 	s = &stream{ctx: ctx, w: w, c: http.NewResponseController(w)}
@@ -558,9 +554,9 @@ func (h *handler) respond(w http.ResponseWriter, r *http.Request, status int) (s
 	return s, func() { s.send(s.buf); stop(); cancel() }
 }
 
-// look returns the present state of an operation. Unlike Manager.Get, Wait
-// distinguishes an error of the database from an unknown operation; with a context
-// that is done it does not wait.
+// look returns the present state of an operation. Unlike Manager.Get, Wait distinguishes a
+// database error from an unknown operation. With a context that is already done it does not
+// wait.
 func (h *handler) look(id string) (*task.Operation, error) {
 	done, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -592,7 +588,7 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, query url.Value
 		return lookErr
 	case err != nil && !op.State.Finished():
 		return err
-	case err != nil: // it had finished before
+	case err != nil: // it had already finished
 		status = http.StatusOK
 	}
 	return h.whole(w, r, status, op)
@@ -601,8 +597,8 @@ func (h *handler) cancel(w http.ResponseWriter, r *http.Request, query url.Value
 // maxReason is the maximum length in bytes of the reason for a cancel.
 const maxReason = 1000
 
-// cancelText returns a text about who cancels an operation, and why. Behind a
-// proxy, the address is the proxy's; over a Unix socket there is none.
+// cancelText returns a text that says from where and why an operation is cancelled. Behind
+// a proxy, the address is the proxy's; over a Unix socket there is none.
 func cancelText(r *http.Request, reason string) string {
 	text := "cancelled over HTTP"
 	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
@@ -639,8 +635,8 @@ func (h *handler) again(w http.ResponseWriter, r *http.Request, _ url.Values) er
 	return nil
 }
 
-// callRunAgain calls the application's function, and makes an error of a panic and
-// of a missing operation.
+// callRunAgain calls the application's function. It turns a panic or a missing operation
+// into an error.
 func (h *handler) callRunAgain(op *task.Operation) (again *task.Operation, err error) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -661,7 +657,7 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 		return err
 	}
 	if r.Method == http.MethodHead {
-		return h.get(w, r, nil) // no wait for a response without a body
+		return h.get(w, r, nil) // do not wait for a response without a body
 	}
 	http.NewResponseController(w).SetWriteDeadline(time.Time{}) // none during the wait
 	ctx, cancel := h.context(r)
@@ -672,7 +668,7 @@ func (h *handler) wait(w http.ResponseWriter, r *http.Request, query url.Values)
 	if err != nil && ctx.Err() == nil || op == nil {
 		return err
 	}
-	return h.whole(w, r, http.StatusOK, op) // in its present state after a timeout
+	return h.whole(w, r, http.StatusOK, op) // after a timeout, in its present state
 }
 
 func parseTimeout(value string) (time.Duration, error) {
@@ -686,8 +682,8 @@ func parseTimeout(value string) (time.Duration, error) {
 	return d, nil
 }
 
-// context returns the request's context, which is also done soon after the start
-// of the server's shutdown. After cancel, nothing of the request is used except
+// context returns a context derived from the request's, which is also done shutdownGrace
+// after the server starts to shut down. After cancel, nothing of the request is used except
 // the context itself.
 func (h *handler) context(r *http.Request) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(r.Context())
@@ -699,9 +695,8 @@ func (h *handler) context(r *http.Request) (context.Context, context.CancelFunc)
 	return ctx, func() { stop(); cancel() }
 }
 
-// serving returns a context that is done shutdownGrace after the start of the
-// server's shutdown. The delay lets final events reach clients if the manager was
-// closed just before.
+// serving returns a context that is done shutdownGrace after the server starts to shut
+// down. The delay lets final events reach clients if the manager was closed just before.
 func (h *handler) serving(server *http.Server) context.Context {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -715,11 +710,11 @@ func (h *handler) serving(server *http.Server) context.Context {
 	return ctx
 }
 
-// Accepted writes the response to a request that has started op, or that finds op
-// started already (see [task.ErrExists]): the status 202, the operation as the body,
-// and its address as the header Location. base is the path under which the [Handler]
-// is mounted, for example "/api/tasks". Location is relative to the address of the
-// request, so that it is right behind a proxy that serves all under a prefix, too.
+// Accepted writes the response to a request that started op, or that found op already
+// started (see [task.ErrExists]): status 202, the operation as the body, and its address in
+// the Location header. base is the path under which the [Handler] is mounted, for example
+// "/api/tasks". Location is relative to the request's address, so that it is also correct
+// behind a proxy that adds a path prefix.
 func Accepted(w http.ResponseWriter, r *http.Request, base string, op *task.Operation) {
 	accepted(w, r, relative(r, strings.TrimSuffix(base, "/")+"/"+url.PathEscape(op.ID)), op)
 }
@@ -739,7 +734,7 @@ func accepted(w http.ResponseWriter, r *http.Request, location string, op *task.
 	w.Write(append(body, '\n')) // an error means that the client has disconnected
 }
 
-// relative returns a path relative to the path of a request.
+// relative returns path relative to the path of a request.
 func relative(r *http.Request, path string) string {
 	u, err := url.ParseRequestURI(r.RequestURI) // not r.URL, from which a prefix may have been stripped
 	if err != nil || !strings.HasPrefix(u.EscapedPath(), "/") || !strings.HasPrefix(path, "/") {
@@ -751,7 +746,7 @@ func relative(r *http.Request, path string) string {
 	}
 	up := strings.Repeat("../", len(from)-1)
 	if up == "" {
-		up = "./" // the rest may begin with what looks like a scheme
+		up = "./" // otherwise the path may look like a URL with a scheme
 	}
 	return up + strings.Join(to, "/")
 }

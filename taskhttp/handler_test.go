@@ -111,7 +111,7 @@ func TestList(t *testing.T) {
 	listPages(t, m, s)
 }
 
-// listPages reads the history page by page, while there are new submissions.
+// listPages reads the history page by page while new operations are submitted.
 func listPages(t *testing.T, m *task.Manager, s *site) {
 	t.Helper()
 	var names []string
@@ -183,7 +183,7 @@ func TestGet(t *testing.T) {
 	s.fails("GET", "/"+done.ID+"/wait", 500, "disk I/O error")
 	s.fails("GET", "/"+done.ID+"/events", 500, "disk I/O error")
 	s.fails("POST", "/"+done.ID+"/cancel", 500, "disk I/O error")
-	s.do("GET", "/"+live.ID, 200, nil) // is in memory
+	s.do("GET", "/"+live.ID, 200, nil) // served from memory
 	store.fail(false)
 }
 
@@ -233,8 +233,8 @@ func TestCancel(t *testing.T) {
 	s.fails("POST", "/nonsense/cancel", 404, "operation not found")
 }
 
-// TestCancelOfAnother cancels what another manager runs, if the store can pass that
-// on.
+// TestCancelOfAnother cancels an operation that another manager runs, if the store can pass
+// the request on.
 func TestCancelOfAnother(t *testing.T) {
 	t.Parallel()
 	store := task.NewMemoryStore()
@@ -303,7 +303,8 @@ func TestCrossOrigin(t *testing.T) {
 	s.do("POST", "/"+op.ID+"/cancel", 202, nil, "Origin", strings.TrimSuffix(s.url, prefix))
 }
 
-// TestTrustedOrigin: a page of a trusted origin may cancel, one of another may not.
+// TestTrustedOrigin: a page of a trusted origin may cancel, a page of another origin may
+// not.
 func TestTrustedOrigin(t *testing.T) {
 	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {
 		m := newManager(t, nil)
@@ -381,7 +382,7 @@ func TestWaitStops(t *testing.T) {
 	tests := []struct {
 		name string
 		stop func(s *site, disconnect context.CancelFunc, m *task.Manager, op *controlled)
-		want string // the state in the response; empty without a response
+		want string // the state in the response; empty if there is no response
 	}{
 		{"client disconnects", func(_ *site, disconnect context.CancelFunc, _ *task.Manager, _ *controlled) { disconnect() }, ""},
 		{"server shut down", func(s *site, _ context.CancelFunc, _ *task.Manager, _ *controlled) {
@@ -444,7 +445,7 @@ func TestWaitForStoring(t *testing.T) {
 	})
 }
 
-// TestServerTimeouts: the server's timeouts do not end streams and waits.
+// TestServerTimeouts: the server's timeouts do not end streams or waits.
 func TestServerTimeouts(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -513,7 +514,7 @@ func TestMethods(t *testing.T) {
 	}
 }
 
-// TestPaths: the handler may be mounted without a http.ServeMux.
+// TestPaths: the handler may be mounted without an http.ServeMux.
 func TestPaths(t *testing.T) {
 	m := newManager(t, nil)
 	h := taskhttp.Handler(m)
@@ -595,8 +596,8 @@ func TestAccepted(t *testing.T) {
 	}
 }
 
-// TestExists: an application that refuses a second request says which operation
-// exists.
+// TestExists: when an application rejects a second request, the response names the existing
+// operation.
 func TestExists(t *testing.T) {
 	w := httptest.NewRecorder()
 	w.Header().Set("Location", "../ID")
@@ -606,8 +607,8 @@ func TestExists(t *testing.T) {
 	}
 }
 
-// TestWaitDeadline: if a wrapper's deadline ends a wait, there is a response, also
-// if the request body never arrives.
+// TestWaitDeadline: if a wrapper's deadline ends a wait, there is a response, even if the
+// request body never arrives.
 func TestWaitDeadline(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -641,7 +642,7 @@ func TestWaitDeadline(t *testing.T) {
 	})
 }
 
-// A slowLister searches until its caller's context is done.
+// A slowLister keeps searching until its caller's context is done.
 type slowLister struct {
 	*task.MemoryStore
 	searching chan struct{}
@@ -658,7 +659,7 @@ func (s slowLister) ListFiltered(f task.Filter, _, _ int) ([]*task.Operation, er
 	return nil, f.Context.Err()
 }
 
-// TestListEndsWithClient: the search for a list ends when its client disconnects.
+// TestListEndsWithClient: the search for a list ends when the client disconnects.
 func TestListEndsWithClient(t *testing.T) {
 	t.Parallel()
 	store := slowLister{task.NewMemoryStore(), make(chan struct{}), make(chan error, 1)}
@@ -679,8 +680,7 @@ func TestListEndsWithClient(t *testing.T) {
 	}
 }
 
-// TestPageOptions: the heading and the link of the page are the application's, and
-// are text.
+// TestPageOptions: the page has the application's heading and link, escaped as text.
 func TestPageOptions(t *testing.T) {
 	page := func(opts ...taskhttp.Option) string {
 		w := httptest.NewRecorder()
@@ -701,7 +701,7 @@ func TestPageOptions(t *testing.T) {
 	}
 }
 
-// TestRunAgain: what the application's function returns leads to the response.
+// TestRunAgain: the results of the application's function determine the response.
 func TestRunAgain(t *testing.T) {
 	m := newManager(t, nil)
 	done := run(t, m, "scrub", nil, nil)
@@ -762,7 +762,8 @@ func TestRunAgain(t *testing.T) {
 	newSite(t, mount(m)).fails("POST", path, 501, "does not run tasks again")
 }
 
-// TestRunAgainOffered: the page offers it only where the server does it.
+// TestRunAgainOffered: the page offers to run an operation again only if the server
+// supports it.
 func TestRunAgainOffered(t *testing.T) {
 	hook := taskhttp.RunAgain(func(*task.Operation) (*task.Operation, error) { return nil, nil })
 	for want, opts := range map[string][]taskhttp.Option{"<body>": nil, "<body data-again>": {hook}} {

@@ -11,8 +11,8 @@ import (
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-// TestGivenIDs: an operation is found under each ID that task.WithID allows, by
-// the path that Accepted returns, and the rest of the paths are no IDs.
+// TestGivenIDs: an operation is found under every ID that task.WithID allows, at the path
+// that Accepted returns. The remaining paths are not valid IDs.
 func TestGivenIDs(t *testing.T) {
 	m := newManager(t, nil)
 	s := newSite(t, mount(m))

@@ -18,14 +18,14 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// A listed is an operation in the form that lists and events contain.
+// A listed is an operation in the form used by lists and events.
 type listed struct {
 	task.Operation
 	MetadataOmitted bool `json:"metadata_omitted"`
 	ResultOmitted   bool `json:"result_omitted"`
 }
 
-const long, fits = 16<<10 + 1, 16<<10 - 2 // bytes of texts; as JSON they have two quotes
+const long, fits = 16<<10 + 1, 16<<10 - 2 // bytes of text; JSON adds two quotes
 
 type lightTest struct {
 	name                   string
@@ -44,7 +44,7 @@ var lightTests = []lightTest{
 	{name: strings.Repeat("ä", long), cut: true},
 }
 
-// check checks an operation of a list or an event, which may not have finished.
+// check checks an operation of a list or an event. It may be unfinished.
 func (test lightTest) check(t *testing.T, where string, got listed) {
 	t.Helper()
 	finished := got.State.Finished()
@@ -60,8 +60,8 @@ func (test lightTest) check(t *testing.T, where string, got listed) {
 	}
 }
 
-// TestLight: lists and events omit long values and cut long texts. The response with
-// one operation has the full values.
+// TestLight: lists and events omit long values and truncate long texts. The response for a
+// single operation has the full values.
 func TestLight(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, nil)
@@ -69,9 +69,9 @@ func TestLight(t *testing.T) {
 	for _, test := range lightTests {
 		t.Run(test.name[:min(len(test.name), 20)], func(t *testing.T) {
 			events := s.listen(t.Context(), "/events")
-			events.next() // the snapshot
+			events.next() // skip the snapshot
 			op := newControlled(t, m, test.name, task.WithMetadata(test.metadata))
-			events.next() // PENDING: later snapshots have it
+			events.next() // skip PENDING: later snapshots have the operation
 			snapshot, err := s.listen(t.Context(), "/events").next()
 			must(t, err)
 			op.end(test.result, test.err)
@@ -109,7 +109,7 @@ func lastEvent(t *testing.T, r *reader) (op listed) {
 	return op
 }
 
-// TestResult: the result is downloaded as it is stored.
+// TestResult: the result is downloaded as stored.
 func TestResult(t *testing.T) {
 	m := newManager(t, nil)
 	s := newSite(t, mount(m))
@@ -136,7 +136,7 @@ func TestResult(t *testing.T) {
 	s.fails("GET", "/nonsense/result", 404, "operation not found")
 }
 
-// submitHeavy submits operations that fill 30 kB each in a list, and do not end.
+// submitHeavy submits operations that each take 30 kB in a list and do not end.
 func submitHeavy(t *testing.T, m *task.Manager, n int) {
 	t.Helper()
 	value := strings.Repeat("x", 15_000)
@@ -145,8 +145,8 @@ func submitHeavy(t *testing.T, m *task.Manager, n int) {
 	}
 }
 
-// TestListBytes: a page ends before its limit when it is too big, and the next one
-// continues.
+// TestListBytes: a page that becomes too large ends before its limit, and the next page
+// continues there.
 func TestListBytes(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, nil)
@@ -189,8 +189,8 @@ func TestListBytes(t *testing.T) {
 	}
 }
 
-// TestListFailsLater: a page ends where the store begins to fail, and the request
-// for the next page gets the error.
+// TestListFailsLater: a page ends where the store starts to fail, and the request for the
+// next page gets the error.
 func TestListFailsLater(t *testing.T) {
 	fake := testkit.NewFake(nil)
 	m := newManager(t, fake)
@@ -225,7 +225,7 @@ func TestListFailsLater(t *testing.T) {
 	}
 }
 
-// newPipeProtocolSite is newPipeSite for a version of HTTP.
+// newPipeProtocolSite is newPipeSite for a given HTTP version.
 func newPipeProtocolSite(t *testing.T, h http.Handler, major int, configure func(*http.Server)) *site {
 	t.Helper()
 	protocols := new(http.Protocols)
@@ -250,7 +250,7 @@ func TestPagesStuckClient(t *testing.T) {
 					h.ServeHTTP(w, r)
 					returned <- true
 				}), major, func(*http.Server) {})
-				op := run(t, m, "big", strings.Repeat("x", 5<<20), nil) // more than an HTTP/2 client receives unread
+				op := run(t, m, "big", strings.Repeat("x", 5<<20), nil) // more than an HTTP/2 client buffers unread
 				submitHeavy(t, m, 180)
 				for _, request := range []string{"GET /?limit=500", "GET /ID", "GET /ID/result", "GET /ID/wait", "POST /ID/cancel", "GET /events"} {
 					start := time.Now()
@@ -323,7 +323,7 @@ func TestPagesBlocked(t *testing.T) {
 	})
 }
 
-// A deletingStore deletes what is unfinished once deleted is set.
+// A deletingStore deletes unfinished operations once deleted is set.
 type deletingStore struct {
 	*task.MemoryStore
 	deleted atomic.Bool
@@ -344,8 +344,8 @@ func (s *deletingStore) Get(id string) (*task.Operation, error) {
 	return op, err
 }
 
-// TestEventsDeleted: an operation whose row is deleted while it runs leaves the
-// stream and its snapshot.
+// TestEventsDeleted: an operation whose row is deleted while it runs is removed from the
+// stream and its snapshots.
 func TestEventsDeleted(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -355,7 +355,7 @@ func TestEventsDeleted(t *testing.T) {
 		s := newPipeSite(t, mount(m))
 		op := newControlled(t, m, "deleted")
 		other := newControlled(t, m, "other")
-		time.Sleep(time.Second) // stored as RUNNING
+		time.Sleep(time.Second) // until stored as RUNNING
 		r := s.listen(t.Context(), "/events")
 		r.want("snapshot deleted RUNNING 0 other RUNNING 0")
 		one := s.listen(t.Context(), "/"+op.ID+"/events")
@@ -377,8 +377,8 @@ func TestEventsDeleted(t *testing.T) {
 	})
 }
 
-// TestMessage: lists, events and the response with one operation have the message.
-// Lists cut a long one, which only another program can have stored.
+// TestMessage: lists, events and the response for a single operation have the message.
+// Lists truncate a long one, which only another program can have stored.
 func TestMessage(t *testing.T) {
 	store := task.NewMemoryStore()
 	must(t, store.Save(&task.Operation{ID: "foreign", Name: "foreign", State: task.StateFailed, Message: strings.Repeat("ä", long)}))

@@ -22,7 +22,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(testos.Run(m)) }
 
-// prefix is where tests mount the handler.
+// prefix is the path under which tests mount the handler.
 const prefix = "/api/tasks"
 
 func mount(m *task.Manager) http.Handler {
@@ -31,7 +31,7 @@ func mount(m *task.Manager) http.Handler {
 	return mux
 }
 
-// mountAgain is mount with RunAgain, which returns an operation of the same name.
+// mountAgain is mount with RunAgain, which returns an operation with the same name.
 func mountAgain(m *task.Manager) http.Handler {
 	return http.StripPrefix(prefix, taskhttp.Handler(m, taskhttp.RunAgain(func(op *task.Operation) (*task.Operation, error) {
 		if op.State == task.StateFailed {
@@ -51,10 +51,10 @@ func newManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Ma
 	return m
 }
 
-// A site is a server and a client of its own.
+// A site is a server with its own client.
 type site struct {
 	t      testing.TB
-	url    string // of the handler
+	url    string // the handler's URL
 	client *http.Client
 	server *http.Server
 }
@@ -66,8 +66,8 @@ func newSite(t testing.TB, h http.Handler) *site {
 	return &site{t, s.URL + prefix, s.Client(), s.Config}
 }
 
-// newPipeSite is newSite for use in a bubble of synctest: without a network,
-// and without any buffer between server and client.
+// newPipeSite is newSite for a synctest bubble: it uses no network and has no buffer
+// between server and client.
 func newPipeSite(t testing.TB, h http.Handler, configure ...func(*http.Server)) *site {
 	t.Helper()
 	l := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
@@ -113,7 +113,7 @@ func (l *pipes) Accept() (net.Conn, error) {
 func (l *pipes) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
 func (l *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipe", Net: "unix"} }
 
-// request makes a request; header holds pairs.
+// request makes a request. header holds pairs of names and values.
 func (s *site) request(ctx context.Context, method, path string, body io.Reader, header ...string) *http.Response {
 	s.t.Helper()
 	r, err := http.NewRequestWithContext(ctx, method, s.url+path, body)
@@ -126,8 +126,7 @@ func (s *site) request(ctx context.Context, method, path string, body io.Reader,
 	return answer
 }
 
-// do makes a request, checks the status, and decodes the body into v if that
-// is not nil.
+// do makes a request, checks the status, and decodes the body into v unless v is nil.
 func (s *site) do(method, path string, status int, v any, header ...string) *http.Response {
 	s.t.Helper()
 	answer := s.request(context.Background(), method, path, nil, header...)
@@ -145,13 +144,13 @@ func (s *site) do(method, path string, status int, v any, header ...string) *htt
 	return answer
 }
 
-// A problem is the response body of an error.
+// A problem is the body of an error response.
 type problem struct {
 	Type, Title, Detail, Instance string
 	Status                        int
 }
 
-// fails makes a request and checks that the response is that problem.
+// fails makes a request and checks that the response is the given problem.
 func (s *site) fails(method, path string, status int, detail string, header ...string) {
 	s.t.Helper()
 	var p problem
@@ -187,7 +186,7 @@ type reader struct {
 	lastID string
 }
 
-// listen asks for events. The test fails if there is no stream.
+// listen requests events. The test fails if there is no stream.
 func (s *site) listen(ctx context.Context, path string, header ...string) *reader {
 	s.t.Helper()
 	answer := s.request(ctx, "GET", path, nil, header...)
@@ -262,7 +261,7 @@ func (r *reader) wantEnd() {
 	}
 }
 
-// String returns the event's name, and the names, states and progress of its tasks.
+// String returns the event's name and the names, states and progress of its tasks.
 func (e event) String() string {
 	var ops []task.Operation
 	switch e.name {
@@ -281,7 +280,7 @@ func (e event) String() string {
 	return text
 }
 
-// A controlled is an operation whose function the test controls.
+// A controlled is an operation whose function is controlled by the test.
 type controlled struct {
 	*task.Operation
 	do chan func(update func(int)) (any, error, bool)
@@ -307,7 +306,7 @@ func newControlled(t testing.TB, m *task.Manager, name string, opts ...task.Subm
 	return p
 }
 
-// update reports progress, and returns when that is done.
+// update reports progress and returns once that is done.
 func (p *controlled) update(progress int) {
 	done := make(chan struct{})
 	p.do <- func(update func(int)) (any, error, bool) {
@@ -322,7 +321,7 @@ func (p *controlled) end(result any, err error) {
 	p.do <- func(func(int)) (any, error, bool) { return result, err, true }
 }
 
-// run submits an operation and waits for its end.
+// run submits an operation and waits until it has finished.
 func run(t testing.TB, m *task.Manager, name string, result any, err error) *task.Operation {
 	t.Helper()
 	op, submitErr := m.Submit(name, func(context.Context, func(int)) (any, error) { return result, err })
@@ -337,7 +336,7 @@ type brokenStore struct {
 	*task.MemoryStore
 	mu    sync.Mutex
 	fails bool
-	deaf  bool // passes no cancel requests on
+	deaf  bool // does not pass on cancel requests
 }
 
 // RequestCancel implements [task.Canceller].

@@ -46,7 +46,7 @@ func peakHeap(f func()) (peak uint64) {
 	return peak
 }
 
-// fill adds finished operations with results of that many bytes to a database.
+// fill adds finished operations, each with a result of the given size, to a database.
 func fill(t *testing.T, path string, count, bytes int) {
 	t.Helper()
 	db, err := sql.Open("sqlite3", "file:"+path+"?_synchronous=OFF&_journal_mode=WAL")
@@ -58,13 +58,13 @@ func fill(t *testing.T, path string, count, bytes int) {
 	must(t, errors.Join(err, db.Close()))
 }
 
-// TestListMemory: four lists of hundreds of operations, each with a result of 256 KB,
-// take little memory.
+// TestListMemory: four lists of hundreds of operations, each with a result of 256 KB, need
+// little memory.
 func TestListMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("writes 50 to 130 MB")
 	}
-	count := testos.Size(200, 500) // one list with its results is twice the memory allowed, or more
+	count := testos.Size(200, 500) // a single list with its results would take at least twice the memory allowed
 	path := filepath.Join(t.TempDir(), "tasks.db")
 	store, err := task.OpenSQLite(path)
 	must(t, err)

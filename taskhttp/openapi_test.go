@@ -52,7 +52,7 @@ func readDocument(t *testing.T) *document {
 	return &d
 }
 
-// lookup stores in v what a reference refers to.
+// lookup stores the target of a reference in v.
 func (d *document) lookup(ref string, v any) error {
 	parts := strings.Split(ref, "/")
 	if len(parts) != 4 || parts[0] != "#" || parts[1] != "components" || d.Components[parts[2]][parts[3]] == nil {
@@ -61,7 +61,7 @@ func (d *document) lookup(ref string, v any) error {
 	return json.Unmarshal(d.Components[parts[2]][parts[3]], v)
 }
 
-// operations returns what the document describes, by "GET /path".
+// operations returns the documented operations by "GET /path".
 func (d *document) operations(t *testing.T) map[string]operationDoc {
 	t.Helper()
 	all := make(map[string]operationDoc)
@@ -128,8 +128,8 @@ func TestOpenAPIRoutes(t *testing.T) {
 	}
 }
 
-// TestOpenAPIResponses: the handler gives every response of the document, and every
-// response of the handler is as documented.
+// TestOpenAPIResponses: the handler gives every documented response, and every response of
+// the handler is as documented.
 func TestOpenAPIResponses(t *testing.T) {
 	d := readDocument(t)
 	documented := d.operations(t)
@@ -172,7 +172,7 @@ func TestOpenAPIResponses(t *testing.T) {
 	}
 }
 
-// requestAll makes requests that lead to every response of every operation.
+// requestAll makes requests that together produce every response of every operation.
 func requestAll(t *testing.T, check func(t *testing.T, operation string, answer *http.Response)) {
 	store := newBrokenStore()
 	m, other := newManager(t, store), newManager(t, store)
@@ -225,7 +225,7 @@ func requestAll(t *testing.T, check func(t *testing.T, operation string, answer 
 	a.askBare()
 }
 
-// askBare makes a request for which the store lacks an ability.
+// askBare makes requests for which the store lacks an ability.
 func (a asker) askBare() {
 	bare := testkit.Bare(task.NewMemoryStore())
 	m, other := newManager(a.t, bare), newManager(a.t, bare)
@@ -235,7 +235,7 @@ func (a asker) askBare() {
 	a.ask("POST /{id}/again", run(a.t, m, "done", nil, nil).ID, "")
 }
 
-// An asker makes requests to a site, and checks the responses.
+// An asker makes requests to a site and checks the responses.
 type asker struct {
 	*site
 	check func(t *testing.T, operation string, answer *http.Response)
@@ -256,7 +256,7 @@ func (a asker) ask(operation, id, query string, header ...string) {
 	answer.Body.Close()
 }
 
-// askHealthy makes the requests for which the store has to work.
+// askHealthy makes the requests that need a working store.
 func (a asker) askHealthy(done, live, others string) {
 	a.ask("GET /", "", "?state=DONE,FAILED&state=RUNNING&limit=2&name=")
 	a.ask("GET /", "", "?limit=none")
@@ -289,7 +289,7 @@ func (a asker) askHealthy(done, live, others string) {
 	a.ask("GET /openapi.json", "", "", "If-None-Match", a.do("GET", "/openapi.json", 200, nil).Header.Get("ETag"))
 }
 
-// list returns all operations, after it has made the store work again.
+// list makes the store work again and returns all operations.
 func list(t *testing.T, store *brokenStore, m *task.Manager) []*task.Operation {
 	t.Helper()
 	store.fail(false)

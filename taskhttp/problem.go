@@ -11,7 +11,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// Problem details, as in RFC 9457.
+// problemDetails is the JSON body of an error response, as in RFC 9457.
 type problemDetails struct {
 	Type     string `json:"type"`
 	Title    string `json:"title"`
@@ -20,7 +20,7 @@ type problemDetails struct {
 	Instance string `json:"instance,omitempty"`
 }
 
-// badRequest is an error in a request.
+// A badRequest is an error in a request.
 type badRequest struct{ error }
 
 func (e badRequest) Unwrap() error { return e.error }
@@ -29,10 +29,11 @@ func badParameter(name, format string, args ...any) error {
 	return badRequest{fmt.Errorf("parameter "+name+": "+format, args...)}
 }
 
-// Error writes err as problem details ([RFC 9457]) with the matching status: 404
-// for [task.ErrNotFound], 409 for [task.ErrExists], 503 for [task.ErrClosed] and [task.ErrLagged], 501 for
-// [errors.ErrUnsupported], 504 for [context.DeadlineExceeded], 413 for a body
-// beyond the limit of [http.MaxBytesReader], and 500 for any other error.
+// Error writes err as problem details ([RFC 9457]) with the matching status: 404 for
+// [task.ErrNotFound], 409 for [task.ErrExists], 503 for [task.ErrClosed] and
+// [task.ErrLagged], 501 for [errors.ErrUnsupported], 504 for [context.DeadlineExceeded],
+// 413 for a body that exceeds the limit of [http.MaxBytesReader], and 500 for any other
+// error.
 //
 // The response contains the error's text.
 //
@@ -66,27 +67,27 @@ func statusOf(err error) int {
 	}
 }
 
-// Problem is like [Error] with a status of the caller's choice.
+// Problem is like [Error], but with the given status.
 func Problem(w http.ResponseWriter, r *http.Request, status int, err error) {
 	p := problemDetails{
-		Type:   "about:blank", // means that the title is that of the status
+		Type:   "about:blank", // the title is that of the status
 		Title:  http.StatusText(status),
 		Status: status,
 		Detail: err.Error(),
 	}
 	if r != nil {
-		// Not r.URL, from which a prefix may have been stripped. Without the query,
-		// which may hold secrets.
+		// Not r.URL, from which a prefix may have been stripped. The query is left out
+		// because it may hold secrets.
 		if u, err := url.ParseRequestURI(r.RequestURI); err == nil {
 			p.Instance = u.EscapedPath()
 		}
 	}
-	body, _ := json.Marshal(p) // can't fail with strings and numbers
+	body, _ := json.Marshal(p) // strings and numbers can't fail
 	header := w.Header()
 	header.Set("Content-Type", "application/problem+json")
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
-	header.Del("Content-Length") // of the intended response
+	header.Del("Content-Length") // set for the intended response
 	header.Del("ETag")
 	w.WriteHeader(status)
 	w.Write(append(body, '\n'))

@@ -16,8 +16,8 @@ import (
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-// eachProtocol runs f as a subtest for each protocol, with a function that
-// starts a server and a client that use this protocol only.
+// eachProtocol runs f as a subtest for each protocol. serve starts a server and a client
+// that use only this protocol.
 func eachProtocol(t *testing.T, f func(t *testing.T, serve func(http.Handler) *site)) {
 	tests := []struct {
 		name  string
@@ -56,9 +56,9 @@ func newProtocolSite(t *testing.T, h http.Handler, major int, tls bool) *site {
 	}
 	t.Cleanup(s.Close)
 	s.Client().CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	// All later requests over HTTP/2 share the connection of the first one. If
-	// they came first, each would open a connection, and net/http's Shutdown
-	// waits for one that is opened meanwhile.
+	// All later HTTP/2 requests share the connection of the first request. Without it, each
+	// of them would open a connection of its own, and net/http's Shutdown waits for a
+	// connection that is opened meanwhile.
 	answer, err := s.Client().Get(s.URL + prefix + "/")
 	must(t, err)
 	io.Copy(io.Discard, answer.Body)
@@ -66,11 +66,11 @@ func newProtocolSite(t *testing.T, h http.Handler, major int, tls bool) *site {
 	return &site{t, s.URL + prefix, s.Client(), s.Config}
 }
 
-// strict wraps a handler so that the test fails if the handler's ResponseWriter
-// is used after the handler has returned. Such a use is undefined: over HTTP/2
-// it crashes the process, over HTTP/1.1 it changes the next response of the
-// connection. Setting the short deadline of a stream that is to end takes delay:
-// a handler that does not wait for that call returns meanwhile.
+// strict wraps a handler so that the test fails if the ResponseWriter is used after the
+// handler has returned. Such a use is undefined: over HTTP/2 it crashes the process, over
+// HTTP/1.1 it changes the next response on the connection. When a stream is to end, setting
+// its short deadline takes delay, so that a handler that does not wait for that call
+// returns first.
 func strict(t testing.TB, h http.Handler, delay time.Duration) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s := &strictWriter{t: t, w: w, c: http.NewResponseController(w), delay: delay}
@@ -133,15 +133,15 @@ func (s *strictWriter) SetWriteDeadline(deadline time.Time) error {
 	return s.c.SetWriteDeadline(deadline)
 }
 
-// An exchange is a request and the expected response. In the path,
-// DONE, LIVE and STOP stand for the IDs of operations.
+// An exchange is a request and the expected response. In the path, DONE, LIVE and STOP
+// stand for the IDs of operations.
 type exchange struct {
 	route       string // as in Routes, or only a method
 	path        string
-	header      string // "Name: value", or nothing
+	header      string // "Name: value", or empty
 	status      int
 	contentType string
-	body        string // is part of the response body
+	body        string // part of the response body
 	endless     bool   // the response ends when the client closes it
 }
 
@@ -243,8 +243,8 @@ func (s *site) exchange(ids *strings.Replacer, method string, e exchange) {
 	}
 }
 
-// TestStreamsOpenedAndClosed opens and closes hundreds of event streams and waits,
-// with a disturbance in the middle. The process must not crash.
+// TestStreamsOpenedAndClosed opens and closes hundreds of event streams and waits, with a
+// disturbance halfway. The process must not crash.
 func TestStreamsOpenedAndClosed(t *testing.T) {
 	t.Parallel()
 	const clients, visits = 8, 30
@@ -293,13 +293,13 @@ func TestStreamsOpenedAndClosed(t *testing.T) {
 	})
 }
 
-// pathsOf returns the paths at which a response takes as long as op, or longer.
+// pathsOf returns the paths whose responses take at least as long as op.
 func pathsOf(op *controlled) []string {
 	return []string{"/events", "/" + op.ID + "/events", "/" + op.ID + "/wait"}
 }
 
-// visit opens a stream, reads some lines, and closes it. It reports whether
-// there was a response. With no lines to read it may disconnect before the response.
+// visit opens a stream, reads some lines, and closes it. It reports whether there was a
+// response. If lines is 0, it may disconnect before the response.
 func (s *site) visit(path string, lines int) (served bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -317,7 +317,7 @@ func (s *site) visit(path string, lines int) (served bool) {
 	return true
 }
 
-// keepBusy submits one operation after the other until stop is called.
+// keepBusy submits one operation after another until stop is called.
 func keepBusy(t *testing.T, m *task.Manager) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var all sync.WaitGroup
@@ -337,7 +337,7 @@ func keepBusy(t *testing.T, m *task.Manager) (stop func()) {
 	return func() { cancel(); all.Wait() }
 }
 
-// shutDown checks that Shutdown succeeds in that time.
+// shutDown checks that Shutdown succeeds within limit.
 func shutDown(t *testing.T, s *site, limit time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
@@ -346,13 +346,13 @@ func shutDown(t *testing.T, s *site, limit time.Duration) {
 	}
 }
 
-// TestStreamsEnded ends a hundred open streams and waits on the server.
+// TestStreamsEnded ends a hundred open streams and waits from the server's side.
 func TestStreamsEnded(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
 		name string
 		end  func(t *testing.T, s *site, m *task.Manager)
-		want []string // is part of what a client receives, for each of pathsOf
+		want []string // part of what a client receives, for each of pathsOf
 	}{
 		{
 			"server shut down", func(t *testing.T, s *site, _ *task.Manager) { shutDown(t, s, 10*time.Second) },
@@ -387,13 +387,13 @@ func TestStreamsEnded(t *testing.T) {
 	})
 }
 
-// receive reads a response to its end. It calls opened once the server serves the
+// receive reads a response to its end. It calls opened once the server is serving the
 // request.
 func (s *site) receive(path string, opened func()) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	if strings.HasSuffix(path, "/wait") {
-		// There is no response before the end.
+		// There is no response before the end of the wait.
 		time.AfterFunc(200*time.Millisecond, opened)
 		opened = func() {}
 	}
@@ -411,12 +411,12 @@ func (s *site) receive(path string, opened func()) string {
 	return string(body)
 }
 
-// TestStreamsBlocked shuts a server down while a client does not read what is
-// written to it: the blocked write must end soon.
+// TestStreamsBlocked shuts a server down while a client does not read its response: the
+// blocked write must end soon.
 func TestStreamsBlocked(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, nil)
-	for range 600 { // more than the buffers of client and server hold
+	for range 600 { // more than the client's and the server's buffers hold
 		newControlled(t, m, "live", task.WithMetadata(strings.Repeat("x", 15_000)))
 	}
 	eachProtocol(t, func(t *testing.T, serve func(http.Handler) *site) {

@@ -24,7 +24,7 @@ func put(t testing.TB, rec *recorder, op task.Operation) {
 	rec.put(lighten(&op))
 }
 
-// recorded returns what can be resumed after an event.
+// recorded returns the events that a client can resume with after seq.
 func recorded(t *testing.T, rec *recorder, seq uint64) (events []eventlog.Event[entry], bytes int) {
 	t.Helper()
 	r, ok := rec.resume(rec.eventID(seq))
@@ -45,7 +45,7 @@ func recorded(t *testing.T, rec *recorder, seq uint64) (events []eventlog.Event[
 	}
 }
 
-// oldest returns the oldest event after which a client can resume.
+// oldest returns the sequence number of the oldest event after which a client can resume.
 func oldest(rec *recorder, last uint64) uint64 {
 	for seq := uint64(0); seq <= last; seq++ {
 		if r, ok := rec.resume(rec.eventID(seq)); ok {
@@ -85,7 +85,7 @@ func TestRecorderBounds(t *testing.T) {
 		t.Errorf("12,000 big operations: %d events of %d bytes", len(events), bytes)
 	}
 
-	// A huge operation displaces no others.
+	// A huge operation does not displace others.
 	before := oldest(rec, last)
 	huge := json.RawMessage(`"` + strings.Repeat("x", maxBytes) + `"`)
 	put(t, rec, task.Operation{ID: "huge", State: task.StateDone, Metadata: huge, Result: huge})
@@ -108,7 +108,7 @@ func expectReload(t *testing.T, rec *recorder, r *eventlog.Reader[entry]) {
 	}
 }
 
-// follow returns what a stream sends until it ends.
+// follow returns everything that a stream sends until it ends.
 func follow(t *testing.T, rec *recorder, r *eventlog.Reader[entry]) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -132,7 +132,7 @@ func TestRecorderResume(t *testing.T) {
 	}
 	tests := []struct {
 		id   string
-		want int // events, or -1 if it can't be resumed
+		want int // number of events, or -1 if it can't be resumed
 	}{
 		{rec.epoch + "-0", 3},
 		{rec.epoch + "-2", 1},
@@ -212,7 +212,7 @@ func TestRecorderEnd(t *testing.T) {
 	}
 }
 
-// sequence yields an operation, and then an error if there is one.
+// sequence yields an operation, and then err unless it is nil.
 func sequence(op *task.Operation, err error) iter.Seq2[*task.Operation, error] {
 	return func(yield func(*task.Operation, error) bool) {
 		if yield(op, nil) && err != nil {
@@ -230,8 +230,8 @@ func TestRecorderEncodingError(t *testing.T) {
 	}
 }
 
-// TestRecorderReplay takes snapshots while operations start and finish. Each
-// snapshot with the events after it leads to the state of the manager.
+// TestRecorderReplay takes snapshots while operations start and finish. Each snapshot plus
+// the events after it must lead to the manager's state.
 func TestRecorderReplay(t *testing.T) {
 	t.Parallel()
 	m := task.NewManager(nil, task.WithLimit(8))
@@ -253,7 +253,7 @@ func TestRecorderReplay(t *testing.T) {
 		replays = append(replays, p)
 		all.Go(func() { p.read(r) })
 		time.Sleep(time.Millisecond)
-		if i%10 == 9 { // the next one begins with a new recorder
+		if i%10 == 9 { // the next round begins with a new recorder
 			h.mu.Lock()
 			h.recorder = nil
 			h.mu.Unlock()
@@ -314,12 +314,12 @@ func work(i int) task.Func {
 type replay struct {
 	t        *testing.T
 	ops      map[string]*task.Operation
-	finished map[string]bool // operations not in the snapshot that had finished
+	finished map[string]bool // finished operations that were not in the snapshot
 }
 
-// begin applies a snapshot. An operation that is stored and not in it has either
-// finished, maybe before its Submit returns, or its first event will follow: the
-// recorder may be behind the manager.
+// begin applies a snapshot. A stored operation that is not in it has either finished,
+// possibly before its Submit returned, or its first event will follow, because the recorder
+// may lag behind the manager.
 func (p *replay) begin(m *task.Manager, live []light) {
 	for _, op := range live {
 		p.ops[op.ID] = op.Operation
@@ -333,8 +333,7 @@ func (p *replay) begin(m *task.Manager, live []light) {
 	}
 }
 
-// read applies the events and checks that the states are in order, with none
-// missing.
+// read applies the events and checks that the states are in order and complete.
 func (p *replay) read(r *eventlog.Reader[entry]) {
 	for {
 		e, ok, err := r.Next()
@@ -418,7 +417,7 @@ func TestRecorderClosedManager(t *testing.T) {
 	}
 }
 
-// TestRecorderExpiry: without streams, a recorder ends after a while.
+// TestRecorderExpiry: a recorder without streams ends after a while.
 func TestRecorderExpiry(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

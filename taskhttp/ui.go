@@ -30,10 +30,10 @@ func etag(body []byte) string {
 	return fmt.Sprintf(`"%.12x"`, sha256.Sum256(body))
 }
 
-// shorten removes indentation, blank lines, comments, and line ends between tags. The
-// page has no texts of several lines, in which they would matter. A comment after code
-// has no quotation marks, so that no text is taken for one. In the style it also
-// removes the space around punctuation.
+// shorten removes indentation, blank lines, comments, and newlines between tags. They would
+// matter only in text that spans lines, which the page does not have. It removes a comment
+// after code only if the comment has no quotation marks, so that it never cuts a string. In
+// the style element it also removes the space around punctuation.
 func shorten(page []byte) []byte {
 	page = regexp.MustCompile("(?m)^[ \t]*(//.*)?\n|^[ \t]+|[ \t]+// [^\"'`\n]*$").ReplaceAll(page, nil)
 	page = bytes.ReplaceAll(page, []byte(">\n<"), []byte("><"))
@@ -44,8 +44,8 @@ func shorten(page []byte) []byte {
 	})
 }
 
-// policy returns a Content-Security-Policy under which the page may use its
-// own script and style and connect to its own origin, and nothing else.
+// policy returns a Content-Security-Policy that allows the page its own script and style
+// and connections to its own origin, and nothing else.
 func policy(page []byte) string {
 	return strings.Join([]string{
 		"default-src 'none'",
@@ -61,7 +61,7 @@ func policy(page []byte) string {
 	}, "; ")
 }
 
-// hashes returns the policy's sources for the inline elements of that name.
+// hashes returns the policy sources for the inline elements with the given name.
 func hashes(page []byte, element string) string {
 	var b strings.Builder
 	for _, m := range regexp.MustCompile(`(?s)<`+element+`>(.*?)</`+element+`>`).FindAllSubmatch(page, -1) {
@@ -71,8 +71,8 @@ func hashes(page []byte, element string) string {
 	return b.String()
 }
 
-// renderPage returns the page as the options chose it.
-// They do not change a script or a style, and so the policy.
+// renderPage returns the page with the title, the link and the run-again marker of the
+// options. They change no script or style, so the policy still matches.
 func (h *handler) renderPage() []byte {
 	title := html.EscapeString(h.title)
 	heading := "<h1>" + title + "</h1>"
@@ -81,7 +81,7 @@ func (h *handler) renderPage() []byte {
 	}
 	body := "<body>"
 	if h.runAgain != nil {
-		body = "<body data-again>" // the script then offers it
+		body = "<body data-again>" // makes the script offer it
 	}
 	return []byte(strings.NewReplacer("<title>Tasks</title>", "<title>"+title+"</title>", "<body>", body, "<h1>Tasks</h1>", heading).Replace(string(pageHTML)))
 }
@@ -96,8 +96,8 @@ func (h *handler) serveUI(w http.ResponseWriter, r *http.Request, _ url.Values) 
 	return nil
 }
 
-// redirectUI redirects to the path without the slash, for which the page's
-// relative links are written. http.Redirect would lack the prefix.
+// redirectUI redirects to the path without the slash, which the page's relative links
+// assume. http.Redirect would lack the prefix.
 func redirectUI(w http.ResponseWriter, r *http.Request, _ url.Values) error {
 	w.Header().Set("Location", "../ui")
 	w.WriteHeader(http.StatusPermanentRedirect)

@@ -12,8 +12,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// The rules for the optional abilities of stores. A new ability needs a table
-// like these, which TestPersistence runs, and a case in Inject.
+// The rules for the optional abilities of stores. A new ability needs a table like these,
+// which TestPersistence runs, and a case in Inject.
 
 var batchChecks = []check{
 	{
@@ -71,7 +71,7 @@ func batches(s *session) {
 	}
 }
 
-// batchesWithBad puts a bad member in every place, and several into one batch.
+// batchesWithBad puts a bad member at every position, and several into one batch.
 func batchesWithBad(s *session) {
 	stored, finished := s.saved("stored"), in(task.StateDone, s.new("finished"))
 	s.save(finished)
@@ -152,7 +152,8 @@ var recoverChecks = []check{
 	},
 }
 
-// left makes a store that is then closed leave operations in all states behind.
+// left stores operations in all states and then reopens the store, so that the unfinished
+// ones are orphans. It reports whether reopening succeeded.
 func (s *session) left(rounds int) bool {
 	for i := range rounds {
 		for _, state := range states {
@@ -187,10 +188,10 @@ func recovers(s *session) {
 	}
 }
 
-// recover calls Recover and checks what it yields. It breaks out of the loop
-// after most operations, unless most is negative, and returns their number.
+// recover calls Recover and checks what it yields. It breaks out of the loop after most
+// operations, unless most is negative, and returns their number.
 func (s *session) recover(reason string, most int) (n int) {
-	never := func(*task.Operation) bool { return false } // nil is the same: see recover-living
+	never := func(*task.Operation) bool { return false } // equivalent to nil: see recover-living
 	for op, err := range s.db.(task.Recoverer).Recover(reason, never) {
 		if err != nil || op == nil {
 			s.errorf("Recover yielded %s, %v, want an operation", show(op), err)
@@ -210,7 +211,7 @@ func (s *session) recover(reason string, most int) (n int) {
 	return n
 }
 
-// later returns the later of two UpdatedAt.
+// later returns the later UpdatedAt of two operations.
 func later(before, now *task.Operation) time.Time {
 	if now.UpdatedAt.Before(before.UpdatedAt) {
 		return before.UpdatedAt
@@ -218,8 +219,8 @@ func later(before, now *task.Operation) time.Time {
 	return now.UpdatedAt
 }
 
-// expectFailed marks all unfinished operations of s.want as FAILED. Where a break
-// kept one from being yielded, only the store knows its UpdatedAt.
+// expectFailed marks all unfinished operations of s.want as FAILED. If a break kept an
+// operation from being yielded, only the store knows its UpdatedAt.
 func (s *session) expectFailed(reason string) {
 	for i := range s.want {
 		at := &s.want[i]
@@ -246,11 +247,11 @@ func recoversInParts(s *session) {
 		switch {
 		case err != nil:
 			s.errorf("after a break: Get(%s) = %v", short(want.Name), err)
-		case want.State.Finished(): // the one that was yielded too
+		case want.State.Finished(): // including the one that was yielded
 			s.same("after a break: Get", got, &want)
 		}
 	}
-	s.recover(reason, -1) // yields the rest, or what is still unfinished of it
+	s.recover(reason, -1) // yields the rest, or what is still unfinished
 	s.expectFailed(reason)
 	s.verify("after a second Recover")
 }
@@ -296,7 +297,7 @@ func resumes(s *session) {
 		return
 	}
 	const reason = "it's the reason"
-	taken := make(map[string]bool) // by the IDs of those that were asked for
+	taken := make(map[string]bool) // what resume returned, by ID
 	resume := func(op *task.Operation) bool {
 		if at := s.find(op.ID); at == nil || at.State.Finished() || at.Cancelling {
 			s.errorf("resume was called with %s, which is not to be resumed", show(op))
@@ -338,8 +339,8 @@ func resumes(s *session) {
 	s.resumedBy(taken, owners)
 }
 
-// resumedBy checks that the operations that were taken over have the Owner with
-// which they were yielded.
+// resumedBy checks that the operations that were taken over have the Owner with which they
+// were yielded.
 func (s *session) resumedBy(taken map[string]bool, owners map[string]string) {
 	for id, yes := range taken {
 		if got, err := s.db.Get(id); err == nil && yes && (got.Owner == "" || got.Owner != owners[id]) {
@@ -433,7 +434,7 @@ func filters(s *session) {
 		}
 	}
 	middle := s.want[len(s.want)/2].ID
-	var include, exclude []string // every other operation, in whatever state
+	var include, exclude []string // every other operation, regardless of state
 	for i, op := range s.want {
 		if i%2 == 0 {
 			include = append(include, op.ID)
@@ -470,7 +471,7 @@ func filtersBeforeDeleted(s *session) {
 	for i := range 10 {
 		op := s.new("scrub")
 		if op.ID = id(i); i%3 == 2 {
-			op.ID = fmt.Sprintf("import-%d", i) // has no place by time
+			op.ID = fmt.Sprintf("import-%d", i) // its ID contains no time
 		}
 		if i%3 != 0 {
 			s.save(op)
@@ -488,7 +489,7 @@ func filtersBeforeDeleted(s *session) {
 	}
 }
 
-// omits lists a value that fits and one that does not, each by way of either field.
+// omits lists a value that fits and one that does not, each in either field.
 func omits(s *session) {
 	const most = 1000
 	fits, long := json.RawMessage(`"fits"`), json.RawMessage(`"`+strings.Repeat("ä", most)+`"`)

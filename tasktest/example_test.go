@@ -15,7 +15,7 @@ import (
 	"github.com/mynt-nas/task/tasktest"
 )
 
-// This belongs in a file whose name ends in _test.go.
+// Put this in a file whose name ends in _test.go.
 func ExampleTestPersistence() {
 	TestStore := func(t *testing.T) {
 		tasktest.TestPersistence(t, func(dir string) (task.Persistence, error) {
@@ -25,8 +25,8 @@ func ExampleTestPersistence() {
 	_ = TestStore
 }
 
-// For a store without files, a map from the directory to the store allows
-// opening it again.
+// For a store without files, a map from the directory to the store makes it possible to
+// open the store again.
 func ExampleTestPersistence_memory() {
 	TestStore := func(t *testing.T) {
 		stores := make(map[string]task.Persistence)
@@ -40,8 +40,8 @@ func ExampleTestPersistence_memory() {
 	_ = TestStore
 }
 
-// How does a program cope with a full disk? Here the disk fills up while a
-// function runs, and has space again later.
+// How does a program cope with a full disk? Here the disk fills up while a function runs,
+// and later has space again.
 func ExampleInject() {
 	errFull := errors.New("no space left on device")
 	var full atomic.Bool
@@ -84,7 +84,7 @@ func ExampleInject() {
 }
 
 func ExampleFailNth() {
-	// The first call is that of Recover, by task.New.
+	// The first call is Recover, called by task.New.
 	db := tasktest.Inject(task.NewMemoryStore(), tasktest.FailNth(0, errors.New("disk failure")))
 	_, err := task.New(db)
 	fmt.Println(err)

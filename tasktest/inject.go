@@ -13,25 +13,25 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A Call is a method call of a store that [Inject] has returned.
+// A Call is a method call on a store returned by [Inject].
 type Call struct {
 	Method string // "Save", "Update", "List", "Get", "WriteBatch", "Recover" and so on
-	N      int    // the number of earlier calls of that store, of any method
+	N      int    // the number of earlier calls of any method on that store
 }
 
-// Inject returns a store that asks fault about each call. If fault returns nil,
-// the call goes to db. If it returns an error, db is not called, and the call
-// fails with that error: WriteBatch returns it for each operation, Recover, Prune
-// and Changes yield nothing else. See [Lost] for errors after db was called.
+// Inject returns a store that calls fault before each call. If fault returns nil, the call
+// goes to db. If fault returns an error, db is not called and the call fails with that
+// error: WriteBatch returns it for each operation, and Recover, Prune and Changes yield
+// nothing else. See [Lost] for errors after db was called.
 //
-// The store has the methods of all abilities. Those of an ability that db does not
-// have return an error that wraps [errors.ErrUnsupported], and are no calls. It
-// has no Close; close db. Recover, Prune and Changes count as calls when their results are ranged
-// over. A manager calls CancelRequests and Changes some time after an operation has
-// begun, and then again and again.
+// The store has the methods of all abilities. Methods of an ability that db lacks return an
+// error that wraps [errors.ErrUnsupported] and do not count as calls. The store has no
+// Close; close db. Recover, Prune and Changes count as calls when their results are ranged
+// over. A manager calls CancelRequests and Changes some time after an operation begins, and
+// then repeatedly.
 //
-// Many goroutines call fault at once. It may block, and it may inspect the
-// program under test.
+// fault must be safe for concurrent use. It may block, and it may inspect the program under
+// test.
 func Inject(db task.Persistence, fault func(Call) error) task.Persistence {
 	return &injected{db: db, fault: fault}
 }
@@ -41,8 +41,8 @@ func FailNth(n int, err error) func(Call) error {
 	return failIf(func(c Call) bool { return c.N == n }, err)
 }
 
-// FailFrom is a fault for [Inject]: call n, counted from 0, and all later ones
-// fail with err.
+// FailFrom is a fault for [Inject]: call n, counted from 0, and all later calls fail with
+// err.
 func FailFrom(n int, err error) func(Call) error {
 	return failIf(func(c Call) bool { return c.N >= n }, err)
 }
@@ -64,8 +64,8 @@ func Delay(d time.Duration) func(Call) error {
 	}
 }
 
-// Lost returns an error that stands for a lost acknowledgement: when a fault
-// returns it, the store does the work, and the call still fails with err.
+// Lost returns an error that simulates a lost acknowledgement: if a fault returns it, the
+// store does the work, but the call fails with err. Changes fails without calling the store.
 func Lost(err error) error { return &lostError{err} }
 
 type lostError struct{ err error }
@@ -73,14 +73,14 @@ type lostError struct{ err error }
 func (e *lostError) Error() string { return "done, but reported as failed: " + e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
 
-// injected is the store that Inject returns.
+// injected is the store returned by Inject.
 type injected struct {
 	db    task.Persistence
 	fault func(Call) error
 	calls atomic.Int64
 }
 
-// ask returns whether to call the store, and the error that the caller gets.
+// ask returns whether to call the store, and the error to return to the caller.
 func (s *injected) ask(method string) (pass bool, err error) {
 	err = s.fault(Call{Method: method, N: int(s.calls.Add(1)) - 1})
 	var lost *lostError
@@ -99,7 +99,7 @@ func (s *injected) do(method string, call func() error) error {
 	return cmp.Or(err, own)
 }
 
-// Owner returns what db's has, if that has the method, so that operations show
+// Owner returns the result of db's Owner method, or "" if db has none. Operations thus show
 // the same Owner as without Inject.
 func (s *injected) Owner() string {
 	if db, ok := s.db.(interface{ Owner() string }); ok {

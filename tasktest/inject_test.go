@@ -12,7 +12,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A spy records the names of the methods that are called, and always succeeds.
+// A spy records the names of the methods called, and always succeeds.
 type spy struct{ called []string }
 
 func (s *spy) Save(*task.Operation) error   { s.called = append(s.called, "Save"); return nil }
@@ -41,8 +41,8 @@ func (s *spy) Recover(string, func(*task.Operation) bool) iter.Seq2[*task.Operat
 	}
 }
 
-// injectedCalls calls each method. The functions return its errors, and whether
-// it returned a result.
+// injectedCalls calls each method. The functions return its errors and whether it returned
+// a result.
 var injectedCalls = map[string]func(db task.Persistence) (errs []error, result bool){
 	"Save":   func(db task.Persistence) ([]error, bool) { return []error{db.Save(nil)}, false },
 	"Update": func(db task.Persistence) ([]error, bool) { return []error{db.Update(nil)}, false },
@@ -108,8 +108,8 @@ func TestInjectAnswers(t *testing.T) {
 	}
 }
 
-// TestInjectAbilities checks that the methods of an ability which the store does
-// not have say so, and count as no calls.
+// TestInjectAbilities checks that the methods of an ability that the store lacks report
+// that it is unsupported, and do not count as calls.
 func TestInjectAbilities(t *testing.T) {
 	s := Inject(bare{new(spy)}, func(c Call) error {
 		t.Errorf("call of %s", c.Method)
@@ -140,8 +140,8 @@ func TestInjectAbilities(t *testing.T) {
 	}
 }
 
-// TestInjectHistory checks that listing and pruning fail as fault says, before or
-// after the store was called.
+// TestInjectHistory checks that listing and pruning fail as fault demands, before or after
+// the store is called.
 func TestInjectHistory(t *testing.T) {
 	broken := errors.New("broken")
 	for _, test := range []struct {

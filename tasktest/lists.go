@@ -10,7 +10,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// lists checks pages, each a limit and an offset, of what the filters are for.
+// lists checks pages, each a limit and an offset, for every filter.
 func (s *session) lists(pages [][2]int, filters ...task.Filter) {
 	for _, f := range filters {
 		for _, page := range pages {
@@ -27,7 +27,7 @@ func (s *session) lists(pages [][2]int, filters ...task.Filter) {
 	}
 }
 
-// listed returns what ListFiltered should return.
+// listed returns the expected result of ListFiltered.
 func (s *session) listed(f task.Filter, limit, offset int) (page []*task.Operation) {
 	all := s.page(len(s.want), len(s.want), 0)
 	if f.ByFinish {
@@ -49,8 +49,8 @@ func (s *session) listed(f task.Filter, limit, offset int) (page []*task.Operati
 	return page
 }
 
-// matches reports whether an operation is one that the filter is for, Before left
-// aside. The texts of the checks have no other letters in both cases than ASCII ones.
+// matches reports whether an operation matches the filter, apart from Before. In the texts
+// of the checks, only ASCII letters occur in both cases.
 func matches(f task.Filter, op *task.Operation) bool {
 	if (f.ByFinish || !f.FinishedAfter.IsZero() || !f.FinishedBefore.IsZero()) && !op.State.Finished() {
 		return false
@@ -62,8 +62,8 @@ func matches(f task.Filter, op *task.Operation) bool {
 		matchesNow(f, op)
 }
 
-// matchesNow reports whether an operation has the filter's states and metadata, or
-// counts as if it had.
+// matchesNow reports whether an operation matches the filter's states and metadata. For an
+// unfinished operation, Include and Exclude take precedence.
 func matchesNow(f task.Filter, op *task.Operation) bool {
 	if len(f.States)+len(f.Metadata) > 0 && !op.State.Finished() {
 		if slices.Contains(f.Include, op.ID) {
@@ -75,7 +75,7 @@ func matchesNow(f task.Filter, op *task.Operation) bool {
 	}
 	raw, _ := op.Metadata.(json.RawMessage)
 	var members map[string]any
-	json.Unmarshal(raw, &members) // what is no object has no members
+	json.Unmarshal(raw, &members) // only an object has members
 	for key, value := range f.Metadata {
 		if members[key] != any(value) {
 			return false
@@ -136,8 +136,8 @@ func metadata(s *session) {
 	}
 }
 
-// finishes saves operations that finish at different times, not in the order of
-// Save, two at a time, and some that do not finish.
+// finishes saves operations that finish at different times, two at a time and not in the
+// order of Save, and some that do not finish.
 func (s *session) finishes() {
 	for i, second := range []int{3, 1, 4, 1, 5, 9, 2, 6, 5, 3} {
 		op := s.saved(fmt.Sprint(i))

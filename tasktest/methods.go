@@ -301,7 +301,7 @@ func pagesMoving(s *session) {
 				from := int(saved.Load())
 				last = from == total
 				got, err := s.db.List(limit, offset)
-				to := min(int(saved.Load())+1, total) // one more Save may be under way
+				to := min(int(saved.Load())+1, total) // one more Save may be in progress
 				if err != nil || !s.everWas(got, limit, offset, from, to) {
 					s.errorf("List(limit %d, offset %d) = %s, %v, which was the page at no moment", limit, offset, names(got), err)
 				}
@@ -312,8 +312,7 @@ func pagesMoving(s *session) {
 	s.verify("at the end")
 }
 
-// everWas reports whether this was the page for a length of the history between
-// from and to.
+// everWas reports whether page was right for a history of any length from from to to.
 func (s *session) everWas(page []*task.Operation, limit, offset, from, to int) bool {
 	for n := from; n <= to; n++ {
 		if samePage(page, s.page(n, limit, offset)) {
@@ -468,7 +467,7 @@ func reopens(s *session) {
 			return
 		}
 		s.verify("opened again")
-		for _, op := range slices.Clone(s.want) { // finished ones must still be finished
+		for _, op := range slices.Clone(s.want) { // finished operations must stay unchanged
 			op.Metadata = json.RawMessage(fmt.Sprint(round))
 			s.update(op)
 		}
@@ -504,7 +503,7 @@ func (s *session) crowd(save, update func(task.Operation)) {
 	if err != nil {
 		s.errorf("List = %v", err)
 	}
-	// Concurrent saves may have any order: take the store's.
+	// Concurrent saves may be in any order: adopt the store's.
 	place := make(map[string]int)
 	for i, row := range rows {
 		if row != nil {
@@ -537,8 +536,8 @@ func oneWinner(s *session) {
 	}
 }
 
-// compete makes several goroutines write an operation at the same time. It
-// returns the version that was stored.
+// compete makes several goroutines write an operation at the same time. It returns the
+// version that was stored.
 func (s *session) compete(method string, write func(*task.Operation) error, of func(who string) task.Operation) *task.Operation {
 	ops, errs := make([]task.Operation, 8), make([]error, 8)
 	start := make(chan struct{})
@@ -570,7 +569,7 @@ func (s *session) compete(method string, write func(*task.Operation) error, of f
 	return won
 }
 
-// patience bounds calls of a manager that should return at once.
+// patience bounds manager calls that should return at once.
 const patience = 10 * time.Second
 
 // quiet makes a manager log nothing.
@@ -582,7 +581,7 @@ func manages(s *session) {
 	if !s.reopen() {
 		return
 	}
-	if got, err := s.db.List(1, 1); err != nil || len(got) > 0 { // New would never reach the end
+	if got, err := s.db.List(1, 1); err != nil || len(got) > 0 { // otherwise New would never end
 		s.errorf("List(limit 1, offset 1) of one operation = %s, %v, want none", names(got), err)
 		return
 	}
@@ -639,8 +638,8 @@ func managesIDs(s *session) {
 	}
 }
 
-// submitID has many goroutines submit an ID at once, of whose functions so many
-// should run.
+// submitID makes many goroutines submit the same ID at once. want is how many of the
+// functions should run.
 func (s *session) submitID(m *task.Manager, id string, want int32) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -669,8 +668,8 @@ func (s *session) submitID(m *task.Manager, id string, want int32) {
 	}
 }
 
-// wait waits for an operation that should end in that state, and adds what the
-// manager shows to s.want.
+// wait waits for an operation that should end in the given state, and adds what the manager
+// shows to s.want.
 func (s *session) wait(ctx context.Context, m *task.Manager, op *task.Operation, state task.State) {
 	got, err := m.Wait(ctx, op.ID)
 	if err != nil || got.State != state {

@@ -39,7 +39,7 @@ var otherChecks = []check{
 	},
 }
 
-// cancels reports whether a store, or the one that it wraps, is a task.Canceller.
+// cancels reports whether a store, or the store it wraps, is a task.Canceller.
 func cancels(db task.Persistence) bool {
 	c, ok := db.(task.Canceller)
 	if !ok {
@@ -49,7 +49,7 @@ func cancels(db task.Persistence) bool {
 	return !errors.Is(err, errors.ErrUnsupported)
 }
 
-// notifies does the same for task.Notifier.
+// notifies reports the same for task.Notifier.
 func notifies(db task.Persistence) bool {
 	n, ok := db.(task.Notifier)
 	if !ok {
@@ -63,7 +63,7 @@ func notifies(db task.Persistence) bool {
 	return true
 }
 
-// requestCancel calls RequestCancel and checks its answer.
+// requestCancel calls RequestCancel and checks its result.
 func (s *session) requestCancel(op task.Operation, text string) {
 	var want error
 	if at := s.find(op.ID); at == nil || at.State.Finished() {
@@ -74,8 +74,7 @@ func (s *session) requestCancel(op task.Operation, text string) {
 	s.answer("RequestCancel of "+short(op.Name)+" in state "+string(op.State), s.db.(task.Canceller).RequestCancel(op.ID, text), want)
 }
 
-// expectRequests checks the answer of CancelRequests, and which operations are
-// Cancelling.
+// expectRequests checks the result of CancelRequests, and which operations are Cancelling.
 func (s *session) expectRequests(when string, want map[string]string) {
 	got, err := s.db.(task.Canceller).CancelRequests()
 	if err != nil || !maps.Equal(got, want) {

@@ -10,13 +10,13 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A cancelStore adds cancel requests and keeps the contract, as long as change does.
+// A cancelStore adds cancel requests. It keeps the contract as long as change does.
 type cancelStore struct {
 	*mapStore
 	texts  map[string]string
-	change func(s cancelStore, op *task.Operation) // replaces what RequestCancel does with an unfinished row
-	late   error                                   // what RequestCancel returns for others
-	list   func(s cancelStore) map[string]string   // replaces what CancelRequests returns
+	change func(s cancelStore, op *task.Operation) // replaces RequestCancel for an unfinished row
+	late   error                                   // result of RequestCancel for other rows
+	list   func(s cancelStore) map[string]string   // replaces CancelRequests
 }
 
 func newCancelStore() cancelStore {
@@ -54,7 +54,7 @@ func (s cancelStore) CancelRequests() (map[string]string, error) {
 	return requests, nil
 }
 
-// cancelling opens a store that is wrong in the way that wrong makes it.
+// cancelling opens a cancelStore modified by wrong.
 func cancelling(wrong func(s *cancelStore)) openFunc {
 	return once(func() cancelStore {
 		s := newCancelStore()
@@ -63,7 +63,7 @@ func cancelling(wrong func(s *cancelStore)) openFunc {
 	})
 }
 
-// A notifyStore yields changes as its function says.
+// A notifyStore yields changes as its function does.
 type notifyStore struct {
 	*mapStore
 	changes func(s notifyStore, ctx context.Context, yield func(error) bool)
@@ -182,8 +182,8 @@ func newBoth() both {
 	return both{s, notifyStore{s.mapStore, poll}}
 }
 
-// TestInjectOthers: the abilities fail with the fault, and are unsupported where
-// the store lacks them.
+// TestInjectOthers: the abilities fail with the fault, and are unsupported if the store
+// lacks them.
 func TestInjectOthers(t *testing.T) {
 	fault := errors.New("fault")
 	for _, tt := range []struct {

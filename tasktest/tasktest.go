@@ -1,6 +1,6 @@
 // Package tasktest helps to test stores and programs that use package task.
-// [TestPersistence] checks a store against the contract of [task.Persistence].
-// [Inject] makes a store fail on purpose, to see how a program copes.
+// [TestPersistence] checks a store against the contract of [task.Persistence]. [Inject]
+// makes a store fail on purpose, to test how a program copes.
 package tasktest
 
 import (
@@ -19,21 +19,19 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestPersistence checks a store against the contract of [task.Persistence],
-// and of each optional ability that it has: [task.BatchWriter],
-// [task.Recoverer], [task.FilteredLister], [task.Pruner], [task.Canceller] and
-// [task.Notifier]. It runs one subtest per rule. A failing subtest reports the rule, what it expected and what it
-// found.
+// TestPersistence checks a store against the contract of [task.Persistence] and of each
+// optional ability that it has: [task.BatchWriter], [task.Recoverer],
+// [task.FilteredLister], [task.Pruner], [task.Canceller] and [task.Notifier]. It runs one
+// subtest per rule. A failing subtest reports the rule, what it expected and what it found.
 //
-// The function open opens the store whose data is in the directory dir, which
-// is new and empty the first time. Reopened for the same directory, the store
-// must show the same operations. A store that is an [io.Closer] is closed before
-// it is reopened, and at the end. For a store without files, open can keep a map
-// from dir to store.
+// The function open opens the store whose data is in the directory dir, which is new and
+// empty the first time. When open is called again for the same directory, the store must
+// show the same operations. A store that is an [io.Closer] is closed before it is reopened
+// and at the end. For a store without files, open can keep a map from dir to store.
 //
-// The operations are like those of a manager: IDs are UUIDs, texts are valid
-// UTF-8, and times are in UTC, to the microsecond. Use the race detector: stores
-// are called from many goroutines at once.
+// The operations resemble those of a manager: IDs are UUIDs, texts are valid UTF-8, and
+// times are in UTC with microsecond precision. Run the tests with the race detector,
+// because many goroutines call the store concurrently.
 func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, error)) {
 	for _, c := range slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks, otherChecks) {
 		t.Run(c.name, func(t *testing.T) {
@@ -50,12 +48,12 @@ func TestPersistence(t *testing.T, open func(dir string) (task.Persistence, erro
 type check struct {
 	name string
 	rule string
-	has  func(task.Persistence) bool // whether a store has the ability; nil if every store has it
+	has  func(task.Persistence) bool // reports whether a store has the ability; nil if every store does
 	test func(*session)
 }
 
-// can returns a function that reports whether a store has an ability: its method
-// is there, and a call that changes nothing does not say that it is not supported.
+// can returns a function that reports whether a store has an ability. The store must have
+// the method, and a call that changes nothing must not return errors.ErrUnsupported.
 func can[I task.Persistence](try func(I) error) func(task.Persistence) bool {
 	return func(db task.Persistence) bool {
 		i, ok := db.(I)
@@ -87,8 +85,7 @@ var (
 
 var errUnable = errors.New("the store does not have this ability")
 
-// run checks the store in a new directory. The error states the rule and each
-// violation.
+// run checks the store in a new directory. The error states the rule and each violation.
 func (c check) run(dir string, open func(dir string) (task.Persistence, error)) error {
 	s := &session{
 		open: func() (task.Persistence, error) { return open(dir) },
@@ -112,15 +109,14 @@ func (c check) run(dir string, open func(dir string) (task.Persistence, error)) 
 	return fmt.Errorf("%s\n%w", c.rule, errors.Join(s.errs...))
 }
 
-// A session is a store under test, its expected content, and the violations
-// found so far.
+// A session is a store under test, its expected content, and the violations found so far.
 type session struct {
 	open func() (task.Persistence, error)
 	db   task.Persistence
 	rand *rand.Rand
 
 	mu   sync.Mutex       // guards what follows
-	want []task.Operation // what should be stored, by order of Save
+	want []task.Operation // the expected content, in order of Save
 	errs []error
 }
 
@@ -151,13 +147,11 @@ func (s *session) close() {
 	s.db = nil
 }
 
-// noon is the time of the operations in most checks. Operations differ only
-// where the rule needs it, so that a wrong store fails the check of the rule that
-// it breaks, and no other.
+// noon is the time of the operations in most checks. Operations differ only where the rule
+// requires it, so that a wrong store fails only the check of the rule that it breaks.
 var noon = time.Date(2024, 2, 29, 12, 0, 0, 0, time.UTC)
 
-// new returns a new operation. IDs are random: their order is not the order of
-// creation.
+// new returns a new operation. IDs are random, so their order is not the order of creation.
 func (s *session) new(name string) task.Operation {
 	r := s.rand
 	return task.Operation{
@@ -177,7 +171,7 @@ func (s *session) saved(name string) task.Operation {
 	return op
 }
 
-// in returns op in another state, with the other fields to match.
+// in returns op in another state, with its other fields set to match.
 func in(state task.State, op task.Operation) task.Operation {
 	op.State = state
 	op.UpdatedAt = op.CreatedAt.Add(2 * time.Second)
@@ -196,20 +190,20 @@ func in(state task.State, op task.Operation) task.Operation {
 	return op
 }
 
-// save calls Save and checks its answer. As everywhere, the store gets a copy of
-// its own.
+// save calls Save and checks its result. As in all calls, the store gets its own copy of
+// the operation.
 func (s *session) save(op task.Operation) {
 	want := s.expectSave(op)
 	s.answer(fmt.Sprintf("Save(%s)", short(op.Name)), s.db.Save(&op), want)
 }
 
-// update calls Update and checks its answer.
+// update calls Update and checks its result.
 func (s *session) update(op task.Operation) {
 	want := s.expectUpdate(op)
 	s.answer(fmt.Sprintf("Update(%s to %s)", short(op.Name), op.State), s.db.Update(&op), want)
 }
 
-// batch calls WriteBatch and checks its answers.
+// batch calls WriteBatch and checks its results.
 func (s *session) batch(saves, updates []task.Operation) {
 	var want []error
 	for _, op := range saves {
@@ -242,7 +236,7 @@ func copies(ops []task.Operation) (pointers []*task.Operation) {
 
 var errDuplicate = errors.New("the ID is already stored")
 
-// expectSave applies a Save to s.want, and returns the expected answer.
+// expectSave applies a Save to s.want and returns the expected result.
 func (s *session) expectSave(op task.Operation) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,8 +260,8 @@ func (s *session) expectUpdate(op task.Operation) error {
 	return nil
 }
 
-// find returns the operation that should be stored under an ID, or nil. The
-// caller holds s.mu.
+// find returns the operation that should be stored under an ID, or nil. The caller must
+// hold s.mu.
 func (s *session) find(id string) *task.Operation {
 	if i := slices.IndexFunc(s.want, func(op task.Operation) bool { return op.ID == id }); i >= 0 {
 		return &s.want[i]
@@ -286,8 +280,8 @@ func (s *session) answer(call string, err, want error) {
 	}
 }
 
-// verify checks that the store shows exactly what it should. Nobody else may use
-// the session meanwhile.
+// verify checks that the store shows exactly the expected content. The session must not be
+// in use by other goroutines.
 func (s *session) verify(when string) {
 	rows, err := s.db.List(len(s.want)+1, 0)
 	if want := s.page(len(s.want), len(s.want)+1, 0); err != nil {
@@ -309,8 +303,7 @@ func (s *session) verify(when string) {
 	}
 }
 
-// page returns the expected answer of List once the first n operations of
-// s.want are saved.
+// page returns the expected result of List once the first n operations of s.want are saved.
 func (s *session) page(n, limit, offset int) (page []*task.Operation) {
 	for i := n - 1; i >= 0 && len(page) < limit; i-- {
 		if offset > 0 {
@@ -357,8 +350,7 @@ func (s *session) same(what string, got, want *task.Operation) {
 	}
 }
 
-// diff lists the fields in which two operations differ. It returns "" if they
-// are equal.
+// diff lists the fields in which two operations differ. It returns "" if they are equal.
 func diff(got, want *task.Operation) string {
 	if got == nil {
 		return "no operation"
@@ -372,7 +364,7 @@ func diff(got, want *task.Operation) string {
 	value := func(name string, got, want any) {
 		g, _ := got.(json.RawMessage)
 		w, _ := want.(json.RawMessage)
-		if len(g) == 0 || !bytes.Equal(g, w) { // decoding equal bytes would be slow
+		if len(g) == 0 || !bytes.Equal(g, w) { // if the bytes are equal, skip slow decoding
 			field(name, jsonText(got), jsonText(want))
 		}
 	}
@@ -390,8 +382,7 @@ func diff(got, want *task.Operation) string {
 	return strings.Join(all, "; ")
 }
 
-// jsonText encodes v as canonical JSON: keys are sorted, numbers keep their
-// digits.
+// jsonText encodes v as canonical JSON: keys are sorted, and numbers keep their digits.
 func jsonText(v any) string {
 	raw, err := json.Marshal(v)
 	if err != nil {
@@ -408,7 +399,7 @@ func jsonText(v any) string {
 
 func timeText(t time.Time) string { return t.Format(time.RFC3339Nano) }
 
-// short quotes a text. Of a long text it quotes both ends.
+// short quotes a text. It abbreviates a long text to both ends.
 func short(text string) string {
 	const most = 100
 	if len(text) <= most {

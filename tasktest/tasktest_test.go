@@ -16,8 +16,8 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(testos.Run(m)) }
 
-// once returns an open function for stores without files, which gives the same
-// store for the same directory.
+// once returns an open function for stores without files. It returns the same store for the
+// same directory.
 func once[S task.Persistence](newStore func() S) func(dir string) (task.Persistence, error) {
 	var mu sync.Mutex
 	stores := make(map[string]S)
@@ -61,7 +61,7 @@ type inApp struct {
 
 func (s inApp) Close() error { return errors.Join(s.SQLiteStore.Close(), s.db.Close()) }
 
-// bare hides all methods of a store but those of Persistence.
+// bare hides all methods of a store except those of Persistence.
 type bare struct{ task.Persistence }
 
 // rightStores keep the contract.
@@ -79,7 +79,7 @@ var rightStores = map[string]func(dir string) (task.Persistence, error){
 }
 
 func TestRightStores(t *testing.T) {
-	t.Parallel() // much of it is waiting
+	t.Parallel() // mostly waiting
 	for name, open := range rightStores {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

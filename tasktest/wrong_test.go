@@ -18,9 +18,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestWrongStores checks that each wrong store is found by the check of the rule
-// that it breaks, with a text that names the fault, and that every check finds a
-// wrong store.
+// TestWrongStores checks that each wrong store is found by the check of the rule that it
+// breaks, with a text that names the fault. Every check must find a wrong store.
 func TestWrongStores(t *testing.T) {
 	checks := slices.Concat(methodChecks, batchChecks, recoverChecks, filterChecks, pruneChecks, otherChecks)
 	for _, c := range checks {
@@ -30,7 +29,7 @@ func TestWrongStores(t *testing.T) {
 	}
 	for _, w := range wrongStores {
 		t.Run(w.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { // time-outs take no time
+			synctest.Test(t, func(t *testing.T) { // time-outs take no real time
 				i := slices.IndexFunc(checks, func(c check) bool { return c.name == w.rule })
 				err := checks[i].run(t.TempDir(), w.open)
 				if err == nil || !strings.Contains(err.Error(), w.says) {
@@ -41,12 +40,12 @@ func TestWrongStores(t *testing.T) {
 	}
 }
 
-// A mapStore is a simple store as a user may write it. It keeps the contract.
+// A mapStore is a simple store as a user might write it. It keeps the contract.
 type mapStore struct {
 	mu    sync.Mutex // guards what follows
 	rows  map[string]*task.Operation
-	order []string        // the IDs in the order of Save
-	left  map[string]bool // the IDs saved before the last Close
+	order []string        // IDs in the order of Save
+	left  map[string]bool // IDs saved before the last Close
 
 	// For wrong stores.
 	busy   sync.Mutex
@@ -71,7 +70,7 @@ func (s *mapStore) Save(op *task.Operation) error {
 	return nil
 }
 
-// put stores an operation, replacing any with its ID. The caller holds s.mu.
+// put stores an operation, replacing any with the same ID. The caller must hold s.mu.
 func (s *mapStore) put(op task.Operation) {
 	if s.rows[op.ID] == nil {
 		s.order = append(s.order, op.ID)
@@ -124,7 +123,7 @@ func (s *mapStore) Close() error {
 // A batchStore adds WriteBatch and keeps the contract.
 type batchStore struct {
 	*mapStore
-	batch func(s batchStore, saves, updates []*task.Operation) []error // replaces WriteBatch, if not nil
+	batch func(s batchStore, saves, updates []*task.Operation) []error // replaces WriteBatch unless nil
 }
 
 func (s batchStore) WriteBatch(saves, updates []*task.Operation) (errs []error) {
@@ -146,7 +145,7 @@ type recoverStore struct {
 	orphan func(op *task.Operation, left bool) bool
 	store  func(s *mapStore, op task.Operation) // stores a recovered operation; the caller holds s.mu
 
-	// For wrong stores; not nil if they replace what Recover does.
+	// For wrong stores: if not nil, these replace steps of Recover.
 	ask  func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool
 	take func(op *task.Operation, owner string)
 }
@@ -237,7 +236,7 @@ func (w wrong) Get(id string) (*task.Operation, error) {
 	return w.mapStore.Get(id)
 }
 
-// open returns an open function for such wrong stores.
+// open returns an open function for wrong stores like w.
 func (w wrong) open() func(dir string) (task.Persistence, error) {
 	return once(func() wrong {
 		w := w
@@ -327,7 +326,7 @@ func recovering(orphan func(op *task.Operation, left bool) bool) openFunc {
 
 type askFunc = func(resume func(*task.Operation) bool, s *mapStore, op *task.Operation) bool
 
-// asking opens a store that asks resume in its own way.
+// asking opens a store that calls resume in its own way.
 func asking(ask askFunc) openFunc {
 	return once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put, ask, take} })
 }
@@ -337,14 +336,14 @@ func taking(take func(op *task.Operation, owner string)) openFunc {
 	return once(func() recoverStore { return recoverStore{newMapStore(), isOrphan, (*mapStore).put, nil, take} })
 }
 
-// others lets other goroutines run until they block: in a synctest bubble no
-// time passes before.
+// others lets other goroutines run until they block: in a synctest bubble, no time passes
+// before then.
 func others() { time.Sleep(time.Nanosecond) }
 
 // A wrongStore breaks a rule.
 type wrongStore struct {
 	name string
-	rule string // the name of a check that finds it
+	rule string // name of a check that finds it
 	says string // part of that check's error
 	open openFunc
 }
@@ -544,7 +543,7 @@ var wrongStores = append(wrongOthers, []wrongStore{
 		return s.rows[op.ID]
 	})},
 	{"overwrites what it has returned", "returned", "belongs to the caller", sharing(func(s *mapStore, op *task.Operation) *task.Operation {
-		// It keeps one copy and updates that on each read.
+		// It keeps one copy and updates that copy on each read.
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		shared := s.shared[op.ID]
@@ -704,7 +703,7 @@ var wrongStores = append(wrongOthers, []wrongStore{
 	})},
 }...)
 
-// A valuelessLister leaves out values that are short, too.
+// A valuelessLister also omits short values.
 type valuelessLister struct{ *task.MemoryStore }
 
 func (s *valuelessLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
@@ -725,7 +724,7 @@ func (s *forgetfulLister) ListFiltered(f task.Filter, limit, offset int) ([]*tas
 	return s.MemoryStore.ListFiltered(f, limit, offset)
 }
 
-// A strictLister has to find the operation Before.
+// A strictLister requires the operation Before to exist.
 type strictLister struct{ *task.MemoryStore }
 
 func (s *strictLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
@@ -752,7 +751,7 @@ func (s *filteringStore) ListFiltered(f task.Filter, limit, offset int) ([]*task
 	return s.MemoryStore.ListFiltered(f, limit, offset)
 }
 
-// A lenientLister begins again where it does not know the place.
+// A lenientLister starts over when Before is unknown.
 type lenientLister struct{ *task.MemoryStore }
 
 func (s *lenientLister) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {

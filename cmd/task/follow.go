@@ -68,7 +68,7 @@ func cancel(t *tool, flags *flag.FlagSet) func(context.Context, []string) (int, 
 	}
 }
 
-// cancelStatus returns the exit status for how a cancelled operation has finished.
+// cancelStatus returns the exit status of cancel for an operation's final state.
 func cancelStatus(s task.State) int {
 	if s == task.StateCancelled {
 		return 0
@@ -76,7 +76,7 @@ func cancelStatus(s task.State) int {
 	return exitFailed
 }
 
-// followStatus returns the exit status for how an operation has finished.
+// followStatus returns the exit status of follow for an operation's final state.
 func followStatus(s task.State) int {
 	switch s {
 	case task.StateDone:
@@ -87,7 +87,7 @@ func followStatus(s task.State) int {
 	return exitFailed
 }
 
-// caller returns who runs this command, as USER@HOST.
+// caller returns the user who runs this command, as USER@HOST.
 func caller() string {
 	name, host := "unknown", "localhost"
 	if u, err := user.Current(); err == nil {
@@ -99,7 +99,7 @@ func caller() string {
 	return name + "@" + host
 }
 
-// asked says which operations nobody is there to cancel.
+// asked warns about the cancelled operations that no living process runs.
 func (t *tool) asked(ids []string) (exit int, err error) {
 	for _, id := range ids {
 		op, err := t.store.Get(id)
@@ -123,17 +123,17 @@ func deadText(op *task.Operation) string {
 	return fmt.Sprintf("%s (%s): the process that ran it is dead: it finishes when its program starts again", op.ID, op.Name)
 }
 
-// A follower shows what becomes of operations.
+// A follower shows the progress and outcome of operations.
 type follower struct {
 	*tool
-	all    bool                       // without IDs
+	all    bool                       // no IDs were given
 	status func(task.State) int       // the exit status for a final state
-	open   map[string]*task.Operation // what has not finished, by ID
-	dead   map[string]string          // by ID, the owner that was found dead
-	asked  map[string]bool            // by owner, whether errs says that nobody knows about it
-	done   []*task.Operation          // what has finished, and is to be drawn
-	notes  []string                   // what is to be drawn
-	drawn  []string                   // the lines on the terminal that are drawn anew
+	open   map[string]*task.Operation // unfinished operations, by ID
+	dead   map[string]string          // the owner that was found dead, by operation ID
+	asked  map[string]bool            // owners of unknown state that have been reported
+	done   []*task.Operation          // finished operations, not yet drawn
+	notes  []string                   // notes not yet drawn
+	drawn  []string                   // lines on the terminal that the next draw replaces
 	exit   int
 }
 
@@ -143,12 +143,12 @@ type change struct {
 	err error
 }
 
-// follow shows operations until they have finished, or, if there are no IDs, all
-// operations until ctx is done or the command interrupted.
+// follow shows operations until they have finished. Without IDs, it shows all operations
+// until ctx is done or the command is interrupted.
 func (t *tool) follow(ctx context.Context, ids []string, status func(task.State) int) (exit int, err error) {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal ends it at once
+	context.AfterFunc(ctx, stop) // the next signal kills the process
 	f := &follower{tool: t, all: len(ids) == 0, status: status, open: make(map[string]*task.Operation),
 		dead: make(map[string]string), asked: make(map[string]bool)}
 	for _, id := range ids {
@@ -173,8 +173,8 @@ func (t *tool) follow(ctx context.Context, ids []string, status func(task.State)
 	return f.exit, nil
 }
 
-// watch watches the operations until they have finished, an error occurs, or what
-// has changed must be read again.
+// watch watches the operations until they have finished, an error occurs, or they must be
+// read again.
 func (f *follower) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -188,7 +188,7 @@ func (f *follower) watch(ctx context.Context) error {
 			switch {
 			case !ok:
 				return nil
-			case c.op != nil && c.err != nil: // without IDs
+			case c.op != nil && c.err != nil: // only without IDs
 				f.end(c.op.ID, exitNotFound, c.op.ID+": was deleted")
 				continue
 			case errors.Is(c.err, task.ErrNotFound), errors.Is(c.err, task.ErrLagged):
@@ -213,7 +213,7 @@ func (f *follower) watch(ctx context.Context) error {
 	return nil
 }
 
-// changes passes on what Subscribe yields, until ctx is done.
+// changes sends what Subscribe yields, until ctx is done.
 func (f *follower) changes(ctx context.Context) <-chan change {
 	var ids []string // nil for all
 	if !f.all {
@@ -262,10 +262,10 @@ func (f *follower) take(op *task.Operation) error {
 	return f.writeLine(op)
 }
 
-// live reports whether the output is drawn anew again and again.
+// live reports whether the output is redrawn in place.
 func (f *follower) live() bool { return f.out.size != nil && !f.json }
 
-// reread reads anew what has not finished.
+// reread reads the unfinished operations again.
 func (f *follower) reread() error {
 	for id := range f.open {
 		op, err := f.store.Get(id)
@@ -283,7 +283,7 @@ func (f *follower) reread() error {
 	return nil
 }
 
-// end ends following an operation that has not finished.
+// end stops following an unfinished operation.
 func (f *follower) end(id string, exit int, note string) {
 	delete(f.open, id)
 	f.exit = max(f.exit, exit)
@@ -298,15 +298,15 @@ func (f *follower) note(text string) {
 	}
 }
 
-// look looks at whether the database can be read, and whether the processes
-// live that run the operations.
+// look checks that the database can be read and that the processes running the operations
+// are alive.
 func (f *follower) look() error {
 	if _, err := f.store.Get(""); err != nil && !errors.Is(err, task.ErrNotFound) {
 		return err
 	}
-	owners := make(map[string]bool) // whether they are dead
+	owners := make(map[string]bool) // whether each is dead
 	for _, op := range f.open {
-		if op.State == "" { // not yet told
+		if op.State == "" { // its state is not known yet
 			continue
 		}
 		dead, known := owners[op.Owner]
@@ -327,8 +327,8 @@ func (f *follower) look() error {
 	return nil
 }
 
-// orphan ends following an operation of a dead process, unless it has finished or
-// another process has taken it over.
+// orphan stops following an operation of a dead process, unless it has finished or another
+// process has taken it over.
 func (f *follower) orphan(op *task.Operation) error {
 	now, err := f.store.Get(op.ID)
 	switch {
@@ -340,24 +340,24 @@ func (f *follower) orphan(op *task.Operation) error {
 	case now.State.Finished():
 		return f.take(now)
 	case now.Owner != op.Owner:
-		return nil // a change is under way
+		return nil // a change event will follow
 	}
 	f.dead[op.ID] = op.Owner
 	f.end(op.ID, exitDead, deadText(now))
 	return nil
 }
 
-// draw replaces the lines that were drawn last: by what has ended since, which
-// stays, and the table of what has not.
+// draw replaces the lines drawn last. It writes the operations that have ended since, which
+// stay, and the table of those that have not.
 func (f *follower) draw() error {
 	if !f.live() {
 		return nil
 	}
 	open, more := f.shown()
-	table := f.table(slices.Concat(f.done, open)) // a header first
+	table := f.table(slices.Concat(f.done, open)) // begins with a header
 	ended := table[1 : 1+len(f.done)]
 	stay := slices.Concat(ended, f.notes)
-	var lines []string // that are drawn anew next time
+	var lines []string // the lines to redraw next time
 	switch {
 	case len(open) > 0:
 		lines = append(table[:1:1], table[1+len(f.done):]...)
@@ -372,7 +372,7 @@ func (f *follower) draw() error {
 	}
 	text := ""
 	if len(f.drawn) > 0 {
-		text = fmt.Sprintf("\r\x1b[%dA\x1b[J", len(f.drawn)) // from below them; after Ctrl-C not from the line's start
+		text = fmt.Sprintf("\r\x1b[%dA\x1b[J", len(f.drawn)) // the cursor is below the lines; after Ctrl-C it is not in the first column
 	}
 	for _, line := range slices.Concat(stay, lines) {
 		text += line + "\n"
@@ -382,11 +382,11 @@ func (f *follower) draw() error {
 	return err
 }
 
-// shown returns the operations that have not finished, the oldest first, as many
-// as the terminal has room for, and how many more there are.
+// shown returns the unfinished operations, oldest first, as many as the terminal has room
+// for, and how many more there are.
 func (f *follower) shown() (ops []*task.Operation, more int) {
 	for _, op := range f.open {
-		if op.State != "" { // else it is yet to be told
+		if op.State != "" { // otherwise its state is not known yet
 			ops = append(ops, op)
 		}
 	}

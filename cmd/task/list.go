@@ -15,7 +15,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A query is what the options of list say.
+// A query holds the options of list.
 type query struct {
 	states   []task.State
 	options  []task.ListOption
@@ -70,8 +70,8 @@ func (q *query) setStates(text string) error {
 
 var states = []task.State{task.StatePending, task.StateRunning, task.StateDone, task.StateFailed, task.StateCancelled}
 
-// query returns the operations asked for. With -since those are two lists:
-// first what is unfinished, then what has finished since.
+// query returns the operations that match q. With -since it combines two lists: first the
+// unfinished operations, then those that finished since.
 func (t *tool) query(q query) (ops []*task.Operation, err error) {
 	add := func(states []task.State, options ...task.ListOption) {
 		if err != nil || len(ops) == q.limit {
@@ -96,8 +96,8 @@ func (t *tool) query(q query) (ops []*task.Operation, err error) {
 	return ops, err
 }
 
-// split returns the unfinished and the finished ones of states, or of all if
-// there are none.
+// split returns the unfinished and the finished states among the given ones, or among all
+// states if none is given.
 func split(these []task.State) (live, finished []task.State) {
 	if len(these) == 0 {
 		these = states
@@ -112,7 +112,7 @@ func split(these []task.State) (live, finished []task.State) {
 	return live, finished
 }
 
-// write writes operations in the form that the output should have.
+// write writes operations in the output's format.
 func (t *tool) write(ops []*task.Operation) error {
 	if t.out.size != nil && !t.json {
 		return t.out.lines(t.table(ops))
@@ -141,8 +141,7 @@ func (t *tool) writeLine(op *task.Operation) error {
 	return t.out.lines([]string{strings.Join(cells, "\t")})
 }
 
-// writeJSON writes a value as one line, without characters that a terminal may
-// take for something else.
+// writeJSON writes a value as one line, without characters that a terminal might interpret.
 func (t *tool) writeJSON(v any) error {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
@@ -153,7 +152,7 @@ func (t *tool) writeJSON(v any) error {
 	return t.out.lines([]string{escapeJSON(strings.TrimSuffix(b.String(), "\n"))})
 }
 
-// state returns what is shown as the state of an operation.
+// state returns the state to show for an operation.
 func state(op *task.Operation) string {
 	if op.Cancelling {
 		return "CANCELLING"
@@ -161,7 +160,7 @@ func state(op *task.Operation) string {
 	return string(op.State)
 }
 
-// took returns how long an operation has been running, "" if nobody knows.
+// took returns how long an operation has been running, or "" if unknown.
 func took(op *task.Operation) string {
 	end := op.UpdatedAt
 	switch {
@@ -198,7 +197,7 @@ func show(t *tool, _ *flag.FlagSet) func(context.Context, []string) (int, error)
 	}
 }
 
-// details returns lines with all of an operation.
+// details returns everything about an operation, as lines.
 func (t *tool) details(op *task.Operation) (lines []string) {
 	add := func(name, text string) {
 		for i, line := range strings.Split(strings.TrimRight(text, "\n"), "\n") {
@@ -238,7 +237,7 @@ func (t *tool) details(op *task.Operation) (lines []string) {
 	return lines
 }
 
-// processText says in words what process says.
+// processText describes the result of process in words.
 func (t *tool) processText(op *task.Operation) string {
 	dead, unknown := t.process(op)
 	switch {

@@ -1,8 +1,8 @@
-// Command task looks at the operations in the SQLite database of a program
-// that uses package task, and cancels and deletes them on request. It opens the
-// database beside the running program, and leaves no trace of its own there.
+// Command task shows, cancels and deletes the operations in the SQLite database of a
+// program that uses package task. It opens the database alongside the running program and
+// leaves no trace of its own there.
 //
-// Run it without arguments to see how to use it.
+// Run it without arguments for help.
 package main
 
 import (
@@ -80,19 +80,19 @@ type tool struct {
 	json   bool
 	store  *task.SQLiteStore
 	m      *task.Manager
-	owners *owner.Owner // looks at those of the operations
+	owners *owner.Owner // observes the owners of operations
 }
 
-// A command defines its options, and returns what is to be done with the
-// database and the IDs given.
+// A command defines its options and returns the function to call once the database is open,
+// with the IDs given.
 type command func(t *tool, flags *flag.FlagSet) func(ctx context.Context, ids []string) (exit int, err error)
 
 var commands = map[string]command{"list": list, "show": show, "follow": follow, "cancel": cancel, "prune": prune}
 
-// errUsage is wrapped by errors of those who should read the usage.
+// errUsage is wrapped by errors that should point to the usage.
 var errUsage = errors.New("run task without arguments for help")
 
-// run runs the command, and returns the exit status.
+// run runs the command and returns the exit status.
 func run(ctx context.Context, args []string, out screen, errs io.Writer) int {
 	t := &tool{out: out, errs: errs}
 	exit, err := t.run(ctx, args)
@@ -113,7 +113,7 @@ func run(ctx context.Context, args []string, out screen, errs io.Writer) int {
 	return exit
 }
 
-// warn writes a line about what is wrong.
+// warn writes a line about a problem.
 func (t *tool) warn(text string) { fmt.Fprintln(t.errs, "task:", escape(text)) }
 
 func (t *tool) run(ctx context.Context, args []string) (exit int, err error) {
@@ -147,11 +147,11 @@ func (t *tool) run(ctx context.Context, args []string) (exit int, err error) {
 	return t.attached(*path, func() (int, error) { return do(ctx, ids) })
 }
 
-// parse parses options and returns the other arguments: up to max of them may
-// have options behind them.
+// parse parses options and returns the other arguments. Options may follow up to max of
+// these arguments.
 func parse(flags *flag.FlagSet, args []string, max int) (others []string, err error) {
 	flags.SetOutput(io.Discard)
-	var last []string // no options, after --
+	var last []string // after --, not options
 	if i := slices.Index(args, "--"); i >= 0 && max > 0 {
 		args, last = args[:i], args[i+1:]
 	}
@@ -168,7 +168,7 @@ func parse(flags *flag.FlagSet, args []string, max int) (others []string, err er
 	}
 }
 
-// attached calls do with the database at a path.
+// attached calls do while the database at path is attached.
 func (t *tool) attached(path string, do func() (int, error)) (exit int, err error) {
 	if t.store, err = task.AttachSQLite(path); err != nil {
 		return 0, err
@@ -186,13 +186,13 @@ func (t *tool) attached(path string, do func() (int, error)) (exit int, err erro
 	return do()
 }
 
-// find returns the operation with that ID, or with the only one that begins so.
+// find returns the operation with the given ID, or the only one whose ID begins with it.
 func (t *tool) find(id string) (*task.Operation, error) {
 	op, err := t.store.Get(id)
 	if err == nil || !errors.Is(err, task.ErrNotFound) {
 		return op, err
 	}
-	const last = "ffffffff-ffff-7fff-bfff-ffffffffffff" // of all UUIDs of version 7
+	const last = "ffffffff-ffff-7fff-bfff-ffffffffffff" // the last UUID of version 7
 	var found []*task.Operation
 	if prefix := strings.ToLower(id); len(prefix) >= 8 && len(prefix) < len(last) {
 		ops, err := t.m.List(100, 0, task.Before(prefix+last[len(prefix):]), task.WithoutResults())
@@ -236,8 +236,8 @@ func exitOf(err error) int {
 	return exitUsage
 }
 
-// process says whether the process that runs an operation is dead, or why
-// nobody knows.
+// process reports whether the process that runs an operation is dead, or why that is
+// unknown.
 func (t *tool) process(op *task.Operation) (dead bool, unknown error) {
 	done, dead, err := t.owners.Dead(op.Owner)
 	if dead {
@@ -249,7 +249,7 @@ func (t *tool) process(op *task.Operation) (dead bool, unknown error) {
 	return dead, err
 }
 
-// A moment is an option for a point in time: an age, or a time.
+// A moment is an option for a point in time, given as an age or a time.
 type moment struct{ time.Time }
 
 func (m *moment) String() string { return "" }

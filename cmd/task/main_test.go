@@ -22,8 +22,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// toolVar names the environment variable that makes the test binary this
-// command. It says how long the command waits for a locked database.
+// toolVar is the environment variable that makes the test binary act as this command. Its
+// value is how long the command waits for a locked database.
 const toolVar = "TASK_TEST_TOOL"
 
 func TestMain(m *testing.M) {
@@ -37,13 +37,13 @@ func TestMain(m *testing.M) {
 	testkit.Main(m, map[string]func() any{"daemon": func() any { return &daemon{ends: make(map[string]chan string)} }})
 }
 
-// A daemon is the role of a process whose database the tool is used on.
+// A daemon is the role of a process on whose database the tool is used.
 type daemon struct {
 	store *task.SQLiteStore
 	m     *task.Manager
 
 	mu   sync.Mutex             // guards what follows
-	ends map[string]chan string // by ID: the error with which its function is to end
+	ends map[string]chan string // by ID: the error text with which its function should end
 }
 
 func (d *daemon) Open(path string, _ *string) (err error) {
@@ -54,9 +54,9 @@ func (d *daemon) Open(path string, _ *string) (err error) {
 	return err
 }
 
-// Start submits an operation that reports progress, and then runs until it is
-// cancelled or ended. It returns the ID once all of that is stored, or, if two
-// are running already, once it is PENDING.
+// Start submits an operation that reports progress and then runs until it is cancelled or
+// ended. It returns the ID once all of that is stored or, if two operations are already
+// running, once the new one is PENDING.
 func (d *daemon) Start(what task.Operation, id *string) error {
 	end := make(chan string, 1)
 	op, err := d.m.Submit(what.Name, func(ctx context.Context, update func(int)) (any, error) {
@@ -93,7 +93,8 @@ func (d *daemon) Start(what task.Operation, id *string) error {
 	})
 }
 
-// End ends an operation with an error's text, "" for none.
+// End ends an operation with the given error text, or without an error if the text is
+// empty.
 func (d *daemon) End(what [2]string, state *task.State) error {
 	d.mu.Lock()
 	d.ends[what[0]] <- what[1]
@@ -115,13 +116,13 @@ func start(t *testing.T, path string) *testkit.Process {
 	return p
 }
 
-// submit has a daemon run an operation, and returns its ID.
+// submit makes a daemon run an operation, and returns its ID.
 func submit(p *testkit.Process, name string, progress int) (id string) {
 	p.Call("Start", task.Operation{Name: name, Progress: progress, Metadata: map[string]string{"pool": "tank"}}, &id)
 	return id
 }
 
-// pending has a daemon, which runs two operations, take another one.
+// pending makes a daemon that already runs two operations accept another one.
 func pending(p *testkit.Process, name string) (id string) {
 	p.Call("Start", task.Operation{Name: name, State: task.StatePending}, &id)
 	return id
@@ -135,7 +136,7 @@ type process struct {
 	out, errs buffer
 }
 
-// A buffer may be read while it is written.
+// A buffer can be read while it is being written.
 type buffer struct {
 	mu sync.Mutex // guards b
 	b  bytes.Buffer
@@ -159,7 +160,7 @@ func begin(t *testing.T, path string, args ...string) *process {
 	return beginFor(t, sqlitefile.DefaultTimeout, path, args...)
 }
 
-// beginFor starts the tool as a process that waits for locks that long.
+// beginFor starts the tool as a process that waits for locks up to timeout.
 func beginFor(t *testing.T, timeout time.Duration, path string, args ...string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(os.Args[0], append([]string{"-db", path}, args...)...)}
@@ -170,7 +171,7 @@ func beginFor(t *testing.T, timeout time.Duration, path string, args ...string) 
 	return p
 }
 
-// finish waits until the process ends with an exit status.
+// finish waits until the process ends, and checks its exit status.
 func (p *process) finish(t *testing.T, want int) {
 	t.Helper()
 	timer := time.AfterFunc(time.Minute, func() { p.Process.Kill() })
@@ -181,7 +182,7 @@ func (p *process) finish(t *testing.T, want int) {
 	}
 }
 
-// tell runs the tool as a process, and returns its output and its errors.
+// tell runs the tool as a process and returns its output and its errors.
 func tell(t *testing.T, want int, path string, args ...string) (out, errs string) {
 	t.Helper()
 	p := begin(t, path, args...)
@@ -189,7 +190,7 @@ func tell(t *testing.T, want int, path string, args ...string) (out, errs string
 	return p.out.String(), p.errs.String()
 }
 
-// until waits until a process has written a text.
+// until waits until a process has written text.
 func (p *process) until(t *testing.T, text string) {
 	t.Helper()
 	if testkit.Until(func() bool { return strings.Contains(p.out.String()+p.errs.String(), text) }) != nil {
@@ -206,8 +207,8 @@ func stored(t *testing.T, path string) testkit.Rows {
 	return testkit.Stored(t, store)
 }
 
-// untouched checks at the end of the test that the tool has changed nothing, the
-// rows apart.
+// untouched checks at the end of the test that the tool has changed nothing apart from the
+// rows.
 func untouched(t *testing.T, path string) {
 	t.Helper()
 	before := testkit.Traces(t, path)
@@ -277,7 +278,7 @@ func TestList(t *testing.T) {
 	}
 }
 
-// submitThree has a daemon run an operation, and others that are DONE and FAILED.
+// submitThree makes a daemon run an operation and two others that end DONE and FAILED.
 func submitThree(p *testkit.Process) (running, done, failed string) {
 	running = submit(p, "scrub", 42)
 	done = submit(p, "Send\tA", 10)
@@ -287,7 +288,7 @@ func submitThree(p *testkit.Process) (running, done, failed string) {
 	return running, done, failed
 }
 
-// Piped, each operation is a line of eight fields.
+// TestListLines: if the output is not a terminal, each operation is a line of eight fields.
 func TestListLines(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -343,7 +344,7 @@ func TestShow(t *testing.T) {
 	}
 }
 
-// follow ends with the operation, and its exit status says how.
+// TestFollow: follow ends with the operation, and its exit status tells the outcome.
 func TestFollow(t *testing.T) {
 	testos.Parallel(t)
 	for name, tt := range map[string]struct {
@@ -380,7 +381,7 @@ func TestFollow(t *testing.T) {
 			f.finish(t, tt.exit)
 			f.until(t, tt.want)
 			if tt.exit == exitDead {
-				before.WantFailed(t, stored(t, path)) // nothing
+				before.WantFailed(t, stored(t, path)) // none
 			}
 		})
 	}
@@ -389,8 +390,7 @@ func TestFollow(t *testing.T) {
 	}
 }
 
-// database returns the path of a database without operations that no process
-// has opened.
+// database returns the path of a database without operations that no process has open.
 func database(t *testing.T) string {
 	t.Helper()
 	path := testkit.Path(t)
@@ -400,7 +400,8 @@ func database(t *testing.T) string {
 	return path
 }
 
-// Without IDs, follow shows whatever any process runs, until it is interrupted.
+// TestFollowAll: without IDs, follow shows the operations of all processes until it is
+// interrupted.
 func TestFollowAll(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -463,7 +464,8 @@ func TestCancel(t *testing.T) {
 	testkit.Must(t, testkit.Until(func() bool { return stored(t, path)[later].State == task.StateCancelled }))
 }
 
-// A cancel of what a dead process has left is stored, and says so.
+// TestCancelDead: cancelling an operation left by a dead process is stored, and the tool
+// says so.
 func TestCancelDead(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -502,7 +504,8 @@ func TestPrune(t *testing.T) {
 	}
 }
 
-// What can't be used ends with status 2, and one line that says what to do.
+// TestTrouble: an unusable argument or database leads to exit status 2 and one line that
+// says what to do.
 func TestTrouble(t *testing.T) {
 	testos.Parallel(t)
 	good := database(t)
@@ -540,8 +543,7 @@ func TestTrouble(t *testing.T) {
 	tell(t, 0, made(t, `ALTER TABLE tasks ADD COLUMN newer TEXT`), "list")
 }
 
-// made returns the path of a database in which a statement has changed the
-// table.
+// made returns the path of a database whose table has been changed by stmt.
 func made(t *testing.T, stmt string) string {
 	t.Helper()
 	path := database(t)
@@ -556,8 +558,7 @@ func foreign(t *testing.T) string {
 	return path
 }
 
-// A database that stays locked is an error in the end, and one that does not is
-// waited for.
+// TestLocked: the tool waits for a locked database, and fails if it stays locked.
 func TestLocked(t *testing.T) {
 	testos.Parallel(t)
 	path := database(t)

@@ -13,13 +13,13 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A screen is where the output goes.
+// A screen is the destination of the output.
 type screen struct {
 	io.Writer
 	size func() (width, height int) // nil unless it is a terminal
 }
 
-// lines writes lines, at once.
+// lines writes lines in a single write.
 func (s screen) lines(lines []string) error {
 	if len(lines) == 0 {
 		return nil
@@ -28,9 +28,9 @@ func (s screen) lines(lines []string) error {
 	return err
 }
 
-// escape returns a text that takes one line and can't make a terminal do
-// anything but show it: control characters, those that change the direction of
-// text, and invalid UTF-8 are written as Go does in its literals.
+// escape returns text as a single line that a terminal can only display. Control
+// characters, characters that change the text direction, and invalid UTF-8 are escaped as
+// in Go literals.
 func escape(text string) string {
 	var b strings.Builder
 	for i, r := range text {
@@ -47,10 +47,10 @@ func escape(text string) string {
 	return b.String()
 }
 
-// escapeJSON does so within JSON, where such characters occur in strings only.
+// escapeJSON is escape for JSON, in which such characters occur only in strings.
 func escapeJSON(text string) string {
 	var b strings.Builder
-	for _, r := range text { // U+FFFD for invalid UTF-8
+	for _, r := range text { // yields U+FFFD for invalid UTF-8
 		switch {
 		case strconv.IsPrint(r):
 			b.WriteRune(r)
@@ -63,7 +63,7 @@ func escapeJSON(text string) string {
 	return b.String()
 }
 
-// wide are the ranges of characters that take two cells of a terminal.
+// wide holds the characters that take two terminal cells.
 var wide = &unicode.RangeTable{
 	R16: []unicode.Range16{{0x1100, 0x115f, 1}, {0x2e80, 0x303e, 1}, {0x3041, 0xa4cf, 1}, {0xac00, 0xd7a3, 1},
 		{0xf900, 0xfaff, 1}, {0xfe30, 0xfe6f, 1}, {0xff00, 0xff60, 1}, {0xffe0, 0xffe6, 1}},
@@ -80,7 +80,7 @@ func cells(r rune) int {
 	return 1
 }
 
-// width returns how many cells of a terminal an escaped text takes.
+// width returns how many terminal cells an escaped text takes.
 func width(text string) (n int) {
 	for _, r := range text {
 		n += cells(r)
@@ -88,7 +88,7 @@ func width(text string) (n int) {
 	return n
 }
 
-// cut cuts an escaped text down to n cells.
+// cut truncates an escaped text to n cells.
 func cut(text string, n int) string {
 	if width(text) <= n {
 		return text
@@ -102,17 +102,17 @@ func cut(text string, n int) string {
 	return text
 }
 
-// Columns of the table, those whose texts may be cut, and those that are left out
-// where the terminal is too narrow.
+// Columns of the table, columns whose text may be truncated, and columns to leave out if
+// the terminal is too narrow.
 var (
 	header  = []string{"ID", "STATE", "PROGRESS", "MESSAGE", "NAME", "STARTED", "TOOK", "ERROR"}
 	elastic = []int{3, 4, 7}
 	minor   = []int{5, 6, 3}
 )
 
-const minColumn = 8 // what is left of an elastic column
+const minColumn = 8 // minimum width of an elastic column
 
-// table returns operations as lines that fit the terminal, a header first.
+// table returns operations as lines that fit the terminal, starting with a header.
 func (t *tool) table(ops []*task.Operation) []string {
 	columns, _ := t.out.size()
 	rows := [][]string{slices.Clone(header)}
@@ -131,11 +131,11 @@ func (t *tool) table(ops []*task.Operation) []string {
 		for _, row := range rows[1:] {
 			widths[i] = max(widths[i], width(row[i]))
 		}
-		if widths[i] > 0 { // else the column is left out
+		if widths[i] > 0 { // otherwise the column is left out
 			widths[i] = max(widths[i], len(header[i]))
 		}
 	}
-	widths = fit(widths, columns-1) // the last cell would make some terminals go on to the next line
+	widths = fit(widths, columns-1) // a full last column makes some terminals wrap
 	var lines []string
 	for _, row := range rows {
 		line := ""
@@ -152,8 +152,8 @@ func (t *tool) table(ops []*task.Operation) []string {
 
 const gap = 2 // between columns
 
-// fit makes the elastic columns narrower, the widest one first, until all take no
-// more than limit cells. If that is not enough it leaves out minor ones.
+// fit narrows the elastic columns, widest first, until all columns take at most limit
+// cells. If that is not enough, it leaves out minor columns.
 func fit(natural []int, limit int) []int {
 	for dropped := 0; ; dropped++ {
 		widths := slices.Clone(natural)
@@ -173,7 +173,7 @@ func fit(natural []int, limit int) []int {
 	}
 }
 
-// total returns how many cells columns take.
+// total returns how many cells the columns take.
 func total(widths []int) int {
 	n := -gap
 	for _, w := range widths {
@@ -184,8 +184,8 @@ func total(widths []int) int {
 	return n
 }
 
-// shortID returns how many characters of their IDs tell operations apart, and
-// have the whole time of a UUIDv7.
+// shortID returns how many characters of the IDs distinguish the operations. They include
+// the whole timestamp of a UUIDv7.
 func shortID(ops []*task.Operation) int {
 	for n := 13; ; n++ {
 		seen := make(map[string]bool, len(ops))
@@ -198,7 +198,7 @@ func shortID(ops []*task.Operation) int {
 	}
 }
 
-// progress returns a bar for an operation that is not finished.
+// progress returns a progress bar, or only the percentage for a finished operation.
 func progress(op *task.Operation) string {
 	percent := fmt.Sprintf("%3d%%", op.Progress)
 	if op.State.Finished() {
@@ -208,8 +208,8 @@ func progress(op *task.Operation) string {
 	return "[" + strings.Repeat("#", done) + strings.Repeat(".", 10-done) + "] " + percent
 }
 
-// started returns the time at which an operation has started, and the date
-// unless that is today.
+// started returns the time at which an operation started, with the date unless it was
+// today.
 func started(op *task.Operation) string {
 	at := op.StartedAt.Local()
 	switch {
@@ -221,7 +221,7 @@ func started(op *task.Operation) string {
 	return at.Format("2006-01-02 15:04")
 }
 
-// errorText returns the error of an operation, or that its process is dead.
+// errorText returns the error of an operation, or a note that its process is dead.
 func (t *tool) errorText(op *task.Operation) string {
 	if !op.State.Finished() {
 		if dead, _ := t.process(op); dead {

@@ -19,8 +19,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// terminal runs the tool as if on a terminal of that width, and returns what it
-// has written there.
+// terminal runs the tool as if on a terminal with the given number of columns, and returns
+// its output.
 func terminal(t *testing.T, columns int, path string, args ...string) string {
 	t.Helper()
 	var out, errs buffer
@@ -31,10 +31,10 @@ func terminal(t *testing.T, columns int, path string, args ...string) string {
 	return out.String()
 }
 
-// hostile are texts that a terminal must not get as they are.
+// hostile are texts that must not reach a terminal unescaped.
 var hostile = []string{"\x1b[2J\x1b]0;title\x07", "a\u202etxt.exe", "\u009b31m", "line\nline\r\t", "\xff\xfe", "\x7f\u200b\u2028", "\u2066x\u2069\ufeff"}
 
-// safe checks that a text moves no terminal but to the next line.
+// safe checks that a text can move the cursor only to the next line.
 func safe(t *testing.T, text string) {
 	t.Helper()
 	if !utf8.ValidString(text) {
@@ -48,7 +48,7 @@ func safe(t *testing.T, text string) {
 	}
 }
 
-// save stores operations that this process seems to run.
+// save stores operations that appear to be run by this process.
 func save(t *testing.T, path string, ops ...task.Operation) {
 	t.Helper()
 	store := testkit.OpenSQLite(t, path)
@@ -112,7 +112,7 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// Nothing gets past the escapes in any form of output.
+// TestHostile: every form of output is escaped.
 func TestHostile(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -127,7 +127,7 @@ func TestHostile(t *testing.T) {
 		out := terminal(t, 200, path, args...)
 		safe(t, out)
 		if args[len(args)-1] == "-json" {
-			for i, op := range decode(t, out) { // the newest first
+			for i, op := range decode(t, out) { // newest first
 				if want := "x" + strings.ToValidUTF8(hostile[len(hostile)-1-i], "\ufffd"); op.Name != want && !strings.Contains(want, "\ufffd") {
 					t.Errorf("name %q, want %q", op.Name, want)
 				}
@@ -157,7 +157,7 @@ func TestCut(t *testing.T) {
 	}
 }
 
-// IDs are cut off as long as they differ.
+// TestShortID: IDs are shortened as long as they differ.
 func TestShortID(t *testing.T) {
 	testos.Parallel(t)
 	a, b := "01a215c9-fe1e-7e43-8375-d63a9b06c494", "01a215c9-fe1e-7e43-8375-d63a9b06c4ff"
@@ -172,8 +172,8 @@ func TestShortID(t *testing.T) {
 	}
 }
 
-// On a terminal, follow draws the table anew in place, and leaves in the end what
-// has become of the operation.
+// TestFollowOnTerminal: on a terminal, follow redraws the table in place and finally leaves
+// the outcome of the operation.
 func TestFollowOnTerminal(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -203,8 +203,8 @@ func TestFollowOnTerminal(t *testing.T) {
 	safe(t, strings.Join(frames, ""))
 }
 
-// An interrupted follow leaves the cursor at the start of a line, below a table
-// that fits the terminal.
+// TestFollowInterruptedOnTerminal: an interrupted follow leaves the cursor at the start of
+// a line, below a table that fits the terminal.
 func TestFollowInterruptedOnTerminal(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -230,8 +230,8 @@ func TestFollowInterruptedOnTerminal(t *testing.T) {
 	safe(t, strings.Join(frames, ""))
 }
 
-// Who may not look at the owner's file is told so, and so is who may not read the
-// database.
+// TestWithoutPermission: the tool reports that it may not open the owner's file, or may not
+// read or write the database.
 func TestWithoutPermission(t *testing.T) {
 	testos.Parallel(t)
 	path := filepath.Join(testos.Dir(t), "tasks.db")

@@ -4,5 +4,5 @@ package main
 
 import "os"
 
-// console returns the screen behind a file, which counts as no terminal.
+// console returns a screen that writes to f and is never a terminal.
 func console(f *os.File) screen { return screen{Writer: f} }

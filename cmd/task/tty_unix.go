@@ -8,7 +8,7 @@ import (
 	"unsafe"
 )
 
-// console returns the screen behind a file.
+// console returns the screen behind f.
 func console(f *os.File) screen {
 	size := func() (width, height int) {
 		var w struct{ rows, columns, x, y uint16 }
@@ -16,7 +16,7 @@ func console(f *os.File) screen {
 		if errno != 0 {
 			return 0, 0
 		}
-		if w.columns == 0 || w.rows == 0 { // not known, as on a serial line
+		if w.columns == 0 || w.rows == 0 { // unknown, as on a serial line
 			return 80, 24
 		}
 		return int(w.columns), int(w.rows)

@@ -19,9 +19,9 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// readsVar names the environment variable that has the test binary be the
-// program, slowly, and holds the path of a file to which it appends what it has
-// read.
+// readsVar is the environment variable that makes the test binary run the program, slowly.
+// Its value is the path of a file to which the program appends the paths of the files it
+// has read.
 const readsVar = "CHECKSUM_TEST_READS"
 
 func TestMain(m *testing.M) {
@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 
 const files = 80
 
-// makeTree makes a directory tree whose order by WalkDir is not that of the paths.
+// makeTree makes a directory tree in which WalkDir's order differs from that of the paths.
 func makeTree(t *testing.T) (dir, want string) {
 	t.Helper()
 	dir = filepath.Join(t.TempDir(), "tree")
@@ -64,8 +64,8 @@ func makeTree(t *testing.T) (dir, want string) {
 	return dir, fmt.Sprintf("%x", tree.Sum(nil))
 }
 
-// TestKilled kills the program again and again. It must end with the digest of the
-// tree, as one operation, and read no file twice but those at which it was killed.
+// TestKilled kills the program again and again. It must finish with the digest of the tree,
+// as one operation, and read no file twice except those at which it was killed.
 func TestKilled(t *testing.T) {
 	dir, want := makeTree(t)
 	db, reads := testkit.Path(t), filepath.Join(t.TempDir(), "reads")
@@ -85,9 +85,9 @@ func TestKilled(t *testing.T) {
 				t.Fatalf("%v: %s", err, &stderr)
 			}
 			out = stdout.Bytes()
-		case <-time.After(time.Duration(rand.Int64N(int64(200+20*kills))) * time.Millisecond): // also on a slow machine it gets on in the end
+		case <-time.After(time.Duration(rand.Int64N(int64(200+20*kills))) * time.Millisecond): // lets even a slow machine finish eventually
 			testkit.Must(t, cmd.Process.Kill())
-			if <-ended == nil { // it was done
+			if <-ended == nil { // it had finished
 				out = stdout.Bytes()
 			} else {
 				kills++
@@ -112,8 +112,8 @@ func TestKilled(t *testing.T) {
 	t.Logf("%d kills: %s", kills, out)
 }
 
-// done reports whether the operation is DONE: the kill may have come just before
-// the program printed that.
+// done reports whether the operation is DONE: the program may have been killed just before
+// it printed the result.
 func done(t *testing.T, db string) bool {
 	t.Helper()
 	store, err := task.OpenSQLite(db)
@@ -139,7 +139,7 @@ func checkHistory(t *testing.T, db, want string) {
 	}
 }
 
-// TestFails has a tree that can't be read.
+// TestFails tests a tree that cannot be read.
 func TestFails(t *testing.T) {
 	db := testkit.Path(t)
 	if err := checksum(db, filepath.Join(t.TempDir(), "missing")); err == nil || !strings.Contains(err.Error(), "FAILED") {

@@ -1,10 +1,10 @@
-// Checksum computes one SHA-256 of all regular files in a directory tree, as one
+// Checksum computes one SHA-256 over all regular files in a directory tree, as one
 // operation of package task that survives its process.
 //
 //	checksum [-db FILE] DIR
 //
-// Kill it, and run it again: it continues behind the last file that it had read,
-// with the same ID. The tree should not change meanwhile.
+// Kill it and run it again: it continues after the last file read, with the same ID. The
+// tree should not change in the meantime.
 package main
 
 import (
@@ -36,8 +36,8 @@ func main() {
 	}
 }
 
-// checksum runs the operation for a directory, or the one that was interrupted,
-// and prints its result.
+// checksum runs the operation for a directory, or continues an interrupted one, and prints
+// its result.
 func checksum(db, dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -52,11 +52,11 @@ func checksum(db, dir string) error {
 		return errors.Join(err, store.Close())
 	}
 	err = wait(m, dir)
-	// Operations for other directories may have been resumed: they end, too.
+	// Operations for other directories may have been resumed: wait for them, too.
 	return errors.Join(err, m.Shutdown(context.Background()), store.Close())
 }
 
-// resume goes on with an operation that was interrupted.
+// resume continues an interrupted operation.
 func resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	var s sum
 	if op.DecodeMetadata(&s) != nil || s.Dir == "" {
@@ -90,8 +90,8 @@ func wait(m *task.Manager, dir string) error {
 	return nil
 }
 
-// unfinished returns the operation with that name that this process has resumed,
-// or that another one runs, or nil.
+// unfinished returns the unfinished operation with the given name, which this process has
+// resumed or another process runs. It returns nil if there is none.
 func unfinished(m *task.Manager, name string) (*task.Operation, error) {
 	ops, err := m.List(1, 0, task.ByName(name), task.ByState(task.StatePending, task.StateRunning))
 	if err != nil || len(ops) == 0 {
@@ -100,7 +100,7 @@ func unfinished(m *task.Manager, name string) (*task.Operation, error) {
 	return ops[0], nil
 }
 
-// A hasher is what crypto/sha256 returns: its state can be stored.
+// A hasher is the type returned by crypto/sha256. Its state can be stored.
 type hasher interface {
 	Write(p []byte) (int, error)
 	Sum(b []byte) []byte

@@ -14,22 +14,21 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A sum is the metadata of an operation: what it does, and its place.
+// A sum is the metadata of an operation: what it does, and how far it has got.
 type sum struct {
 	Dir   string `json:"dir"`
-	Last  string `json:"last,omitempty"`  // the last file that it has read, relative to Dir
-	State []byte `json:"state,omitempty"` // of the SHA-256 up to there
+	Last  string `json:"last,omitempty"`  // the last file read, relative to Dir
+	State []byte `json:"state,omitempty"` // state of the SHA-256 after Last
 	Files int    `json:"files"`
 	Bytes int64  `json:"bytes"`
-	Runs  int    `json:"runs"` // how often its function was called
+	Runs  int    `json:"runs"` // number of calls of its function
 }
 
-// afterFile is called after each file, once its place is stored, or could be.
+// afterFile is called after each file, once its place is stored or storing it has failed.
 var afterFile = func(path string) {}
 
-// run is the [task.Func]: it reads the files behind the last one, in the order of
-// filepath.WalkDir. The SHA-256 is that of the output of "sha256sum -z" for all
-// files.
+// run is the [task.Func]. It reads the files after the last one, in the order of
+// filepath.WalkDir. The SHA-256 is that of the output of "sha256sum -z" for all files.
 func (s sum) run(ctx context.Context, update func(int)) (any, error) {
 	tree := sha256.New().(hasher)
 	if len(s.State) > 0 {
@@ -59,7 +58,7 @@ func (s sum) run(ctx context.Context, update func(int)) (any, error) {
 			return err
 		}
 		update(100 * s.Files / max(total, s.Files))
-		err = task.Checkpoint(ctx) // from here on the file is not read again
+		err = task.Checkpoint(ctx) // from here on, the file is not read again
 		afterFile(path)
 		return err
 	})
@@ -69,13 +68,13 @@ func (s sum) run(ctx context.Context, update func(int)) (any, error) {
 	return fmt.Sprintf("%x", tree.Sum(nil)), nil
 }
 
-// count returns how many files there are.
+// count returns the number of files.
 func (s sum) count(ctx context.Context) (n int, err error) {
 	err = s.walk(ctx, "", func(string, string) error { n++; return nil })
 	return n, err
 }
 
-// walk calls visit for each regular file behind the last one.
+// walk calls visit for each regular file after the last one.
 func (s sum) walk(ctx context.Context, last string, visit func(path, rel string) error) error {
 	return filepath.WalkDir(s.Dir, func(path string, d fs.DirEntry, err error) error {
 		if ctx.Err() != nil {

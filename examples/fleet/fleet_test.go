@@ -19,7 +19,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestMain is the program itself where the environment says so: its nodes, too.
+// TestMain makes the test binary run the program, or one of its nodes, if the environment
+// says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("FLEET_MAIN") != "" {
 		main()
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// A running is a node that runs.
+// A running is a running node.
 type running struct {
 	t    *testing.T
 	name string
@@ -36,7 +37,7 @@ type running struct {
 	url  string // of its operations
 }
 
-// start starts the program and returns it, its three nodes, and the temporary
+// start starts the program. It returns the program, its three nodes, and the temporary
 // directory that it uses.
 func start(t *testing.T, args ...string) (program *exec.Cmd, nodes map[string]*running, dir string) {
 	if _, err := exec.LookPath(binary("initdb")); err != nil {
@@ -47,7 +48,7 @@ func start(t *testing.T, args ...string) (program *exec.Cmd, nodes map[string]*r
 	}
 	dir, err := os.MkdirTemp("", "f")
 	if err == nil {
-		err = os.Chmod(dir, 0o777|os.ModeSticky) // as of other temporary directories: the server may run as another user
+		err = os.Chmod(dir, 0o777|os.ModeSticky) // like other temporary directories, because the server may run as another user
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +84,7 @@ func start(t *testing.T, args ...string) (program *exec.Cmd, nodes map[string]*r
 	return program, nodes, dir
 }
 
-// do sends a request to the node, and decodes the response.
+// do sends a request to the node and decodes the response.
 func (n *running) do(method, path string, into any) {
 	n.t.Helper()
 	req, err := http.NewRequest(method, n.url+path, nil)
@@ -108,7 +109,7 @@ func (n *running) do(method, path string, into any) {
 	}
 }
 
-// operations returns those of all nodes, as this one shows them.
+// operations returns the operations of all nodes, as shown by this node.
 func (n *running) operations(query string) []*task.Operation {
 	n.t.Helper()
 	var list struct{ Tasks []*task.Operation }
@@ -116,7 +117,7 @@ func (n *running) operations(query string) []*task.Operation {
 	return list.Tasks
 }
 
-// get returns an operation as the node shows it.
+// get returns an operation as shown by the node.
 func (n *running) get(id string) *task.Operation {
 	n.t.Helper()
 	var op task.Operation
@@ -124,7 +125,7 @@ func (n *running) get(id string) *task.Operation {
 	return &op
 }
 
-// wait returns an operation as the node shows it once it has ended.
+// wait waits until an operation has finished, and returns it as shown by the node.
 func (n *running) wait(id string) *task.Operation {
 	n.t.Helper()
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
@@ -137,7 +138,7 @@ func (n *running) wait(id string) *task.Operation {
 	return nil
 }
 
-// of returns those operations that a node runs.
+// of returns the operations that a node runs.
 func of(name string, ops []*task.Operation) (own []*task.Operation) {
 	for _, op := range ops {
 		if strings.HasPrefix(op.Owner, name+"/") {
@@ -147,7 +148,7 @@ func of(name string, ops []*task.Operation) (own []*task.Operation) {
 	return own
 }
 
-// until waits until something is so.
+// until waits until so returns true.
 func until(t *testing.T, what string, so func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); !so(); time.Sleep(20 * time.Millisecond) {
@@ -157,8 +158,8 @@ func until(t *testing.T, what string, so func() bool) {
 	}
 }
 
-// TestFleet checks that each node shows and cancels the operations of all, and that
-// those of a killed one are found interrupted.
+// TestFleet checks that each node shows and cancels the operations of all nodes, and that
+// the operations of a killed node are found interrupted.
 func TestFleet(t *testing.T) {
 	t.Parallel()
 	program, nodes, dir := start(t, "-work", "1h")
@@ -201,8 +202,8 @@ func TestFleet(t *testing.T) {
 	gone(t, dir, nodes)
 }
 
-// TestResume checks that a killed node's operations go on in others, and that
-// nothing stays when the first process is killed.
+// TestResume checks that other nodes continue the operations of a killed node, and that
+// nothing is left when the first process is killed.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	program, nodes, dir := start(t, "-work", "10s", "-resume")
@@ -234,13 +235,13 @@ func kill(t *testing.T, pid int) {
 	}
 }
 
-// gone waits until the nodes and the database are.
+// gone waits until the nodes and the database are gone.
 func gone(t *testing.T, dir string, nodes map[string]*running) {
 	t.Helper()
 	for _, n := range nodes {
 		until(t, n.name+" has ended", func() bool {
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.pid))
-			return syscall.Kill(n.pid, 0) != nil || err == nil && strings.Contains(string(stat), ") Z ") // nobody waits for it
+			return syscall.Kill(n.pid, 0) != nil || err == nil && strings.Contains(string(stat), ") Z ") // a zombie has no parent waiting for it
 		})
 	}
 	until(t, "the database has gone", func() bool {

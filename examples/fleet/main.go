@@ -1,16 +1,15 @@
-// Fleet runs three nodes on this machine, each a process of its own, with one
-// history in a PostgreSQL database.
+// Fleet runs three nodes on this machine, each in its own process, with a shared history in
+// a PostgreSQL database.
 //
 //	fleet [-dsn DSN] [-addr HOST:PORT] [-lease DURATION] [-work DURATION] [-resume]
 //
-// Without -dsn it starts a PostgreSQL of its own, where one is installed, and
-// removes that in the end. Each node prints its process ID and the address of its
-// web page, which shows the operations of all nodes and cancels them. Kill a node
-// with kill -9 and watch the page of another: after 1 to 1 1/3 leases, and up to a
-// second more, its operations are FAILED or, with -resume, go on elsewhere from the
-// place that they have stored.
+// Without -dsn it starts its own PostgreSQL, if one is installed, and removes it when done.
+// Each node prints its process ID and the address of its web page, which shows and cancels
+// the operations of all nodes. Kill a node with kill -9 and watch the page of another one:
+// after 1 to 1 1/3 leases, plus up to a second, its operations are FAILED or, with -resume,
+// continue on other nodes from the place they have stored.
 //
-// Ctrl-C ends all nodes, and so does the end of the first process, whatever ends it.
+// Ctrl-C ends all nodes. They also end when the first process ends for any reason.
 package main
 
 import (
@@ -29,7 +28,7 @@ import (
 	"time"
 )
 
-// A config is what the nodes have in common.
+// A config holds the configuration that the nodes share.
 type config struct {
 	dsn, addr   string
 	lease, work time.Duration
@@ -61,7 +60,7 @@ func main() {
 	}
 }
 
-// endWith returns a context that also ends when a reader does.
+// endWith returns a context that is also done when r ends.
 func endWith(ctx context.Context, r io.Reader) context.Context {
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {
@@ -98,8 +97,8 @@ func fleet(ctx context.Context, c config) error {
 	return nil
 }
 
-// startNode starts the process of a node. It ends when its standard input does,
-// which it does with ctx or with this process.
+// startNode starts the process of a node. It ends when its standard input does, that is,
+// with ctx or with this process.
 func startNode(ctx context.Context, nodes *sync.WaitGroup, name, addr string, c config) error {
 	program, err := os.Executable()
 	if err != nil {
@@ -125,7 +124,7 @@ func startNode(ctx context.Context, nodes *sync.WaitGroup, name, addr string, c 
 	return nil
 }
 
-// nextPort returns the address with the port n above, unless that is 0.
+// nextPort returns addr with n added to its port, unless the port is 0.
 func nextPort(addr string, n int) (string, error) {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {

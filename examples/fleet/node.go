@@ -15,7 +15,7 @@ import (
 	"github.com/mynt-nas/task/taskpg"
 )
 
-// A node runs operations of its own, and serves a page with those of all nodes.
+// A node runs its own operations and serves a page with those of all nodes.
 type node struct {
 	name string
 	work time.Duration
@@ -42,7 +42,7 @@ func runNode(ctx context.Context, name string, c config) error {
 	return errors.Join(err, n.CloseContext(bounded), store.Close())
 }
 
-// serve submits two operations, and serves the page until ctx is done.
+// serve submits two operations and serves the page until ctx is done.
 func (n *node) serve(ctx context.Context, addr string) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -69,14 +69,14 @@ func (n *node) serve(ctx context.Context, addr string) error {
 	return nil
 }
 
-// follow watches all operations: for as long as somebody does, a manager recovers
-// those of dead nodes.
+// follow watches all operations: while someone does, a manager recovers the operations of
+// dead nodes.
 func (n *node) follow(ctx context.Context) {
 	for range n.Watch(ctx) {
 	}
 }
 
-// A place is how far a scrub has come. It is the operation's metadata.
+// A place is how far a scrub has got. It is the operation's metadata.
 type place struct {
 	Percent int `json:"percent"`
 }
@@ -85,7 +85,7 @@ func (n *node) scrub(name string) (*task.Operation, error) {
 	return n.Submit(name, n.scrubFrom(0), task.WithMetadata(place{}), task.WithUnique(name))
 }
 
-// resume goes on from the place that is stored.
+// resume continues from the stored place.
 func (n *node) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	var at place
 	if err := op.DecodeMetadata(&at); err != nil {
@@ -94,7 +94,7 @@ func (n *node) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	return n.scrubFrom(at.Percent), nil
 }
 
-// scrubFrom returns a function that does the rest of the work, which is waiting.
+// scrubFrom returns a function that does the rest of the work, which only waits.
 func (n *node) scrubFrom(percent int) task.Func {
 	return func(ctx context.Context, update func(int)) (any, error) {
 		for at := percent; at < 100; at++ {

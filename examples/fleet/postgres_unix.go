@@ -17,15 +17,15 @@ import (
 	"github.com/mynt-nas/task/taskpg"
 )
 
-// startPostgres starts a server in a temporary directory, and returns the
-// connection string of a database. The server ends, and its directory goes, with
-// stop or with this process, whatever ends that.
+// startPostgres starts a server in a temporary directory and returns the connection string
+// of a database. The server and its directory are removed by stop, or when this process
+// ends for any reason.
 func startPostgres(ctx context.Context) (dsn string, stop func(), err error) {
 	as, err := serverUser()
 	if err != nil {
 		return "", nil, err
 	}
-	dir, err := os.MkdirTemp("", "fleet-") // short, as the path of a Unix socket must be
+	dir, err := os.MkdirTemp("", "fleet-") // short, as required for the path of a Unix socket
 	if err != nil {
 		return "", nil, err
 	}
@@ -60,14 +60,14 @@ func startPostgres(ctx context.Context) (dsn string, stop func(), err error) {
 	return dsn, stop, nil
 }
 
-// serve starts the server. A shell, which outlives this process, ends it and removes
-// the directory once the shell's standard input ends.
+// serve starts the server through a shell that outlives this process. When the shell's
+// standard input ends, the shell stops the server and removes the directory.
 func serve(dir, data string, as *syscall.Credential) (end func(), err error) {
 	const script = `"$@" </dev/null & cat >/dev/null; kill -INT $!; wait; rm -rf "$0"`
 	server := exec.Command("/bin/sh", "-c", script, dir, binary("postgres"), "-D", data, "-k", dir,
 		"-c", "listen_addresses=", "-c", "log_min_messages=fatal")
 	server.Dir = dir
-	server.SysProcAttr = &syscall.SysProcAttr{Credential: as, Setpgid: true} // Ctrl-C is for the nodes first
+	server.SysProcAttr = &syscall.SysProcAttr{Credential: as, Setpgid: true} // Ctrl-C must reach the nodes first
 	in, err := server.StdinPipe()
 	if err == nil {
 		err = server.Start()
@@ -92,7 +92,7 @@ func ready(ctx context.Context, dsn string) error {
 	}
 }
 
-// binary returns the path of a program of PostgreSQL, or its name.
+// binary returns the path of a PostgreSQL program, or just its name if not found.
 func binary(name string) string {
 	if path, err := exec.LookPath(name); err == nil {
 		return path
@@ -104,8 +104,8 @@ func binary(name string) string {
 	return found[len(found)-1]
 }
 
-// serverUser returns another user for the server where this process is root, as
-// which PostgreSQL does not run, and else nil.
+// serverUser returns another user to run the server if this process is root, because
+// PostgreSQL refuses to run as root. Otherwise it returns nil.
 func serverUser() (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil

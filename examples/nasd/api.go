@@ -21,37 +21,37 @@ import (
 
 // An api is the REST API of the daemon:
 //
-//	GET  /api/pools                     all pools, with what they hold, the bytes that are free on
-//	                                    their disk, and the outcome of their last operations
+//	GET  /api/pools                     all pools, with what they hold, the bytes free on their
+//	                                    disk, and the outcome of their last operations
 //	POST /api/pools                     {"name": NAME} creates a pool
 //	DELETE /api/pools/NAME?confirm=NAME deletes a pool and its snapshots
-//	PUT  /api/pools/NAME/files/PATH     stores the body as a file, by an operation; 204 at its end
+//	PUT  /api/pools/NAME/files/PATH     stores the body as a file, as an operation; 204 when done
 //	POST /api/pools/NAME/scrub          reads all files and finds corrupted ones
 //	POST /api/pools/NAME/accept         accepts the present content of all files
 //	POST /api/pools/NAME/replicate      {"to": NAME} copies changed files to another pool
 //	POST /api/pools/NAME/snapshot       takes a snapshot
 //	GET  /api/pools/NAME/snapshots      all snapshots, oldest first
 //	GET  /api/pools/NAME/snapshots/ID/files?prefix=PREFIX
-//	                                    the first 1,000 files of a snapshot whose paths begin so,
-//	                                    and whether there are more
+//	                                    the first 1,000 files of a snapshot whose paths begin with
+//	                                    PREFIX, and whether there are more
 //	POST /api/pools/NAME/snapshots/ID/restore
-//	                                    {"path": PATH} restores a file out of a snapshot
+//	                                    {"path": PATH} restores a file from a snapshot
 //	     /api/tasks/                    the operations, and their page at ui: see package taskhttp
 //	GET  /                              the web page
 //
-// The response to a POST or DELETE is 202 and the operation that was started, or the one that
-// was started before if the same is already waiting or running.
+// The response to a POST or DELETE is 202 and the operation that was started, or the same
+// operation if it was already waiting or running.
 type api struct {
 	storage *storage
 	last    *lastResults
 	usages  *usages
 }
 
-// tasksPath is the prefix of the operations.
+// tasksPath is the path prefix of the operations.
 const tasksPath = "/api/tasks"
 
-// newAPI returns the API. If local, it accepts only IP addresses and "localhost"
-// as Host.
+// newAPI returns the API. If local, it accepts only IP addresses and "localhost" in the
+// Host header.
 func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	a := &api{s, last, &usages{storage: s, pool: make(map[string]*measurement)}}
 	mux := http.NewServeMux()
@@ -69,8 +69,8 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	mux.Handle(tasksPath+"/", http.StripPrefix(tasksPath, taskhttp.Handler(s.tasks)))
 	mux.HandleFunc("GET /{$}", servePage)
 
-	// A page of another site must not start anything here, neither directly nor
-	// under a name of its own that resolves to this machine.
+	// A page of another site must not start anything here, neither directly nor through a
+	// host name of its own that resolves to this machine.
 	protection := http.NewCrossOriginProtection()
 	protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		taskhttp.Problem(w, r, http.StatusForbidden, errors.New("requests from pages of other sites are not allowed"))
@@ -85,7 +85,7 @@ func newAPI(s *storage, last *lastResults, local bool) http.Handler {
 	})
 }
 
-// routed answers with problem details what the mux would refuse in plain text.
+// routed responds with problem details to requests that the mux would reject in plain text.
 func routed(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		refuse, pattern := mux.Handler(r)
@@ -103,7 +103,7 @@ func routed(mux *http.ServeMux) http.Handler {
 	})
 }
 
-// A refusal keeps the header and the status of a response.
+// A refusal records the header and the status of a response.
 type refusal struct {
 	header http.Header
 	status int
@@ -132,8 +132,7 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) {
 	}
 	op, err := a.storage.create(in.Name)
 	if err == nil || errors.Is(err, task.ErrExists) {
-		// The client will use the pool next: wait until the pool exists, but not
-		// for long.
+		// The client will use the pool next, so wait until it exists, but not for long.
 		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 		defer cancel()
 		if now, _ := a.storage.tasks.Wait(ctx, op.ID); now != nil {
@@ -168,7 +167,7 @@ func (a *api) replicate(w http.ResponseWriter, r *http.Request) {
 	answer(w, r, op, err)
 }
 
-// on handles a request that starts an operation on a pool.
+// on returns a handler that starts an operation on a pool.
 func (a *api) on(start func(pool string) (*task.Operation, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		op, err := start(r.PathValue("name"))
@@ -184,7 +183,7 @@ func answer(w http.ResponseWriter, r *http.Request, op *task.Operation, err erro
 	taskhttp.Accepted(w, r, tasksPath, op)
 }
 
-// patience is how long the list of pools waits for measurements that are under way.
+// patience is how long the list of pools waits for measurements in progress.
 const patience = 200 * time.Millisecond
 
 func (a *api) pools(w http.ResponseWriter, r *http.Request) {
@@ -195,16 +194,16 @@ func (a *api) pools(w http.ResponseWriter, r *http.Request) {
 	}
 	type pool struct {
 		Name  string                     `json:"name"`
-		Usage *usage                     `json:"usage,omitempty"` // unless still unknown
+		Usage *usage                     `json:"usage,omitempty"` // absent while unknown
 		Free  *int64                     `json:"free,omitempty"`
-		Last  map[string]*task.Operation `json:"last,omitempty"` // finished, by kind
+		Last  map[string]*task.Operation `json:"last,omitempty"` // finished operations, by kind
 	}
 	pools := make([]pool, 0, len(names))
 	ctx, cancel := context.WithTimeout(r.Context(), patience)
 	defer cancel()
 	for _, name := range names {
 		p := pool{Name: name, Usage: a.usages.of(ctx, name), Last: a.last.of(name)}
-		if free, err := freeBytes(filepath.Join(a.storage.pools.Name(), name)); err == nil { // not known on all systems
+		if free, err := freeBytes(filepath.Join(a.storage.pools.Name(), name)); err == nil { // unknown on some systems
 			p.Free = &free
 		}
 		pools = append(pools, p)
@@ -259,8 +258,8 @@ func (a *api) put(w http.ResponseWriter, r *http.Request) {
 		setReadDeadline: c.SetReadDeadline,
 	})
 	if err != nil {
-		// Before it sends the answer, the server reads some of the rest of the body, if
-		// there is any. A client that sends nothing must not hold that up.
+		// Before sending the response, the server reads some of the remaining body. A
+		// client that sends nothing must not delay that.
 		c.SetReadDeadline(time.Now().Add(time.Second))
 		fail(w, r, err)
 		return
@@ -268,8 +267,8 @@ func (a *api) put(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// slowBody returns the body of a request. Reading it may take any time, as long as
-// data arrives every half minute.
+// slowBody returns the body of a request. Reading it may take any amount of time, as long
+// as some data arrives every 30 seconds (idleBody).
 func slowBody(w http.ResponseWriter, r *http.Request) io.Reader {
 	c := http.NewResponseController(w)
 	return readerFunc(func(p []byte) (int, error) {
@@ -307,8 +306,8 @@ func writeJSON(w http.ResponseWriter, v any) {
 	}
 }
 
-// fail responds with an error. taskhttp handles errors that are not of the storage
-// service.
+// fail responds with an error. It leaves errors that are not from the storage service to
+// taskhttp.
 func fail(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case errors.As(err, new(inputError)), errors.Is(err, syscall.ENAMETOOLONG),

@@ -126,13 +126,13 @@ func TestAPIErrors(t *testing.T) {
 	}
 }
 
-// deadlines adds deadlines to a response recorder.
+// deadlines adds deadline methods to a response recorder.
 type deadlines struct{ *httptest.ResponseRecorder }
 
 func (deadlines) SetReadDeadline(time.Time) error  { return nil }
 func (deadlines) SetWriteDeadline(time.Time) error { return nil }
 
-// wantProblem checks that the body of an answer is problem details.
+// wantProblem checks that the body of a response is problem details.
 func wantProblem(t *testing.T, resp *http.Response) {
 	t.Helper()
 	var p struct {

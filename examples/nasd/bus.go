@@ -11,7 +11,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A bus forwards events to its subscribers. The zero bus is ready for use.
+// A bus forwards events to its subscribers. The zero bus is ready to use.
 type bus struct {
 	mu     sync.Mutex // guards what follows
 	subs   []*subscriber
@@ -20,8 +20,8 @@ type bus struct {
 
 // An event is a change of an operation.
 type event struct {
-	op     *task.Operation // shared by all subscribers, who must not modify it
-	missed int             // how many events before this one were dropped for the subscriber
+	op     *task.Operation // shared by all subscribers, which must not modify it
+	missed int             // number of events dropped for the subscriber before this one
 }
 
 type subscriber struct {
@@ -29,8 +29,8 @@ type subscriber struct {
 	missed int
 }
 
-// subscribe returns a channel that receives all events from now on. It is closed
-// with the bus. Events that don't fit into its buffer are dropped.
+// subscribe returns a channel that receives all later events. It is closed with the bus.
+// Events that do not fit into its buffer are dropped.
 func (b *bus) subscribe(buffer int) <-chan event {
 	s := &subscriber{events: make(chan event, buffer)}
 	b.mu.Lock()
@@ -57,7 +57,7 @@ func (b *bus) publish(op *task.Operation) {
 	}
 }
 
-// markLoss makes the next event report that at least one was dropped.
+// markLoss makes the next event report that at least one event was dropped.
 func (b *bus) markLoss() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -66,7 +66,7 @@ func (b *bus) markLoss() {
 	}
 }
 
-// close closes the bus. Subscribers still receive what is in their buffers.
+// close closes the bus. Subscribers still receive the events in their buffers.
 func (b *bus) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -76,12 +76,11 @@ func (b *bus) close() {
 	b.subs, b.closed = nil, true
 }
 
-// feed publishes the events of Watch until the manager is closed, and then closes
-// the bus.
+// feed publishes the events of Watch until the manager is closed, and then closes the bus.
 func feed(b *bus, changes iter.Seq2[*task.Operation, error]) {
 	defer b.close()
-	for errors.Is(forward(b, changes), task.ErrLagged) { // the whole process was stopped
-		b.markLoss() // then watch again
+	for errors.Is(forward(b, changes), task.ErrLagged) { // happens if the whole process was stopped
+		b.markLoss() // and watch again
 	}
 }
 
@@ -121,16 +120,16 @@ func took(op *task.Operation) time.Duration {
 	return op.UpdatedAt.Sub(op.StartedAt)
 }
 
-// A lastResults is a subscriber that records the last finished operation of each
-// kind for each pool.
+// A lastResults is a subscriber that records the last finished operation of each kind for
+// each pool.
 type lastResults struct {
 	tasks *task.Manager
 
 	mu   sync.Mutex                            // guards what follows
-	pool map[string]map[string]*task.Operation // by pool and kind; not to be modified
+	pool map[string]map[string]*task.Operation // by pool and kind; operations must not be modified
 }
 
-// newLastResults starts with the history. Call Watch first, to miss nothing.
+// newLastResults starts with the history. Call Watch first, so that no event is missed.
 func newLastResults(m *task.Manager) *lastResults {
 	l := &lastResults{tasks: m, pool: make(map[string]map[string]*task.Operation)}
 	l.load()
@@ -142,7 +141,7 @@ func (l *lastResults) load() {
 	finished := task.ByState(task.StateDone, task.StateFailed, task.StateCancelled)
 	for before := ""; ; {
 		ops, err := l.tasks.List(1000, 0, finished, task.Before(before))
-		if err != nil && !errors.Is(err, task.ErrNotFound) { // retention has deleted the last one, and all older ones
+		if err != nil && !errors.Is(err, task.ErrNotFound) { // ErrNotFound: retention has deleted the last operation read, and all older ones
 			slog.Error("last results are incomplete", "err", err)
 		}
 		if len(ops) == 0 {
@@ -165,7 +164,7 @@ func (l *lastResults) follow(events <-chan event) {
 	}
 }
 
-// add records a finished operation, unless a later one is recorded.
+// add records a finished operation unless a later one is recorded.
 func (l *lastResults) add(op *task.Operation) {
 	var a about
 	if !op.State.Finished() || op.DecodeMetadata(&a) != nil {
@@ -179,7 +178,7 @@ func (l *lastResults) add(op *task.Operation) {
 		l.pool[a.Pool] = kinds
 	}
 	if last := kinds["delete"]; last != nil && last.State == task.StateDone && op.UpdatedAt.Before(last.UpdatedAt) {
-		return // it was of an earlier pool of that name
+		return // it belongs to an earlier pool with that name
 	}
 	if last := kinds[a.Kind]; last == nil || last.UpdatedAt.Before(op.UpdatedAt) {
 		kinds[a.Kind] = op

@@ -14,7 +14,7 @@ func TestBus(t *testing.T) {
 	b.publish(&task.Operation{ID: "no subscriber"})
 	slow, quick := b.subscribe(2), b.subscribe(10)
 	for _, id := range []string{"1", "2", "3", "4"} {
-		b.publish(&task.Operation{ID: id}) // never waits
+		b.publish(&task.Operation{ID: id}) // never blocks
 	}
 	want := func(name string, events <-chan event, id string, missed int) {
 		t.Helper()
@@ -43,8 +43,8 @@ func TestBus(t *testing.T) {
 	}
 }
 
-// TestFeed checks that the bus gets the events of operations, and is closed with
-// the manager.
+// TestFeed checks that the bus gets the events of operations and is closed with the
+// manager.
 func TestFeed(t *testing.T) {
 	s := newStorage(t, "tank")
 	running, end := make(chan struct{}), make(chan struct{})
@@ -129,8 +129,8 @@ func TestLastResults(t *testing.T) {
 	check("after a loss", fourth, third)
 }
 
-// TestLastResultsFarBack checks that the last operation of a kind is found even if
-// many of other kinds followed.
+// TestLastResultsFarBack checks that the last operation of a kind is found even if many
+// operations of other kinds followed.
 func TestLastResultsFarBack(t *testing.T) {
 	s := newStorage(t, "tank")
 	op, err := s.scrub("tank")
@@ -161,8 +161,8 @@ func TestTook(t *testing.T) {
 	}
 }
 
-// TestFeedLagged checks that feed continues after ErrLagged, and says that events
-// were lost.
+// TestFeedLagged checks that feed continues after ErrLagged and reports that events were
+// lost.
 func TestFeedLagged(t *testing.T) {
 	b := new(bus)
 	events := b.subscribe(1)

@@ -7,11 +7,11 @@ import (
 	"syscall"
 )
 
-// ficlone is FICLONE of linux/fs.h. Its value differs on other processors.
+// ficlone is FICLONE of linux/fs.h. Its value is different on some processors.
 const ficlone = 0x40049409
 
-// clone gives dst, an empty file, the content of src. The two share their space
-// until one is changed. Few file systems support it, among them Btrfs, XFS and ZFS.
+// clone copies the content of src to dst, an empty file. The two share disk space until one
+// of them changes. Few file systems support it, among them Btrfs, XFS and ZFS.
 func clone(dst, src *os.File) error {
 	from, err := src.SyscallConn()
 	if err != nil {

@@ -7,5 +7,5 @@ import (
 	"os"
 )
 
-// clone is not supported here.
+// clone is not supported on this system.
 func clone(dst, src *os.File) error { return errors.ErrUnsupported }

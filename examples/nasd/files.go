@@ -23,23 +23,23 @@ import (
 )
 
 const (
-	// incoming is the directory for files that are not completely written.
+	// incoming is the directory for incompletely written files.
 	incoming = ".incoming"
 
 	chunkSize = 1 << 20 // bytes between two checks of the context
 
-	// tick exceeds the resolution of modification times on the file systems of
-	// Unix: two changes of a file that far apart differ in time.
+	// tick exceeds the resolution of modification times on Unix file systems: two changes
+	// of a file at least tick apart get different times.
 	tick = 50 * time.Millisecond
 
 	maxListed = 1000 // paths in one list of a result
 )
 
-// A list counts files and names the first ones.
+// A list counts files and names the first of them.
 type list struct {
 	Count int      `json:"count"`
 	Paths []string `json:"paths,omitempty"`
-	Error string   `json:"error,omitempty"` // of the first one, if it is not obvious
+	Error string   `json:"error,omitempty"` // of the first file, if not obvious
 }
 
 func (l *list) add(path string) {
@@ -57,7 +57,7 @@ func (l *list) addError(path string, err error) {
 	l.add(path)
 }
 
-// why returns the end of a message about lists: the first error.
+// why returns a suffix for messages about lists: the first error.
 func why(lists ...list) string {
 	for _, l := range lists {
 		if l.Error != "" {
@@ -67,13 +67,13 @@ func why(lists ...list) string {
 	return ""
 }
 
-// A readError is an error of reading a file or a directory.
+// A readError is an error from reading a file or a directory.
 type readError struct{ error }
 
 func (e readError) Unwrap() error { return e.error }
 
-// addUnreadable adds path to the list if err is a readError, unless the file has
-// just been deleted. It returns any other error, which ends the operation.
+// addUnreadable adds path to the list if err is a readError, unless the file has just been
+// deleted. It returns any other error, which ends the operation.
 func (l *list) addUnreadable(ctx context.Context, path string, err error) error {
 	switch {
 	case ctx.Err() != nil:
@@ -89,9 +89,9 @@ func (l *list) addUnreadable(ctx context.Context, path string, err error) error 
 // errNoFile is the error for links, devices and the like.
 var errNoFile = errors.New("neither a file nor a directory")
 
-// walk calls visit for each file below the directory dir, with an error if it
-// can't be read or is not a file. Paths have slashes. It does not follow symbolic
-// links. Unlike fs.WalkDir, it enters directories whose names are not UTF-8.
+// walk calls visit for each file below the directory dir, with an error if the file cannot
+// be read or is not a regular file. Paths use slashes. walk does not follow symbolic links.
+// Unlike fs.WalkDir, it enters directories whose names are not UTF-8.
 func walk(ctx context.Context, root *os.Root, dir string, visit func(path string, err error) error) error {
 	entries, err := readDir(root, dir)
 	switch {
@@ -100,7 +100,7 @@ func walk(ctx context.Context, root *os.Root, dir string, visit func(path string
 	case err == nil:
 	case dir == ".":
 		return err
-	case !errors.Is(err, fs.ErrNotExist): // otherwise it was deleted meanwhile
+	case !errors.Is(err, fs.ErrNotExist): // otherwise it was just deleted
 		err = visit(dir, readError{err})
 	default:
 		err = nil
@@ -134,8 +134,8 @@ func readDir(root *os.Root, dir string) ([]os.DirEntry, error) {
 	return entries, err
 }
 
-// open opens a regular file for reading. Any later change of the file gives it
-// another time or size than those in the FileInfo.
+// open opens a regular file for reading. Any later change of the file results in a time or
+// size different from those in the FileInfo.
 func open(ctx context.Context, root *os.Root, path string) (*os.File, fs.FileInfo, error) {
 	for tries := 0; ; tries++ {
 		f, info, err := openRegular(root, path)
@@ -160,7 +160,7 @@ func openRegular(root *os.Root, path string) (*os.File, fs.FileInfo, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	// It may have been replaced by a FIFO: opening must not wait for a writer.
+	// The file may have been replaced by a FIFO: opening must not wait for a writer.
 	f, err := root.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, err
@@ -176,7 +176,7 @@ func openRegular(root *os.Root, path string) (*os.File, fs.FileInfo, error) {
 	return f, info, nil
 }
 
-// settle waits until any change of a file gives it another time than t.
+// settle waits until any change of a file results in a time other than t.
 func settle(ctx context.Context, t time.Time) error {
 	age := time.Since(t)
 	if age < 0 || age > tick {
@@ -195,8 +195,8 @@ func unchanged(info, was fs.FileInfo) bool {
 	return info.Size() == was.Size() && info.ModTime().Equal(was.ModTime())
 }
 
-// A worker moves the bytes of one operation and reports its progress. The zero
-// worker reports nothing.
+// A worker moves the bytes of one operation and reports its progress. The zero worker
+// reports nothing.
 type worker struct {
 	about  about
 	update func(int)
@@ -206,8 +206,8 @@ type worker struct {
 	buf    []byte
 }
 
-// each is walk with progress: it first adds up the sizes of all files, and then
-// reports which file it is working on.
+// each is walk with progress: it first adds up the sizes of all files, and then reports the
+// file it is working on.
 func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string, err error) error) error {
 	err := walk(ctx, root, ".", func(path string, err error) error {
 		if err == nil {
@@ -215,7 +215,7 @@ func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string
 				w.total += info.Size()
 			}
 		}
-		return nil // visit gets the error
+		return nil // the next walk passes the error to visit
 	})
 	if err != nil {
 		return err
@@ -234,9 +234,9 @@ func (w *worker) each(ctx context.Context, root *os.Root, visit func(path string
 	return err
 }
 
-// at reports the present file.
+// at reports the current file.
 func (w *worker) at(ctx context.Context, path string) {
-	task.SetMessage(ctx, path) // fails outside of an operation, in tests
+	task.SetMessage(ctx, path) // fails outside of an operation, as in tests
 }
 
 // moved adds n bytes to the progress.
@@ -247,8 +247,8 @@ func (w *worker) moved(n int64) {
 	}
 }
 
-// copy copies from src to dst and returns the SHA-256 of the content. It checks
-// ctx after every chunk.
+// copy copies from src to dst and returns the SHA-256 of the content. It checks ctx after
+// every chunk.
 func (w *worker) copy(ctx context.Context, dst io.Writer, src io.Reader) (sum string, err error) {
 	if w.buf == nil {
 		w.buf = make([]byte, chunkSize)
@@ -273,14 +273,14 @@ func (w *worker) copy(ctx context.Context, dst io.Writer, src io.Reader) (sum st
 	}
 }
 
-// contents returns a reader of an open file, up to its size when it was opened.
-// Otherwise the reader of a log that grows as fast as it is read would never end.
+// contents returns a reader of an open file, up to the size it had when it was opened.
+// Otherwise, reading a log that grows as fast as it is read would never end.
 func contents(f *os.File, info fs.FileInfo) io.Reader {
 	return io.LimitReader(f, info.Size())
 }
 
-// sparse is a file that stores zeros as holes, so that the copy of a disk image
-// is not larger than the original. Call truncate at the end.
+// sparse is a file that stores zeros as holes, so that the copy of a disk image is not
+// larger than the original. Call truncate when done.
 type sparse struct{ f *os.File }
 
 var zeros [chunkSize]byte
@@ -293,7 +293,7 @@ func (s sparse) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// truncate gives the file its size, in case it ends with a hole.
+// truncate sets the file size, in case the file ends with a hole.
 func (s sparse) truncate() error {
 	size, err := s.f.Seek(0, io.SeekCurrent)
 	if err != nil {
@@ -305,11 +305,11 @@ func (s sparse) truncate() error {
 // A meta is the metadata of a new file.
 type meta struct {
 	perm  fs.FileMode
-	mtime time.Time // zero for the present time
+	mtime time.Time // zero means now
 }
 
-// create creates a new file. On return its content is durable but its name is not,
-// or the file does not exist.
+// create creates a new file. On success its content is durable, but its name is not. On
+// failure the file does not exist.
 func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err error) {
 	f, err := root.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -332,11 +332,11 @@ func create(root *os.Root, path string, m meta, fill func(*os.File) error) (err 
 	return f.Sync()
 }
 
-// replace creates a file or atomically replaces one: an incomplete file is never
-// visible, nor are directories for it. It creates missing directories. Only syncParents
-// makes the name durable.
+// replace creates a file, or replaces it atomically. It creates missing directories. An
+// incomplete file, or directories made for one, are never visible. Use syncParents to make
+// the name durable.
 func replace(root *os.Root, path string, m meta, fill func(*os.File) error) error {
-	if err := checkPlace(root, path); err != nil { // before the work
+	if err := checkPlace(root, path); err != nil { // check before doing the work
 		return err
 	}
 	if err := root.Mkdir(incoming, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -356,13 +356,13 @@ func replace(root *os.Root, path string, m meta, fill func(*os.File) error) erro
 	return err
 }
 
-// A placeError says why a path can't be that of a file: the path names a
-// directory, it leads through a file or outside the pool, or a name is too long.
+// A placeError says why no file can be stored at a path: the path names a directory, it
+// leads through a file or outside the pool, or a name is too long.
 type placeError struct{ error }
 
 func (e placeError) Unwrap() error { return e.error }
 
-// checkPlace checks whether path can be that of a file. Directories may be missing.
+// checkPlace checks whether a file can be stored at path. Directories may be missing.
 func checkPlace(root *os.Root, path string) error {
 	switch info, err := root.Lstat(path); {
 	case err == nil && info.IsDir():
@@ -392,7 +392,7 @@ func checkPlace(root *os.Root, path string) error {
 // makePlace creates the directories that lead to a file.
 func makePlace(root *os.Root, path string) error {
 	err := root.MkdirAll(filepath.Dir(path), 0o755)
-	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // another program has made something else there
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTDIR) { // another program has just created something else there
 		return placeError{err}
 	}
 	return err

@@ -4,5 +4,5 @@ package main
 
 import "errors"
 
-// freeBytes is not supported here.
+// freeBytes is not supported on this system.
 func freeBytes(dir string) (int64, error) { return 0, errors.ErrUnsupported }

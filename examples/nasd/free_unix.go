@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// freeBytes returns how many bytes this process may still write to the disk of dir.
+// freeBytes returns how many bytes this process can still write to the disk of dir.
 func freeBytes(dir string) (int64, error) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(dir, &st); err != nil {

@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// lockFile locks the file at path, creating it if needed. The lock lasts until the
-// file is closed or the process ends.
+// lockFile locks the file at path, creating it if needed. The lock lasts until the file is
+// closed or the process ends.
 func lockFile(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

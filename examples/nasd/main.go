@@ -3,23 +3,22 @@
 //
 //	nasd -data DIR [-listen ADDR]
 //
-// The storage service (storage.go, scrub.go, replicate.go) has pools, which
-// are directories, scrubs them, replicates them to each other and restores files out
-// of snapshots. The snapshot scheduler (snapshot.go) takes snapshots of each pool and
-// thins them out.
-// All long work is done by operations of one task.Manager. Its events go to an
-// event bus (bus.go), and the REST API (api.go) serves the operations under
-// /api/tasks. A user can try all of this on the page at / (page.html).
+// The storage service (storage.go, scrub.go, replicate.go) has pools, which are
+// directories. It scrubs them, replicates them to each other and restores files from
+// snapshots. The snapshot scheduler (snapshot.go) takes snapshots of each pool and thins
+// them out. All long work is done by operations of one task.Manager. Its events go to an
+// event bus (bus.go), and the REST API (api.go) serves the operations under /api/tasks. The
+// page at / (page.html) lets a user try all of this.
 //
-// Uploads are operations, too (upload.go). Anybody may watch and cancel one; its file
-// appears when it is complete.
+// Uploads are operations, too (upload.go). Anyone may watch and cancel them. The uploaded
+// file appears only when it is complete.
 //
-// On each pool one operation runs at a time, besides uploads. A replication occupies two
-// pools. The deletion of a pool ends its uploads. After
-// a kill, the next nasd resumes the scrubs, replications, snapshots and restores that
-// were interrupted: a scrub from its last recorded place.
+// Each pool runs one operation at a time, not counting uploads. A replication occupies two
+// pools. Deleting a pool ends its uploads. After a kill, the next nasd resumes the
+// interrupted scrubs, replications, snapshots and restores. A scrub continues from its last
+// recorded place.
 //
-// DIR holds everything:
+// DIR holds all data:
 //
 //	tasks.db                   past and present operations
 //	lock                       locked while a nasd serves DIR
@@ -29,11 +28,11 @@
 //	pools/NAME/snapshots/ID/   snapshots of the files, for reading only; the IDs of
 //	                           automatic ones end with -auto
 //
-// It has no users: every client that can connect may do everything. By default it listens
-// on 127.0.0.1, so that only programs on this machine can connect; to admit
-// others, put an authenticating proxy in front of it. The proxy must send the Host
-// header 127.0.0.1: names other than localhost are refused, because a page of
-// another site may have made them resolve to this machine.
+// nasd has no users: every client that can connect may do everything. By default it listens
+// on 127.0.0.1, so that only programs on this machine can connect. To admit others, put an
+// authenticating proxy in front of it. The proxy must send the Host header 127.0.0.1. Names
+// other than localhost are rejected, because a page of another site may have made them
+// resolve to this machine.
 package main
 
 import (
@@ -92,8 +91,7 @@ func run(ctx context.Context, c config, out io.Writer) (err error) {
 	if err := os.MkdirAll(c.data, 0o700); err != nil {
 		return err
 	}
-	// The locks of package task hold within one Manager, and not between two
-	// daemons.
+	// The locks of package task work within one Manager, not between two daemons.
 	lock, err := lockFile(filepath.Join(c.data, "lock"))
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.data, err)
@@ -121,15 +119,15 @@ func run(ctx context.Context, c config, out io.Writer) (err error) {
 	return serve(ctx, c, s, ln, out)
 }
 
-// serve runs the parts of the daemon until ctx is done. It then ends them in such
-// an order that each still receives the last events of those that it depends on.
+// serve runs the parts of the daemon until ctx is done. It then stops them in an order in
+// which each part still receives the last events of those it depends on.
 func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var parts sync.WaitGroup
 
 	bus := new(bus)
-	changes := s.tasks.Watch(context.Background()) // before reading the history, so that nothing is missed
+	changes := s.tasks.Watch(context.Background()) // before reading the history, so that no event is missed
 	last := newLastResults(s.tasks)
 	toLog, toLast := bus.subscribe(1000), bus.subscribe(1000)
 	parts.Go(func() { logFinished(toLog) })
@@ -141,8 +139,8 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 	}
 	srv := &http.Server{
 		Handler: newAPI(s, last, isLoopback(ln.Addr())),
-		// No ReadTimeout and no WriteTimeout, which would end event streams.
-		// Handlers that read bodies set deadlines of their own.
+		// ReadTimeout and WriteTimeout are not set, because they would end event streams.
+		// Handlers that read bodies set their own deadlines.
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 	}
@@ -155,13 +153,13 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 
 	<-ctx.Done()
 	slog.Info("shutting down")
-	// The server ends last: it still has to send the final states of operations
-	// to its clients. Those end the event streams.
+	// The server stops last: it still has to send clients the final states of operations,
+	// which end the event streams.
 	err := s.tasks.Close()
 	grace, end := context.WithTimeout(context.Background(), 3*time.Second)
 	defer end()
 	if srv.Shutdown(grace) != nil {
-		srv.Close() // for example, a slow upload
+		srv.Close() // for example, during a slow upload
 	}
 	parts.Wait()
 	if !errors.Is(served, http.ErrServerClosed) {
@@ -170,7 +168,7 @@ func serve(ctx context.Context, c config, s *storage, ln net.Listener, out io.Wr
 	return err
 }
 
-// greet prints the daemon's address, and how to begin.
+// greet prints the daemon's address and how to get started.
 func greet(out io.Writer, url string, s *storage) {
 	names, err := s.names()
 	fmt.Fprintf(out, "nasd is at %s; stop it with Ctrl-C or kill %d\n", url, os.Getpid())

@@ -24,10 +24,10 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestMain makes the test binary run the daemon if its environment says so.
+// TestMain makes the test binary run the daemon if the environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("NASD_TEST_MAIN") != "" {
-		go func() { // ends it with the test, however that ends
+		go func() { // end together with the test process, however that ends
 			io.Copy(io.Discard, os.Stdin)
 			os.Exit(3)
 		}()
@@ -57,12 +57,12 @@ type daemon struct {
 	url      string
 	greeting string // its first output
 	cmd      *exec.Cmd
-	log      bytes.Buffer // read it only after the daemon has ended
+	log      bytes.Buffer // to be read only after the daemon has ended
 	client   *http.Client
 	ended    chan struct{}
 }
 
-// start starts the daemon, and returns once it listens.
+// start starts the daemon and returns once it listens.
 func start(t *testing.T, dir string, args ...string) *daemon {
 	t.Helper()
 	d := &daemon{t: t, dir: dir, client: &http.Client{Transport: &http.Transport{}}, ended: make(chan struct{})}
@@ -115,8 +115,8 @@ func (d *daemon) request(method, path string, body io.Reader) *http.Response {
 	return resp
 }
 
-// do makes a request, checks the status of the answer, and stores its JSON in
-// the value that into points to, unless that is nil.
+// do makes a request, checks the status of the response, and stores its JSON in the value
+// that into points to, unless into is nil.
 func (d *daemon) do(method, path, body string, status int, into any) {
 	d.t.Helper()
 	resp := d.request(method, path, strings.NewReader(body))
@@ -144,14 +144,14 @@ func (d *daemon) get(id string) (op task.Operation) {
 	return op
 }
 
-// finish runs an operation, checks its final state, and stores its result in the
-// value that into points to, unless that is nil.
+// finish runs an operation, checks its final state, and stores its result in the value that
+// into points to, unless into is nil.
 func (d *daemon) finish(path, body string, state task.State, into any) task.Operation {
 	d.t.Helper()
 	return d.wait(d.begin(path, body).ID, state, into)
 }
 
-// wait is finish for an operation that was started before.
+// wait is finish for an operation that has already been started.
 func (d *daemon) wait(id string, state task.State, into any) (op task.Operation) {
 	d.t.Helper()
 	d.do("GET", "/api/tasks/"+id+"/wait?timeout=5m", "", 200, &op)
@@ -230,7 +230,7 @@ func (s *stream) until(what string, wanted func(op *task.Operation) bool) *task.
 	}
 }
 
-// untilAt waits until an operation works on a file.
+// untilAt waits until an operation is working on a file.
 func (d *daemon) untilAt(id, file string) {
 	d.t.Helper()
 	s := d.stream("/api/tasks/" + id + "/events")
@@ -330,7 +330,7 @@ func TestDaemon(t *testing.T) {
 		makeHuge(t, d.file("tank", "huge"))
 		first := d.begin("/api/pools/tank/scrub", "")
 		second := d.begin("/api/pools/tank/snapshot", "")
-		d.untilAt(first.ID, "huge") // it takes hours
+		d.untilAt(first.ID, "huge") // takes hours
 		for path, op := range map[string]task.Operation{"scrub": first, "snapshot": second} {
 			if again := d.begin("/api/pools/tank/"+path, ""); again.ID != op.ID {
 				t.Errorf("a second request has started %+v beside %+v", again, op)
@@ -353,8 +353,8 @@ func TestDaemon(t *testing.T) {
 	})
 }
 
-// untilLast waits until the list of pools shows an operation as the last of its
-// kind. The event bus reports it some time after the finish.
+// untilLast waits until the list of pools shows an operation as the last of its kind. The
+// event bus reports it some time after it has finished.
 func (d *daemon) untilLast(pool, kind, id string) {
 	d.t.Helper()
 	for {
@@ -374,8 +374,8 @@ func (d *daemon) untilLast(pool, kind, id string) {
 	}
 }
 
-// snapshots returns the IDs of the snapshots of a pool, and checks whether they were
-// taken automatically.
+// snapshots returns the IDs of the snapshots of a pool and checks whether they were taken
+// automatically.
 func (d *daemon) snapshots(pool string, automatic bool) (ids []string) {
 	d.t.Helper()
 	var got struct{ Snapshots []snapshotInfo }
@@ -410,8 +410,8 @@ func TestGreeting(t *testing.T) {
 	}
 }
 
-// TestTerm checks that on SIGTERM the operations end, event streams report their
-// final states, and the daemon exits.
+// TestTerm checks that on SIGTERM the operations end, event streams report their final
+// states, and the daemon exits.
 func TestTerm(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -426,7 +426,7 @@ func TestTerm(t *testing.T) {
 
 	ended := make(chan error, 1)
 	go func() { ended <- d.end(syscall.SIGTERM) }()
-	failed := make(map[string]string) // errors by ID, as the stream reports them
+	failed := make(map[string]string) // errors by ID, as reported by the stream
 	for {
 		name, data, err := all.next()
 		if err == io.EOF {
@@ -456,8 +456,8 @@ func TestTerm(t *testing.T) {
 	must(t, d.end(syscall.SIGTERM))
 }
 
-// TestKill checks that after a kill the next daemon resumes a replication and a
-// scrub, with their IDs, but not an accept.
+// TestKill checks that after a kill the next daemon resumes a replication and a scrub under
+// their IDs, but not an accept.
 func TestKill(t *testing.T) {
 	t.Parallel()
 	d := start(t, t.TempDir())
@@ -501,8 +501,8 @@ func TestKill(t *testing.T) {
 	d.finish("/api/pools/backup/scrub", "", task.StateDone, nil)
 }
 
-// TestKillRestore checks that a kill leaves the old file in its place, and that the
-// next daemon resumes the restore.
+// TestKillRestore checks that a kill leaves the old file in place and that the next daemon
+// resumes the restore.
 func TestKillRestore(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -535,8 +535,8 @@ func (d *daemon) remove(pool string) (op task.Operation) {
 	return op
 }
 
-// TestDelete checks that a pool is deleted after the operations before, and that a
-// new pool of that name knows nothing of the old one.
+// TestDelete checks that a pool is deleted after the operations submitted before, and that
+// a new pool with that name has nothing of the old one.
 func TestDelete(t *testing.T) {
 	d := start(t, t.TempDir())
 	d.finish("/api/pools", `{"name":"tank"}`, task.StateDone, nil)
@@ -574,8 +574,8 @@ func TestDelete(t *testing.T) {
 	wantTree(t, d.file("tank", ""), map[string]string{})
 }
 
-// TestKillDelete checks that a kill leaves no half of a pool. The next daemon finishes
-// a removal that had begun, and does not begin one.
+// TestKillDelete checks that a kill leaves no partial pool. The next daemon finishes a
+// removal that had begun, but does not begin one that was waiting.
 func TestKillDelete(t *testing.T) {
 	t.Parallel()
 	d := start(t, t.TempDir(), "-limit", "0")
@@ -587,7 +587,7 @@ func TestKillDelete(t *testing.T) {
 		ops[pool] = d.remove(pool)
 	}
 	d.end(syscall.SIGKILL)
-	// As after a kill in the middle of the removal.
+	// This is the state after a kill in the middle of the removal.
 	must(t, os.Rename(filepath.Join(d.dir, "pools/begun"), filepath.Join(d.dir, "pools", deleting+"begun")))
 	must(t, os.Remove(filepath.Join(d.dir, "pools", deleting+"begun", manifestFile)))
 	must(t, os.Remove(d.file("waiting", "huge")))
@@ -605,8 +605,8 @@ func TestKillDelete(t *testing.T) {
 	d.finish("/api/pools/waiting/scrub", "", task.StateDone, nil)
 }
 
-// TestKillDuringDelete kills daemons that are removing many files, and checks that the
-// pool is there as a whole or not at all.
+// TestKillDuringDelete kills daemons that are removing many files, and checks that the pool
+// is either complete or gone.
 func TestKillDuringDelete(t *testing.T) {
 	t.Parallel()
 	for round := range 5 {
@@ -617,7 +617,7 @@ func TestKillDuringDelete(t *testing.T) {
 		}
 		op := d.remove("tank")
 		if round > 0 {
-			time.Sleep(time.Duration(round) * time.Millisecond) // any moment is right
+			time.Sleep(time.Duration(round) * time.Millisecond) // any moment will do
 		}
 		d.end(syscall.SIGKILL)
 		d = start(t, d.dir)
@@ -637,8 +637,8 @@ func TestKillDuringDelete(t *testing.T) {
 	}
 }
 
-// TestSchedule checks that the scheduler takes snapshots and thins them out, with
-// operations.
+// TestSchedule checks that the scheduler takes snapshots and thins them out, each by an
+// operation.
 func TestSchedule(t *testing.T) {
 	d := start(t, t.TempDir(), "-snapshot-every", "10ms", "-keep-snapshots", "2")
 	all := d.stream("/api/tasks/events")

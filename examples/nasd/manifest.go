@@ -14,9 +14,9 @@ import (
 
 // A manifest holds the expected content of the files of a pool, by path.
 //
-// It is stored as text: a line with manifestHead and the SHA-256 of the rest, and
-// then a line for each file with its SHA-256, size, time in nanoseconds since
-// 1970, and quoted path. A program that changes the format must change the head.
+// It is stored as text: a line with manifestHead and the SHA-256 of the rest, followed by a
+// line for each file with its SHA-256, size, time in nanoseconds since 1970, and quoted
+// path. A program that changes the format must change the head.
 type manifest map[string]entry
 
 type entry struct {
@@ -31,14 +31,13 @@ func newEntry(sum string, info fs.FileInfo) entry {
 	return entry{sum: sum, size: info.Size(), mtime: info.ModTime().UnixNano()}
 }
 
-// find returns the entry of a file if its size and time show no change.
+// find returns the entry of a file if the file's size and time are unchanged.
 func (m manifest) find(path string, info fs.FileInfo) (entry, bool) {
 	e, ok := m[path]
 	return e, ok && e == newEntry(e.sum, info)
 }
 
-// manifest returns the manifest of a pool, or an error if it is damaged and thus
-// says nothing about the files.
+// manifest returns the manifest of a pool, or an error if it is damaged and thus useless.
 func (p *pool) manifest() (manifest, error) {
 	text, err := p.root.ReadFile(manifestFile)
 	var m manifest

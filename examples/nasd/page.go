@@ -12,13 +12,13 @@ import (
 //go:embed page.html
 var page []byte
 
-// pagePolicy allows the page its own script and style and requests to the API, and
-// nothing else.
+// pagePolicy allows the page its own script and style and requests to the API, and nothing
+// else.
 var pagePolicy = "default-src 'none'; script-src " + hash("script") + "; style-src " + hash("style") +
 	"; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" +
 	"; require-trusted-types-for 'script'; trusted-types 'none'"
 
-// hash returns the source expression that allows the inline element of that name.
+// hash returns the source expression that allows the inline element with the given name.
 func hash(element string) string {
 	_, text, _ := bytes.Cut(page, []byte("<"+element+">"))
 	text, _, _ = bytes.Cut(text, []byte("</"+element+">"))

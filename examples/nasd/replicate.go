@@ -7,22 +7,22 @@ import (
 	"os"
 )
 
-// A replicateResult is what a replication has done.
+// A replicateResult is the result of a replication.
 type replicateResult struct {
 	Copied     int   `json:"copied"`           // files
-	Skipped    int   `json:"skipped"`          // files that the target has already
-	Bytes      int64 `json:"bytes"`            // of all of these
+	Skipped    int   `json:"skipped"`          // files already in the target
+	Bytes      int64 `json:"bytes"`            // of all these files
 	Others     int   `json:"others,omitempty"` // links, devices and the like, which are not copied
 	Corrupted  list  `json:"corrupted,omitzero"`
 	Unreadable list  `json:"unreadable,omitzero"`
-	Blocked    list  `json:"blocked,omitzero"` // whose paths are occupied by something else in the target
+	Blocked    list  `json:"blocked,omitzero"` // files whose paths are taken by something else in the target
 }
 
-// replicate copies the files of p to another pool, except those that have the
-// same size and time there. It thus continues where an earlier replication was
-// interrupted, and does not replace a corrupted copy until a user deletes that.
-// It does not touch files that only the target has, and copies no symbolic links.
-// A file that is corrupted in p does not replace its copy, which may be good.
+// replicate copies the files of p to another pool, except those with the same size and time
+// there. It thus continues where an earlier replication was interrupted, and does not
+// replace a corrupted copy until a user deletes it. It does not touch files that exist only
+// in the target, and does not copy symbolic links. A file that is corrupted in p does not
+// replace its copy, which may be good.
 func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateResult, error) {
 	known, err := p.manifest()
 	if err != nil {
@@ -36,7 +36,7 @@ func (p *pool) replicate(ctx context.Context, w *worker, to *pool) (*replicateRe
 	err = w.each(ctx, p.files, func(path string, err error) error { return c.visit(ctx, path, err) })
 	r := &c.result
 	r.Bytes, r.Others = w.done, w.others
-	// After an error, too: the files copied so far have valid checksums.
+	// Also after an error: the files copied so far have valid checksums.
 	err = errors.Join(err, syncParents(to.files, c.copied...), to.saveManifest(there))
 	if err == nil && r.Corrupted.Count+r.Unreadable.Count+r.Blocked.Count > 0 {
 		err = fmt.Errorf("not copied: %d corrupted, %d unreadable and %d blocked files%s",
@@ -55,8 +55,8 @@ type copier struct {
 	result   replicateResult
 }
 
-// visit copies a file if necessary. It returns only errors of writing, such as a
-// full disk, which end the replication.
+// visit copies a file if necessary. It returns only write errors, such as a full disk,
+// which end the replication.
 func (c *copier) visit(ctx context.Context, path string, err error) error {
 	if err == nil {
 		err = c.bring(ctx, path)
@@ -83,7 +83,7 @@ func (c *copier) bring(ctx context.Context, path string) error {
 	old, isKnown := c.known.find(path, info)
 	if found, err := c.to.files.Lstat(path); err == nil && found.Mode().IsRegular() && unchanged(found, info) {
 		if _, ok := c.there.find(path, info); !ok && isKnown {
-			c.there[path] = old // an earlier replication was killed; the next scrub checks the copy
+			c.there[path] = old // left by a killed replication; the next scrub checks the copy
 		}
 		c.worker.moved(info.Size())
 		c.result.Skipped++

@@ -36,7 +36,7 @@ func TestReplicate(t *testing.T) {
 		change func(t *testing.T, p, to *pool) // between two replications
 		want   replicateResult
 		err    string
-		also   map[string]string // files of the target that differ
+		also   map[string]string // files in which the target differs
 	}{
 		{
 			name:   "nothing changed",
@@ -73,7 +73,7 @@ func TestReplicate(t *testing.T) {
 		{
 			name: "corrupted in the source",
 			change: func(t *testing.T, p, to *pool) {
-				write(t, p.files, "a", "A") // with the same time
+				write(t, p.files, "a", "A") // with unchanged time
 				must(t, to.files.Chtimes("a", time.Time{}, time.Now()))
 			},
 			want: replicateResult{Skipped: 1, Bytes: 4, Corrupted: files("a")},
@@ -120,8 +120,8 @@ func TestReplicateMeta(t *testing.T) {
 	}
 }
 
-// TestReplicateAfterKill: a killed replication has copied files, but not stored
-// their checksums.
+// TestReplicateAfterKill: the killed replication has copied files but not stored their
+// checksums.
 func TestReplicateAfterKill(t *testing.T) {
 	p, to := twoPools(t)
 	_, err := p.replicate(t.Context(), new(worker), to)
@@ -160,8 +160,8 @@ func TestReplicateCancel(t *testing.T) {
 	}
 }
 
-// TestReplicateBlocked checks that files without a place in the target are
-// reported, and that the others are copied.
+// TestReplicateBlocked checks that files whose path is taken in the target are reported,
+// and that the others are copied.
 func TestReplicateBlocked(t *testing.T) {
 	outside := t.TempDir()
 	link := func(target string) func(*testing.T, *pool) {
@@ -196,8 +196,8 @@ func TestReplicateBlocked(t *testing.T) {
 	}
 }
 
-// TestReplicateErrors checks that unreadable files are reported, and that a
-// failed write ends the replication.
+// TestReplicateErrors checks that unreadable files are reported and that a failed write
+// ends the replication.
 func TestReplicateErrors(t *testing.T) {
 	p, to := twoPools(t)
 	c := &copier{from: p, to: to, worker: new(worker)}

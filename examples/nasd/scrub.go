@@ -13,15 +13,14 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A scrubResult is what a scrub has found.
+// A scrubResult is the result of a scrub.
 //
-// A file is corrupted if its content has changed but its size and time have not:
-// disks do that, programs do not. It is reported until the file is restored or
-// the user accepts its content. Any other change counts as intended, and its
-// checksum is recorded. A deleted file can't be distinguished from a lost one: it
-// is reported once as missing.
+// A file is corrupted if its content has changed but its size and time have not: disks do
+// that, programs do not. It is reported until the file is restored or the user accepts its
+// content. Any other change counts as intended, and its checksum is recorded. A deleted
+// file cannot be distinguished from a lost one, so it is reported once as missing.
 type scrubResult struct {
-	Files      int   `json:"files"` // read
+	Files      int   `json:"files"` // files read
 	Bytes      int64 `json:"bytes"`
 	Others     int   `json:"others,omitempty"` // links, devices and the like, which are not read
 	Corrupted  list  `json:"corrupted"`
@@ -31,10 +30,10 @@ type scrubResult struct {
 	Changed    list  `json:"changed,omitzero"`
 }
 
-// A place is how far a scrub has got. It is small, because lists of operations
-// contain it.
+// A place records how far a scrub has got. It is small because lists of operations contain
+// it.
 type place struct {
-	Last    string `json:"last"` // the manifest is up to date as far as this file
+	Last    string `json:"last"` // the manifest is up to date up to and including this file
 	New     int    `json:"new"`  // files
 	Changed int    `json:"changed"`
 }
@@ -42,10 +41,10 @@ type place struct {
 // placeEvery is the time between two records of the place.
 var placeEvery = time.Minute
 
-// scrub compares all files with the manifest, and records the checksums of new and
-// changed files, those before its place while it runs. It continues behind the place
-// that w has. If files are corrupted or unreadable, scrub returns an error beside the
-// result.
+// scrub compares all files with the manifest and records the checksums of new and changed
+// files. While it runs, it saves the checksums up to its place. It continues after the
+// place in w, if any. If files are corrupted or unreadable, scrub returns an error along
+// with the result.
 func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResult, error) {
 	s := &scrub{pool: p, worker: w, known: known, next: make(manifest), saved: time.Now()}
 	if at := w.about.Place; at != nil {
@@ -79,9 +78,9 @@ func (p *pool) scrub(ctx context.Context, w *worker, known manifest) (*scrubResu
 type scrub struct {
 	pool   *pool
 	worker *worker
-	known  manifest // as it was
-	next   manifest // as it will be
-	from   []string // the names in the path of the place to continue behind
+	known  manifest // the manifest before the scrub
+	next   manifest // the manifest after the scrub
+	from   []string // path elements of the place to continue after
 	saved  time.Time
 	result scrubResult
 }
@@ -137,8 +136,8 @@ func (s *scrub) check(ctx context.Context, path string) error {
 	return nil
 }
 
-// savePlace records that all files as far as path have been read. It does not
-// after a corrupted or unreadable one: a resumed scrub must find that again.
+// savePlace records that all files up to path have been read. It records no place after a
+// corrupted or unreadable file, because a resumed scrub must find that file again.
 func (s *scrub) savePlace(ctx context.Context, path string) error {
 	r := &s.result
 	if s.known == nil || r.Corrupted.Count+r.Unreadable.Count > 0 || time.Since(s.saved) < placeEvery {
@@ -151,12 +150,12 @@ func (s *scrub) savePlace(ctx context.Context, path string) error {
 	}
 	s.saved = time.Now()
 	s.worker.about.Place = &place{path, r.New.Count, r.Changed.Count}
-	task.SetMetadata(ctx, s.worker.about) // fails outside of an operation, in tests
+	task.SetMetadata(ctx, s.worker.about) // fails outside of an operation, as in tests
 	return nil
 }
 
-// retain copies the entry of an unreadable file to the next manifest, or those of
-// all files below an unreadable directory: they are not missing.
+// retain copies the entry of an unreadable file to the next manifest, or the entries of all
+// files below an unreadable directory: they are not missing.
 func (s *scrub) retain(path string) {
 	for known, e := range s.known {
 		if known == path || strings.HasPrefix(known, path+"/") {

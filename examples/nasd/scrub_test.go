@@ -30,10 +30,10 @@ func TestScrub(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	corrupt := func(t *testing.T, p *pool) { write(t, p.files, "b/c", "CCC") } // with the same time
+	corrupt := func(t *testing.T, p *pool) { write(t, p.files, "b/c", "CCC") } // with unchanged time
 	tests := []struct {
 		name  string
-		steps []func(t *testing.T, p *pool) // with a scrub between any two
+		steps []func(t *testing.T, p *pool) // with a scrub between every two
 		want  scrubResult
 		err   string
 	}{
@@ -141,8 +141,8 @@ func TestScrub(t *testing.T) {
 	}
 }
 
-// TestScrubUnreadable checks that unreadable files are reported, and that their
-// checksums are kept.
+// TestScrubUnreadable checks that unreadable files are reported and that their checksums
+// are kept.
 func TestScrubUnreadable(t *testing.T) {
 	p := newPool(t)
 	s := &scrub{pool: p, worker: new(worker), next: make(manifest), known: manifest{
@@ -163,8 +163,8 @@ func TestScrubUnreadable(t *testing.T) {
 	}
 }
 
-// TestScrubChanging checks that a file that changes while it is read is not
-// reported as corrupted.
+// TestScrubChanging checks that a file that changes while it is read is not reported as
+// corrupted.
 func TestScrubChanging(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
@@ -178,7 +178,7 @@ func TestScrubChanging(t *testing.T) {
 		_, err = f.WriteString("b")
 		must(t, errors.Join(err, f.Close()))
 	}
-	for range 2 { // with the time in the manifest, and with another
+	for range 2 { // with the time in the manifest, and with a different one
 		r, err := p.scrub(t.Context(), &worker{update: change}, known)
 		must(t, err)
 		if want := (scrubResult{Files: 1, Bytes: 1, Changed: files("a")}); !reflect.DeepEqual(*r, want) {
@@ -208,7 +208,7 @@ func TestScrubCancel(t *testing.T) {
 	}
 }
 
-// corrupt changes a file of one byte, but not its time.
+// corrupt changes the content of a one-byte file, but not its time.
 func corrupt(t *testing.T, p *pool, path string) { write(t, p.files, path, "X") }
 
 var placeTests = []struct {
@@ -237,8 +237,8 @@ var placeTests = []struct {
 	},
 }
 
-// TestScrubPlace checks that a resumed scrub does not read the files before its
-// place again, and that it finds a corrupted one again.
+// TestScrubPlace checks that a resumed scrub does not read the files before its place
+// again, but finds a corrupted one again.
 func TestScrubPlace(t *testing.T) {
 	defer func(every time.Duration) { placeEvery = every }(placeEvery)
 	placeEvery = 0
@@ -271,7 +271,7 @@ func TestScrubPlace(t *testing.T) {
 	}
 }
 
-// interrupted scrubs a pool until the scrub is at a huge file, and returns its place.
+// interrupted scrubs a pool until the scrub reaches a huge file, and returns its place.
 func interrupted(t *testing.T, p *pool) *place {
 	t.Helper()
 	huge := filepath.Join(p.files.Name(), "huge")
@@ -292,12 +292,12 @@ func interrupted(t *testing.T, p *pool) *place {
 	return w.about.Place
 }
 
-// TestManifestDamaged checks that any damage of the manifest is detected, and
-// repaired by accepting the files.
+// TestManifestDamaged checks that any damage to the manifest is detected, and repaired by
+// accepting the files.
 func TestManifestDamaged(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
-	write(t, p.files, "bad\xffname", "b") // if the file system allows that
+	write(t, p.files, "bad\xffname", "b") // if the file system allows it
 	_, err := scrubbed(t, p)
 	must(t, err)
 	good, err := p.root.ReadFile(manifestFile)

@@ -17,8 +17,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// snapshotID is the layout of the names of snapshots: the time in UTC, so that
-// names sort by time. The names of automatic snapshots then have a suffix.
+// snapshotID is the layout of snapshot names: the time in UTC, so that names sort by time.
+// The names of automatic snapshots have a suffix.
 const (
 	snapshotID = "20060102T150405.000Z"
 	autoSuffix = "-auto"
@@ -30,24 +30,24 @@ const (
 	removedSnapshot = snapshotsDir + "/.removed"
 )
 
-// A snapshotResult is what a snapshot has done.
+// A snapshotResult is the result of a snapshot.
 type snapshotResult struct {
 	ID         string `json:"id"`
 	Bytes      int64  `json:"bytes"`
 	Linked     int    `json:"linked"` // files unchanged since the previous snapshot
 	Cloned     int    `json:"cloned"`
 	Copied     int    `json:"copied"`
-	Others     int    `json:"others,omitempty"` // links, devices and the like, which it omits
+	Others     int    `json:"others,omitempty"` // links, devices and the like, which are omitted
 	Unreadable list   `json:"unreadable,omitzero"`
 }
 
-// snapshot takes a snapshot of the files of p, one file after the other.
+// snapshot takes a snapshot of the files of p, one file after another.
 //
-// No file of the pool is ever linked to a snapshot: a program that changes it
-// in place would change the snapshot, too. A file that is unchanged since the
-// previous snapshot, by its size and time, is linked to that one, where nothing
-// changes it; a disk that corrupts it corrupts both. Any other file is cloned, if
-// the file system supports that, or copied.
+// A file of the pool is never linked to a snapshot, because a program that changes it in
+// place would change the snapshot, too. A file that is unchanged since the previous
+// snapshot, by its size and time, is linked to that snapshot, where nothing changes it; if
+// a disk corrupts it, both snapshots are affected. Any other file is cloned if the file
+// system supports that, or copied.
 func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error) {
 	ids, err := p.snapshots()
 	if err != nil {
@@ -85,8 +85,7 @@ func (p *pool) snapshot(ctx context.Context, w *worker) (*snapshotResult, error)
 	return &s.result, errors.Join(err, syncDir(p.root, snapshotsDir))
 }
 
-// newSnapshotID returns an ID that sorts after all ids, even if the clock was set
-// back.
+// newSnapshotID returns an ID that sorts after all ids, even if the clock was set back.
 func newSnapshotID(now time.Time, ids []string) string {
 	id := now.UTC().Format(snapshotID)
 	if len(ids) == 0 {
@@ -99,7 +98,7 @@ func newSnapshotID(now time.Time, ids []string) string {
 	return id
 }
 
-// snapshotTime returns the time of a snapshot, or an error if that is not an ID.
+// snapshotTime returns the time of a snapshot, or an error if id is not a valid ID.
 func snapshotTime(id string) (time.Time, error) {
 	return time.Parse(snapshotID, strings.TrimSuffix(id, autoSuffix))
 }
@@ -116,7 +115,7 @@ func (p *pool) snapshots() ([]string, error) {
 	return ids, err
 }
 
-// A snapshot is a snapshot that is being taken.
+// A snapshot is a snapshot in progress.
 type snapshot struct {
 	pool   *pool
 	worker *worker
@@ -132,7 +131,7 @@ func (s *snapshot) visit(ctx context.Context, path string, err error) error {
 	return s.result.Unreadable.addUnreadable(ctx, path, err)
 }
 
-// take puts one file into the snapshot.
+// take adds one file to the snapshot.
 func (s *snapshot) take(ctx context.Context, name string) error {
 	f, info, err := open(ctx, s.pool.files, name)
 	if err != nil {
@@ -164,7 +163,8 @@ func (s *snapshot) take(ctx context.Context, name string) error {
 	})
 }
 
-// link links a file to the previous snapshot, if it is unchanged since.
+// link links a file to the previous snapshot if it is unchanged since then. It reports
+// whether it did.
 func (s *snapshot) link(name, to string, info fs.FileInfo) bool {
 	if s.before == "" {
 		return false
@@ -186,8 +186,8 @@ func newSnapshotInfo(id string) snapshotInfo {
 	return snapshotInfo{ID: id, Time: t, Automatic: strings.HasSuffix(id, autoSuffix)}
 }
 
-// openSnapshot returns the directory of a snapshot as a root of its own, so that
-// no path leads out of it. The caller must close it.
+// openSnapshot returns the directory of a snapshot as a separate root, so that no path
+// leads out of it. The caller must close it.
 func (p *pool) openSnapshot(id string) (*os.Root, error) {
 	if _, err := snapshotTime(id); err != nil {
 		return nil, inputError(fmt.Sprintf("%q is not the ID of a snapshot", id))
@@ -221,17 +221,17 @@ func (p *pool) mustHave(id, path string) error {
 type fileInfo struct {
 	Path string    `json:"path"`
 	Size int64     `json:"size"` // in bytes
-	Time time.Time `json:"time"` // of its last change
+	Time time.Time `json:"time"` // of the last change
 
-	// NotUTF8 means that the path is not that of the file: JSON can't hold it, so that
-	// the API can't restore the file.
+	// NotUTF8 means that Path differs from the file's real path: JSON cannot hold that
+	// path, so the API cannot restore the file.
 	NotUTF8 bool `json:"not_utf8,omitempty"`
 }
 
 var errEnough = errors.New("enough files")
 
 // filesOf lists the files of a snapshot whose paths begin with prefix, at most maxListed,
-// in the order in which walk visits them. It reports whether there are more.
+// in the order in which walk visits them. more reports whether there are others.
 func (p *pool) filesOf(ctx context.Context, id, prefix string) (files []fileInfo, more bool, err error) {
 	root, err := p.openSnapshot(id)
 	if err != nil {
@@ -239,7 +239,7 @@ func (p *pool) filesOf(ctx context.Context, id, prefix string) (files []fileInfo
 	}
 	defer root.Close()
 	files = []fileInfo{}
-	dir := "." // the others can't have such files
+	dir := "." // other directories cannot have such files
 	if i := strings.LastIndexByte(prefix, '/'); i >= 0 {
 		if dir = prefix[:i]; !filepath.IsLocal(dir) {
 			return files, false, nil
@@ -247,7 +247,7 @@ func (p *pool) filesOf(ctx context.Context, id, prefix string) (files []fileInfo
 	}
 	err = walk(ctx, root, dir, func(path string, err error) error {
 		if err != nil || !strings.HasPrefix(path, prefix) {
-			return nil // a snapshot has files only
+			return nil // a snapshot contains only files
 		}
 		info, err := root.Lstat(path)
 		switch {
@@ -265,15 +265,15 @@ func (p *pool) filesOf(ctx context.Context, id, prefix string) (files []fileInfo
 	return files, false, err
 }
 
-// A restoreResult is what a restore has done.
+// A restoreResult is the result of a restore.
 type restoreResult struct {
 	Path  string `json:"path"`
 	Bytes int64  `json:"bytes"`
 }
 
-// restore replaces a file by the one in a snapshot, atomically. It keeps the time of
-// the file: if a disk has corrupted the file, the next scrub then compares the restored
-// one with the old checksum.
+// restore atomically replaces a file with the one in a snapshot. It keeps the file's time:
+// if a disk has corrupted the file, the next scrub then compares the restored file with the
+// old checksum.
 func (p *pool) restore(ctx context.Context, w *worker, id, name string) (*restoreResult, error) {
 	path, err := localPath(name)
 	if err != nil {
@@ -294,7 +294,7 @@ func (p *pool) restore(ctx context.Context, w *worker, id, name string) (*restor
 	}
 	w.total = info.Size()
 	w.at(ctx, name)
-	m := meta{perm: info.Mode().Perm() | 0o200, mtime: info.ModTime()} // a snapshot has taken the permission to write
+	m := meta{perm: info.Mode().Perm() | 0o200, mtime: info.ModTime()} // the snapshot removed the write permission
 	err = replace(p.files, path, m, func(dst *os.File) error {
 		if _, err := w.copy(ctx, sparse{dst}, contents(src, info)); err != nil {
 			return err
@@ -317,7 +317,7 @@ type thinResult struct {
 // thin removes the expired snapshots.
 func (p *pool) thin(ctx context.Context, w *worker, keep int) (*thinResult, error) {
 	r := &thinResult{Removed: []string{}}
-	// Rename it first, so that a partly removed snapshot is never visible.
+	// Rename each snapshot first, so that a partly removed one is never visible.
 	if err := p.root.RemoveAll(removedSnapshot); err != nil {
 		return r, err
 	}
@@ -352,9 +352,9 @@ const (
 	keepDays  = 30
 )
 
-// expired returns the expired snapshots, oldest first. The newest keep snapshots do
-// not expire, nor does the last one of each of the latest 24 hours and of each of
-// the latest 30 days that have snapshots.
+// expired returns the expired snapshots, oldest first. The newest keep snapshots do not
+// expire, nor does the last snapshot of each of the latest 24 hours and 30 days that have
+// snapshots.
 func expired(ids []string, keep int) (old []string) {
 	hours := period{length: time.Hour, left: keepHours}
 	days := period{length: 24 * time.Hour, left: keepDays}
@@ -369,15 +369,14 @@ func expired(ids []string, keep int) (old []string) {
 	return old
 }
 
-// A period steps back in time, from one hour or day with snapshots to the one
-// before.
+// A period steps back in time from one hour or day with snapshots to the previous one.
 type period struct {
 	length time.Duration
-	left   int // how many hours or days are left
+	left   int // number of hours or days left
 	at     time.Time
 }
 
-// begins reports whether t is in another hour or day than the times before.
+// begins reports whether t is in another hour or day than the previous times.
 func (p *period) begins(t time.Time) bool {
 	at := t.Truncate(p.length)
 	if at.Equal(p.at) || p.left == 0 {
@@ -416,10 +415,10 @@ func (s *scheduler) run(ctx context.Context) {
 }
 
 // submitDue submits the operations that are due for a pool. The ID of the snapshot
-// is that of the period: it is taken at most once, even if it fails or the daemon is
-// restarted, unless it was interrupted or was of an earlier pool of that name. Nothing
-// is submitted while the last snapshot is unfinished, so that snapshots do not
-// accumulate behind a scrub that takes days.
+// operation is that of the period, so that the snapshot is taken at most once, even if it
+// fails or the daemon is restarted, unless it was interrupted or belonged to an earlier
+// pool with that name. Nothing is submitted while the last snapshot is unfinished, so that
+// snapshots do not pile up behind a scrub that takes days.
 func (s *scheduler) submitDue(name string, now time.Time) error {
 	ids, listErr := s.storage.snapshots(name)
 	period := "auto-" + name + "-" + now.UTC().Truncate(s.every).Format(snapshotID)
@@ -439,8 +438,8 @@ func (s *scheduler) submitDue(name string, now time.Time) error {
 	return err
 }
 
-// ofEarlier reports whether a finished operation was submitted before the pool of that
-// name was created: it was of an earlier pool.
+// ofEarlier reports whether a finished operation belonged to an earlier pool with that
+// name, because it was submitted before the present pool was created.
 func (s *storage) ofEarlier(name string, op *task.Operation) bool {
 	created, err := s.tasks.List(1, 0, task.ByName(about{Kind: "create", Pool: name}.name()))
 	return err == nil && len(created) > 0 && op.State.Finished() && op.CreatedAt.Before(created[0].CreatedAt)

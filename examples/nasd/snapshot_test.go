@@ -27,7 +27,7 @@ func TestSnapshot(t *testing.T) {
 	if first.Linked != 0 || first.Cloned+first.Copied != 2 || first.Bytes != 4 {
 		t.Errorf("first snapshot: %+v, want two files cloned or copied", first)
 	}
-	write(t, p.files, "a", "A") // in place, with the same time
+	write(t, p.files, "a", "A") // in place, with unchanged time
 	f, err := p.files.OpenFile("b/c", os.O_WRONLY, 0)
 	must(t, err)
 	_, err = f.WriteString("CCC")
@@ -41,7 +41,7 @@ func TestSnapshot(t *testing.T) {
 	}
 	dir := filepath.Join(p.root.Name(), snapshotsDir)
 	wantTree(t, filepath.Join(dir, first.ID), map[string]string{"a": "a", "b/c": "ccc"})
-	// By its size and time, a has not changed.
+	// By size and time, a has not changed.
 	wantTree(t, filepath.Join(dir, second.ID), map[string]string{"a": "a", "b/c": "CCC", "d": ""})
 	ids, err := p.snapshots()
 	if want := []string{first.ID, second.ID}; err != nil || !slices.Equal(ids, want) {
@@ -149,8 +149,8 @@ func TestThin(t *testing.T) {
 	wantTree(t, filepath.Join(p.root.Name(), snapshotsDir), map[string]string{ids[2] + "/a": ids[2], "other/a": "other"})
 }
 
-// TestScheduler checks that snapshots are taken on time, and none while the last
-// ones are waiting.
+// TestScheduler checks that snapshots are taken on time, but not while the last ones are
+// waiting.
 func TestScheduler(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -180,7 +180,7 @@ func TestScheduler(t *testing.T) {
 			(&scheduler{storage: s, every: time.Hour, keep: 1}).run(ctx)
 		}()
 
-		// The first one at once, and one in each hour of the clock.
+		// The first is taken at once, the others in each hour of the clock.
 		wants("at once", "tank DONE")
 		time.Sleep(59 * time.Minute)
 		wants("after 59 minutes", "tank DONE")
@@ -214,8 +214,8 @@ func TestScheduler(t *testing.T) {
 	})
 }
 
-// TestSchedulerErrors checks that neither a clock that was once ahead nor a broken
-// pool stops the schedule, or causes more than one attempt in each period.
+// TestSchedulerErrors checks that neither a clock that was once ahead nor a broken pool
+// stops the schedule or causes more than one attempt per period.
 func TestSchedulerErrors(t *testing.T) {
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
@@ -224,7 +224,7 @@ func TestSchedulerErrors(t *testing.T) {
 	now := time.Now().Truncate(time.Hour)
 	for _, tt := range []struct {
 		after time.Duration
-		want  int // operations: a snapshot that lets another one expire is followed by thinning out
+		want  int // number of operations; if a snapshot makes another one expire, thinning out follows
 	}{{0, 2}, {59 * time.Minute, 2}, {time.Hour, 4}, {61 * time.Minute, 4}} {
 		must(t, sched.submitDue("tank", now.Add(tt.after)))
 		ops, err := s.tasks.List(10, 0)
@@ -247,15 +247,15 @@ func TestSchedulerErrors(t *testing.T) {
 	must(t, sched.submitDue("tank", now.Add(2*time.Hour+time.Minute))) // no second error in the same period
 }
 
-// TestSchedulerInterrupted checks that a snapshot that was interrupted is taken
-// again, at most once after a restart, and one that failed is not.
+// TestSchedulerInterrupted checks that an interrupted snapshot is taken again, at most once
+// after a restart, and that a failed one is not.
 func TestSchedulerInterrupted(t *testing.T) {
 	s := newStorage(t, "tank")
 	store := task.NewMemoryStore()
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	wants := []string{
 		"auto-tank-20260102T030000.000Z FAILED",   // interrupted
-		"auto-tank-20260102T030000.000Z.2 FAILED", // by itself
+		"auto-tank-20260102T030000.000Z.2 FAILED", // failed by itself
 	}
 	must(t, store.Save(&task.Operation{
 		ID: "auto-tank-20260102T030000.000Z", Name: "snapshot tank", State: task.StateRunning, CreatedAt: now, UpdatedAt: now,
@@ -322,7 +322,7 @@ func TestRestore(t *testing.T) {
 	wantTree(t, p.files.Name(), map[string]string{"b": "untouched"})
 }
 
-// TestAutomatic checks that the names of snapshots say who took them, and sort by
+// TestAutomatic checks that the names of snapshots tell automatic ones apart and sort by
 // time.
 func TestAutomatic(t *testing.T) {
 	p := newPool(t)
@@ -340,8 +340,8 @@ func TestAutomatic(t *testing.T) {
 	}
 }
 
-// TestSchedulerRecreated checks that a new pool gets a snapshot in the period in which
-// an earlier pool of that name got one, and only one.
+// TestSchedulerRecreated checks that a new pool gets exactly one snapshot in a period in
+// which an earlier pool with that name already got one.
 func TestSchedulerRecreated(t *testing.T) {
 	s := newStorage(t)
 	sched := &scheduler{storage: s, every: time.Hour, keep: 10}
@@ -366,7 +366,7 @@ func TestSchedulerRecreated(t *testing.T) {
 	}
 }
 
-// TestFilesOf checks the list of the files of a snapshot.
+// TestFilesOf checks the list of files in a snapshot.
 func TestFilesOf(t *testing.T) {
 	p := newPool(t)
 	const id = "20260102T030405.000Z"

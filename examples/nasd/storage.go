@@ -15,12 +15,12 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A storage is the storage service. Its pools are directories. It submits long
-// work to the task manager and returns the operation.
+// A storage is the storage service. Its pools are directories. It submits long work to the
+// task manager and returns the operation.
 //
-// On one pool, one operation runs at a time, in the order of submission: each is
-// submitted with the lock of its pool, a replication with the locks of both. An
-// operation that is already waiting or running is not submitted again.
+// Each pool runs one operation at a time, in order of submission: an operation is submitted
+// with the lock of its pool, a replication with the locks of both pools. An operation that
+// is already waiting or running is not submitted again.
 type storage struct {
 	pools *os.Root // confines all access to files
 	tasks *task.Manager
@@ -31,18 +31,18 @@ type storage struct {
 // An about is the metadata of an operation.
 type about struct {
 	Kind      string `json:"kind"`                // create, upload, scrub, accept, replicate, snapshot, thin, restore or delete
-	Pool      string `json:"pool"`                // the pool that it works on
-	To        string `json:"to,omitempty"`        // the pool that it writes to, if another one
+	Pool      string `json:"pool"`                // the pool it works on
+	To        string `json:"to,omitempty"`        // the pool it writes to, if different
 	Keep      int    `json:"keep,omitempty"`      // how many snapshots thin keeps
 	Place     *place `json:"place,omitempty"`     // how far a scrub has got
 	Automatic bool   `json:"automatic,omitempty"` // whether the scheduler takes the snapshot
 	Snapshot  string `json:"snapshot,omitempty"`  // the ID of the snapshot that restore reads
-	Path      string `json:"path,omitempty"`      // the file that it restores or stores
+	Path      string `json:"path,omitempty"`      // the file that is restored or stored
 }
 
-// openStorage opens the storage service in the directory data, removes the
-// incomplete files of killed writers and finishes the removal of pools. The caller then sets tasks to a manager, which
-// may call resume and run the functions that it returns.
+// openStorage opens the storage service in the directory data, removes the incomplete files
+// of killed writers and finishes the removal of pools. The caller must then set tasks to a
+// manager, which may call resume and run the functions it returns.
 func openStorage(data string) (*storage, error) {
 	dir := filepath.Join(data, "pools")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -120,7 +120,7 @@ func (s *storage) autoSnapshot(name, id string) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "snapshot", Pool: name, Automatic: true}, task.WithID(id))
 }
 
-// restore replaces a file of a pool by the one in a snapshot.
+// restore replaces a file of a pool with the one in a snapshot.
 func (s *storage) restore(name, id, path string) (*task.Operation, error) {
 	if _, err := localPath(path); err != nil {
 		return nil, err
@@ -141,8 +141,8 @@ func (s *storage) thin(name string, keep int) (*task.Operation, error) {
 	return s.submitOn(about{Kind: "thin", Pool: name, Keep: keep})
 }
 
-// remove deletes a pool with its snapshots, after the operations on it that were
-// submitted before. It does not wait for uploads, but ends them: they fail.
+// remove deletes a pool and its snapshots, after the operations on it that were submitted
+// before. It does not wait for uploads but ends them, so that they fail.
 func (s *storage) remove(name string) (*task.Operation, error) {
 	if err := s.mustExist(name); err != nil {
 		return nil, err
@@ -160,17 +160,17 @@ func (s *storage) submitOn(a about, opts ...task.SubmitOption) (*task.Operation,
 	return s.submit(a, s.on(a), opts...)
 }
 
-// submit submits an operation. If one of the same name is unfinished, submit
-// returns that one and an error that wraps task.ErrExists.
+// submit submits an operation. If an operation with the same name is unfinished, submit
+// returns that operation and an error that wraps task.ErrExists.
 func (s *storage) submit(a about, fn task.Func, opts ...task.SubmitOption) (*task.Operation, error) {
 	opts = append(opts, task.WithMetadata(a))
 	return s.tasks.Submit(a.name(), fn, append(opts, a.keys()...)...)
 }
 
-// resume continues an operation that was interrupted because the daemon was
-// killed. It does not continue the creation of a pool, nor an accept or a delete:
-// the user should look at the files again. It can't continue an upload, whose client
-// is gone. A delete that had begun is done, because openStorage has finished it.
+// resume continues an operation that was interrupted because the daemon was killed. It does
+// not continue the creation of a pool, an accept or a delete: the user should look at the
+// files again. It cannot continue an upload, because the client is gone. A delete that had
+// begun is done, because openStorage has finished it.
 func (s *storage) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	var a about
 	if op.DecodeMetadata(&a) != nil {
@@ -224,8 +224,8 @@ func (s *storage) on(a about) task.Func {
 	}
 }
 
-// name returns the name of an operation. Operations that differ in what they do
-// differ in their names.
+// name returns the name of an operation. Operations that do different work have different
+// names.
 func (a about) name() string {
 	switch {
 	case a.To != "":
@@ -238,7 +238,8 @@ func (a about) name() string {
 	return a.Kind + " " + a.Pool
 }
 
-// keys returns the options for the keys of an operation. Uploads have none.
+// keys returns the options for the unique key and the locks of an operation. Uploads have
+// none.
 func (a about) keys() []task.SubmitOption {
 	if a.Kind == "upload" {
 		return nil
@@ -253,7 +254,7 @@ func (a about) keys() []task.SubmitOption {
 // A pool is an open pool.
 type pool struct {
 	root  *os.Root
-	files *os.Root // a root of its own, so that no link among the files leads to the manifest
+	files *os.Root // a separate root, so that no link among the files can lead to the manifest
 }
 
 const (
@@ -319,7 +320,8 @@ func (s *storage) mustBeFree(name string) error {
 	}
 }
 
-// An alreadyError is a name that is taken, by a pool or by something else.
+// An alreadyError is the error for a name that is already taken, by a pool or by something
+// else.
 type alreadyError string
 
 func (e alreadyError) Error() string        { return "the name " + string(e) + " is already taken" }
@@ -337,8 +339,8 @@ func (s *storage) names() ([]string, error) {
 	return names, err
 }
 
-// makePool creates a pool under a temporary name first, so that an incomplete pool
-// is never visible.
+// makePool creates a pool under a temporary name first, so that an incomplete pool is never
+// visible.
 func (s *storage) makePool(ctx context.Context, name string, update func(int)) error {
 	temp := ".creating-" + name
 	if err := s.pools.RemoveAll(temp); err != nil { // left by a killed daemon
@@ -364,7 +366,7 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := s.mustBeFree(name); err != nil { // it may have been taken meanwhile
+	if err := s.mustBeFree(name); err != nil { // it may have been taken in the meantime
 		return err
 	}
 	if err := s.pools.Rename(temp, name); err != nil {
@@ -373,18 +375,19 @@ func (s *storage) makePool(ctx context.Context, name string, update func(int)) e
 	return syncDir(s.pools, ".")
 }
 
-// deleting begins the names of pools that are being removed. No pool has such a name.
+// deleting is the name prefix of pools that are being removed. No pool has such a name.
 const deleting = ".deleting-"
 
-// removePool renames a pool first, so that a partly removed pool is never visible. No
-// upload runs meanwhile: it would report that a file is stored that is then removed.
+// removePool renames the pool before removing it, so that a partly removed pool is never
+// visible. Before that it ends all uploads, because an upload must not report a file as
+// stored that is then removed.
 func (s *storage) removePool(ctx context.Context, name string, update func(int)) error {
 	defer s.uploads.allow(name)
 	if err := s.uploads.end(ctx, name); err != nil {
 		return err
 	}
 	temp := deleting + name
-	if err := s.pools.RemoveAll(temp); err != nil { // left by a removal that failed
+	if err := s.pools.RemoveAll(temp); err != nil { // left by a failed removal
 		return err
 	}
 	if ctx.Err() != nil {
@@ -410,9 +413,8 @@ func (s *storage) snapshots(name string) ([]string, error) {
 	return p.snapshots()
 }
 
-// put stores the content of r as a file of the pool, completely or not at all.
-// Like any other program that writes there, it does not wait for operations on
-// the pool.
+// put stores the content of r as a file of the pool, completely or not at all. Like any
+// other program that writes to the pool, it does not wait for operations on it.
 func (p *pool) put(ctx context.Context, w *worker, name string, r io.Reader) error {
 	path, err := p.mayPut(name)
 	if err != nil {
@@ -440,8 +442,8 @@ func (p *pool) mayPut(name string) (path string, err error) {
 	return path, checkPlace(p.files, path)
 }
 
-// localPath returns the path of a file in a pool in the syntax of this system.
-// os.Root then rejects links that lead outside.
+// localPath returns the path of a file in a pool in the syntax of this system. Links that
+// lead outside are rejected later by os.Root.
 func localPath(name string) (string, error) {
 	path, err := filepath.Localize(name)
 	if err != nil || name == "." || name == incoming || strings.HasPrefix(name, incoming+"/") {

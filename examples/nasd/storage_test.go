@@ -16,7 +16,7 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// must fails the test at once on an error of its preparation.
+// must ends the test if its setup fails.
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -54,10 +54,10 @@ func newPool(t *testing.T) *pool {
 	return openPool(t, newStorage(t, "tank"), "tank")
 }
 
-// longAgo is the time of files for which settle need not wait.
+// longAgo is the time of files for which settle does not wait.
 var longAgo = time.Date(2026, 1, 2, 3, 4, 5, 678_901_000, time.UTC)
 
-// write writes a file with the time longAgo.
+// write writes a file and sets its time to longAgo.
 func write(t *testing.T, root *os.Root, name, content string) {
 	t.Helper()
 	must(t, root.MkdirAll(filepath.Dir(name), 0o700))
@@ -65,7 +65,7 @@ func write(t *testing.T, root *os.Root, name, content string) {
 	must(t, root.Chtimes(name, longAgo, longAgo))
 }
 
-// makeHuge creates a file that takes no space and hours to read.
+// makeHuge creates a file that takes no space but hours to read.
 func makeHuge(t *testing.T, path string) {
 	t.Helper()
 	must(t, os.WriteFile(path, nil, 0o600))
@@ -204,7 +204,7 @@ func TestPut(t *testing.T) {
 	if err := p.put(ctx, new(worker), "a", endless); !errors.Is(err, task.ErrClosed) {
 		t.Errorf("got %v, want %v", err, task.ErrClosed)
 	}
-	wantTree(t, dir, want) // with nothing in .incoming
+	wantTree(t, dir, want) // and nothing in .incoming
 }
 
 // TestEscape checks that no link leads reads or writes out of a pool.
@@ -236,7 +236,7 @@ func TestEscape(t *testing.T) {
 	if r, err := p.replicate(t.Context(), new(worker), to); err != nil || r.Copied != 1 {
 		t.Errorf("replicate: %+v, %v, want the one file copied", r, err)
 	}
-	// In the source these are files; in the target they are links to outside.
+	// These are files in the source, but links to the outside in the target.
 	must(t, p.files.Remove("dir"))
 	write(t, p.files, "dir/secret", "x")
 	if r, err := p.replicate(t.Context(), new(worker), to); err == nil || r.Blocked.Count != 1 {
@@ -255,7 +255,7 @@ func TestEscape(t *testing.T) {
 	}
 }
 
-// TestOpenStorage checks that opening removes what a killed daemon was writing.
+// TestOpenStorage checks that opening removes incomplete files of a killed daemon.
 func TestOpenStorage(t *testing.T) {
 	s := newStorage(t, "tank")
 	p := openPool(t, s, "tank")
@@ -274,8 +274,8 @@ func TestOpenStorage(t *testing.T) {
 	}
 }
 
-// TestLock checks that operations on one pool run one at a time, without holding
-// back others.
+// TestLock checks that operations on one pool run one at a time and do not delay those on
+// other pools.
 func TestLock(t *testing.T) {
 	s := newStorage(t, "tank", "backup", "other", "free")
 	running, end := make(chan string), make(chan struct{})
@@ -338,7 +338,7 @@ func TestSettle(t *testing.T) {
 	must(t, settle(t.Context(), longAgo))
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(task.ErrCancelled)
-	must(t, settle(ctx, time.Now().Add(time.Hour))) // a time set by hand: nothing to wait for
+	must(t, settle(ctx, time.Now().Add(time.Hour))) // the time is in the future, as if set by hand: do not wait
 	if err := settle(ctx, time.Now()); err != nil && !errors.Is(err, task.ErrCancelled) {
 		t.Errorf("got %v, want %v", err, task.ErrCancelled)
 	}

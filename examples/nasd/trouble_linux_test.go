@@ -13,8 +13,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestFullAndReadOnly fills a small disk and then makes it read-only. It runs in a
-// process that may mount one, because root ignores read-only directories.
+// TestFullAndReadOnly fills a small disk and then makes it read-only. It runs in a process
+// that is allowed to mount one, because root ignores read-only directories.
 func TestFullAndReadOnly(t *testing.T) {
 	if dir := os.Getenv("NASD_TEST_DISK"); dir != "" {
 		fullAndReadOnly(t, dir)
@@ -96,13 +96,12 @@ func fullAndReadOnly(t *testing.T, dir string) {
 	_, err = disk.snapshot(t.Context(), new(worker))
 	readOnly("snapshot", err)
 	readOnly("create", small.makePool(t.Context(), "more", func(int) {}))
-	if _, err := scrubbed(t, disk); err != nil { // nothing new must be written
+	if _, err := scrubbed(t, disk); err != nil { // needs to write nothing new
 		t.Error(err)
 	}
 }
 
-// TestSparse checks that the copy of a sparse file takes no more space than the
-// file.
+// TestSparse checks that a copy of a sparse file takes no more space than the original.
 func TestSparse(t *testing.T) {
 	s := newStorage(t, "tank", "backup")
 	p, to := openPool(t, s, "tank"), openPool(t, s, "backup")
@@ -125,7 +124,7 @@ func TestSparse(t *testing.T) {
 	}
 }
 
-// TestClone checks that a clone takes no space, where the file system has clones.
+// TestClone checks that a clone takes no space, if the file system supports clones.
 func TestClone(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
@@ -142,8 +141,8 @@ func TestClone(t *testing.T) {
 	wantTree(t, p.files.Name(), map[string]string{"a": "a", "b": "a"})
 }
 
-// TestReplaced checks that only regular files are read, whatever replaces them at
-// the last moment.
+// TestReplaced checks that only regular files are read, whatever replaces a file at the
+// last moment.
 func TestReplaced(t *testing.T) {
 	p := newPool(t)
 	write(t, p.files, "a", "a")
@@ -162,7 +161,7 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
-// TestBadNames checks that directories are entered whatever their names.
+// TestBadNames checks that directories are entered regardless of their names.
 func TestBadNames(t *testing.T) {
 	s := newStorage(t, "tank", "backup")
 	p, to := openPool(t, s, "tank"), openPool(t, s, "backup")

@@ -18,33 +18,33 @@ const idleBody = 30 * time.Second
 
 // An upload is a request that stores a file of a pool.
 //
-// It is an operation without keys: like any other program that writes to the files, it
-// does not wait for a scrub of the pool, nor does a scrub wait for it. Two uploads to one
-// path may run at the same time: each stores a whole file, and the one that ends last
-// stays. The deletion of a pool ends its uploads.
+// It is an operation without keys: like any other program that writes to the files, it does
+// not wait for a scrub of the pool, nor does a scrub wait for it. Two uploads to the same
+// path may run at the same time: each stores a whole file, and the file of the upload that
+// ends last remains. Deleting a pool ends its uploads.
 type upload struct {
 	pool, path string
-	size       int64 // in bytes, negative if not known
+	size       int64 // in bytes, negative if unknown
 	body       io.Reader
 
-	// setReadDeadline sets the time when reading the body fails, as that of
+	// setReadDeadline sets the time after which reading the body fails, like that of
 	// http.ResponseController.
 	setReadDeadline func(time.Time) error
 }
 
-// An uploadResult is what an upload has stored.
+// An uploadResult describes the file that an upload has stored.
 type uploadResult struct {
 	Path  string `json:"path"`
 	Bytes int64  `json:"bytes"`
 }
 
-// A turn is what the manager gives the function of an upload.
+// A turn holds the arguments that the manager passes to the function of an upload.
 type turn struct {
 	ctx    context.Context
 	update func(int)
 }
 
-// An outcome is what the function of an upload returns.
+// An outcome holds the return values of the function of an upload.
 type outcome struct {
 	result any
 	err    error
@@ -53,9 +53,10 @@ type outcome struct {
 // errAbandoned is the error of an upload whose handler has returned.
 var errAbandoned = errors.New("the client has broken off the upload")
 
-// upload runs an upload as an operation, and returns when that is finished or ctx, that of
-// the request, is done. The caller's goroutine reads the body, and the function of the
-// operation waits for it: nothing uses the request after its handler has returned.
+// upload runs an upload as an operation. It returns when the operation has finished or when
+// ctx, the request's context, is done. The caller's goroutine reads the body, and the
+// operation's function waits for it, so that nothing uses the request after its handler has
+// returned.
 func (s *storage) upload(ctx context.Context, u *upload) error {
 	if err := s.mustAccept(u); err != nil {
 		return err
@@ -85,12 +86,12 @@ func (s *storage) upload(ctx context.Context, u *upload) error {
 			return err
 		}
 		return <-finished
-	case err := <-finished: // for example, cancelled while it was waiting
+	case err := <-finished: // for example, cancelled while waiting
 		return err
 	}
 }
 
-// waitFor waits until an operation is finished, and returns an error unless it is done.
+// waitFor waits until an operation has finished, and returns an error unless it is DONE.
 func (s *storage) waitFor(ctx context.Context, id string) error {
 	op, err := s.tasks.Wait(ctx, id)
 	switch {
@@ -104,8 +105,8 @@ func (s *storage) waitFor(ctx context.Context, id string) error {
 	return nil
 }
 
-// take stores the file of an upload, and sends the outcome to the function of the
-// operation, even if it panics.
+// take stores the file of an upload and sends the outcome to the operation's function, even
+// if storing panics.
 func (s *storage) take(t turn, u *upload, outcomes chan<- outcome) error {
 	o := outcome{err: errAbandoned}
 	defer func() { outcomes <- o }()
@@ -121,13 +122,13 @@ func (s *storage) store(t turn, u *upload) (any, error) {
 		return nil, err
 	}
 	defer s.uploads.remove(u)
-	p, err := s.open(u.pool) // only now: the upload may have waited
+	p, err := s.open(u.pool) // not earlier, because the upload may have waited
 	if err != nil {
 		return nil, err
 	}
 	defer p.close()
 	interrupted := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() { // ends a read that is waiting for data
+	stop := context.AfterFunc(ctx, func() { // ends a read that waits for data
 		defer close(interrupted)
 		u.setReadDeadline(time.Unix(1, 0))
 	})
@@ -150,20 +151,20 @@ func (s *storage) store(t turn, u *upload) (any, error) {
 	return uploadResult{u.path, w.done}, nil
 }
 
-// reader returns a reader of the body that reports how much w has got.
+// reader returns a reader of the body that reports how much w has received.
 func (u *upload) reader(ctx context.Context, w *worker) io.Reader {
 	return readerFunc(func(p []byte) (int, error) {
 		if err := u.setReadDeadline(time.Now().Add(idleBody)); err != nil {
 			return 0, err
 		}
-		if ctx.Err() != nil { // after the deadline is set: whoever cancels sets another one
+		if ctx.Err() != nil { // check after setting the deadline, because a cancel sets another one
 			return 0, context.Cause(ctx)
 		}
 		received := formatBytes(w.done)
 		if u.size > 0 {
 			received += " of " + formatBytes(u.size)
 		}
-		task.SetMessage(ctx, received) // fails outside of an operation, in tests
+		task.SetMessage(ctx, received) // fails outside of an operation, as in tests
 		n, err := u.body.Read(p)
 		switch {
 		case err == nil || err == io.EOF:
@@ -176,7 +177,7 @@ func (u *upload) reader(ctx context.Context, w *worker) io.Reader {
 	})
 }
 
-// formatBytes returns a number of bytes for people to read.
+// formatBytes returns a human-readable number of bytes.
 func formatBytes(n int64) string {
 	if n < 1000 {
 		return fmt.Sprintf("%d bytes", n)
@@ -200,15 +201,15 @@ func (s *storage) mustAccept(u *upload) error {
 	return err
 }
 
-// An uploadSet holds the uploads that are under way. The zero uploadSet is ready for use.
+// An uploadSet holds the uploads in progress. The zero uploadSet is ready to use.
 type uploadSet struct {
 	mu       sync.Mutex // guards what follows
 	cancels  map[*upload]context.CancelCauseFunc
-	deleting map[string]bool // the pools that are being deleted
-	removed  chan struct{}   // closed when an upload ends; nil unless end waits for that
+	deleting map[string]bool // pools being deleted
+	removed  chan struct{}   // closed when an upload ends; nil unless end is waiting for that
 }
 
-// A deletedError is the error of uploads to a pool that is deleted meanwhile.
+// A deletedError is the error of uploads to a pool that is being deleted.
 type deletedError struct{}
 
 func (deletedError) Error() string        { return "the pool has been deleted" }
@@ -239,7 +240,7 @@ func (s *uploadSet) remove(u *upload) {
 	}
 }
 
-// end ends all uploads to a pool, waits until they have ended, and lets none begin until
+// end ends all uploads to a pool, waits until they have ended, and prevents new ones until
 // allow is called.
 func (s *uploadSet) end(ctx context.Context, pool string) error {
 	for {
@@ -255,8 +256,8 @@ func (s *uploadSet) end(ctx context.Context, pool string) error {
 	}
 }
 
-// cancel cancels all uploads to a pool. If there are any, it returns a channel that is
-// closed when an upload ends.
+// cancel cancels all uploads to a pool and prevents new ones. If there are any uploads, it
+// returns a channel that is closed when one ends.
 func (s *uploadSet) cancel(pool string) (removed <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -277,7 +278,7 @@ func (s *uploadSet) cancel(pool string) (removed <-chan struct{}) {
 	return removed
 }
 
-// allow lets uploads to a pool begin again.
+// allow allows uploads to a pool again.
 func (s *uploadSet) allow(pool string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

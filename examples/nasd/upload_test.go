@@ -21,12 +21,12 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A sending is the request of an upload that is under way.
+// A sending is an upload request in progress.
 type sending struct {
 	t      *testing.T
 	body   *io.PipeWriter
 	cancel context.CancelFunc
-	answer chan *http.Response // nil if there was none
+	answer chan *http.Response // receives nil if there was no response
 }
 
 // send begins an upload. The client announces its size, unless that is negative.
@@ -42,7 +42,7 @@ func send(t *testing.T, client *http.Client, url string, size int64) *sending {
 	req.ContentLength = size
 	go func() {
 		resp, err := client.Do(req)
-		r.CloseWithError(errors.New("no longer read")) // else a writer waits
+		r.CloseWithError(errors.New("no longer read")) // otherwise a writer would block
 		if err != nil {
 			resp = nil
 		}
@@ -51,7 +51,7 @@ func send(t *testing.T, client *http.Client, url string, size int64) *sending {
 	return s
 }
 
-// want checks the answer to an upload. It returns the detail of a problem.
+// want checks the response to an upload. It returns the detail of a problem.
 func (s *sending) want(status int) (detail string) {
 	s.t.Helper()
 	resp := <-s.answer
@@ -71,7 +71,7 @@ func (s *sending) want(status int) (detail string) {
 	return p.Detail
 }
 
-// untilListed waits until an operation is unfinished and as wanted.
+// untilListed waits until an unfinished operation is as wanted.
 func (d *daemon) untilListed(what string, wanted func(op *task.Operation) bool) *task.Operation {
 	d.t.Helper()
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
@@ -85,7 +85,7 @@ func (d *daemon) untilListed(what string, wanted func(op *task.Operation) bool) 
 	return nil
 }
 
-// uploading waits for a running upload with a message and a progress.
+// uploading waits for a running upload with the given message and progress.
 func (d *daemon) uploading(name, message string, progress int) *task.Operation {
 	d.t.Helper()
 	return d.untilListed(name+" with "+message, func(op *task.Operation) bool {
@@ -93,11 +93,11 @@ func (d *daemon) uploading(name, message string, progress int) *task.Operation {
 	})
 }
 
-// fewBytes are sent at the beginning of an upload.
+// fewBytes are sent at the start of an upload.
 var fewBytes = make([]byte, 3000)
 
-// beginUpload begins an upload to the pool tank, and waits until the daemon has a third
-// of its bytes.
+// beginUpload begins an upload to the pool tank and waits until the daemon has received a
+// third of its bytes.
 func (d *daemon) beginUpload(name string) (*sending, *task.Operation) {
 	d.t.Helper()
 	s := send(d.t, d.client, d.url+"/api/pools/tank/files/"+name, 9000)
@@ -106,7 +106,7 @@ func (d *daemon) beginUpload(name string) (*sending, *task.Operation) {
 	return s, d.uploading("upload tank/"+name, "3.0 kB of 9.0 kB", 33)
 }
 
-// withTank starts a daemon that has a pool.
+// withTank starts a daemon with a pool.
 func withTank(t *testing.T) *daemon {
 	t.Helper()
 	d := start(t, t.TempDir())
@@ -123,7 +123,7 @@ func TestUpload(t *testing.T) {
 	d.uploading("upload tank/b", "3.0 kB", 0)
 
 	var r scrubResult
-	d.finish("/api/pools/tank/scrub", "", task.StateDone, &r) // waits for no upload
+	d.finish("/api/pools/tank/scrub", "", task.StateDone, &r) // does not wait for uploads
 	if r.Files != 0 {
 		t.Errorf("a scrub has found %d files", r.Files)
 	}
@@ -144,16 +144,16 @@ func TestUpload(t *testing.T) {
 	wantTree(t, d.file("tank", ""), map[string]string{"dir/a": string(make([]byte, 9000)), "b": string(fewBytes)})
 }
 
-// TestUploadEnds ends uploads in the middle, and checks that nothing of their files stays.
+// TestUploadEnds ends uploads halfway and checks that nothing of their files remains.
 func TestUploadEnds(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		end    func(d *daemon, s *sending, id string)
-		status int // 0 if nobody waits for the answer
+		status int // 0 if nobody waits for the response
 		state  task.State
-		err    string // is in the error of the operation
-		pool   bool   // stays
+		err    string // part of the operation's error
+		pool   bool   // whether the pool remains
 	}{
 		{"cancel", func(d *daemon, _ *sending, id string) {
 			d.do("POST", "/api/tasks/"+id+"/cancel", "", 202, nil)
@@ -188,7 +188,7 @@ func TestUploadEnds(t *testing.T) {
 	}
 }
 
-// TestUploadTerm checks that an upload does not hold up the end of the daemon.
+// TestUploadTerm checks that an upload does not delay the end of the daemon.
 func TestUploadTerm(t *testing.T) {
 	t.Parallel()
 	d := withTank(t)
@@ -202,7 +202,8 @@ func TestUploadTerm(t *testing.T) {
 	wantTree(t, d.file("tank", ""), map[string]string{})
 }
 
-// TestUploadKill checks that the next daemon finds an upload failed, and removes its part.
+// TestUploadKill checks that after a kill the next daemon marks the upload as failed and
+// removes its partial file.
 func TestUploadKill(t *testing.T) {
 	d := withTank(t)
 	d.put("/api/pools/tank/files/a", "old")
@@ -226,7 +227,8 @@ func TestUploadKill(t *testing.T) {
 	wantTree(t, d.file("tank", ""), map[string]string{"a": "old"})
 }
 
-// TestUploadTwice checks that of two uploads to one path the one that ends last stays.
+// TestUploadTwice checks that of two uploads to the same path, the one that ends last
+// remains.
 func TestUploadTwice(t *testing.T) {
 	d := withTank(t)
 	first, _ := d.beginUpload("a")
@@ -241,7 +243,7 @@ func TestUploadTwice(t *testing.T) {
 	wantTree(t, d.file("tank", ""), map[string]string{"a": string(make([]byte, 9000))})
 }
 
-// TestUploadWaits checks that an upload that waits for a slot can be cancelled.
+// TestUploadWaits checks that an upload waiting for a slot can be cancelled.
 func TestUploadWaits(t *testing.T) {
 	t.Parallel()
 	d := start(t, t.TempDir(), "-limit", "1")
@@ -255,7 +257,7 @@ func TestUploadWaits(t *testing.T) {
 	running.want(409)
 }
 
-// TestUploadPanics checks that an operation ends whose upload panics.
+// TestUploadPanics checks that the operation of an upload that panics ends.
 func TestUploadPanics(t *testing.T) {
 	s := newStorage(t, "tank")
 	func() {
@@ -275,7 +277,7 @@ func TestUploadPanics(t *testing.T) {
 	}
 }
 
-// TestUploadSilent checks the error of a client that sends nothing for long.
+// TestUploadSilent checks the error of a client that sends nothing for too long.
 func TestUploadSilent(t *testing.T) {
 	s := newStorage(t, "tank")
 	body := readerFunc(func([]byte) (int, error) { return 0, fmt.Errorf("read: %w", os.ErrDeadlineExceeded) })

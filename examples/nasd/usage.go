@@ -7,14 +7,14 @@ import (
 	"time"
 )
 
-// A usage says how much a pool holds. Snapshots do not count.
+// A usage is how much a pool holds, not counting snapshots.
 type usage struct {
 	Files int64 `json:"files"`
-	Bytes int64 `json:"bytes"` // the sum of the sizes of the files; sparse files take less space
+	Bytes int64 `json:"bytes"` // total size of the files; sparse files take less space
 }
 
-// A usages measures pools in the background: a pool with millions of files takes
-// minutes, and clients ask every second.
+// A usages measures pools in the background, because measuring a pool with millions of
+// files takes minutes, and clients ask every second.
 type usages struct {
 	storage *storage
 
@@ -22,15 +22,15 @@ type usages struct {
 	pool map[string]*measurement
 }
 
-// A measurement is the latest one of a pool.
+// A measurement is the latest measurement of a pool.
 type measurement struct {
 	usage *usage        // nil until a measurement has succeeded
 	next  time.Time     // when to measure again
-	done  chan struct{} // closed when no measurement is under way
+	done  chan struct{} // closed unless a measurement is in progress
 }
 
-// of returns the latest usage of a pool, or nil while none is known. It starts a
-// measurement if the latest is outdated, and waits for it until ctx is done.
+// of returns the latest usage of a pool, or nil if it is still unknown. If the usage is
+// outdated, it starts a measurement and waits for it until ctx is done.
 func (u *usages) of(ctx context.Context, name string) *usage {
 	u.mu.Lock()
 	m := u.pool[name]
@@ -45,7 +45,7 @@ func (u *usages) of(ctx context.Context, name string) *usage {
 			m.done = make(chan struct{})
 			go u.measure(name, m)
 		}
-	default: // one is under way
+	default: // a measurement is in progress
 	}
 	done := m.done
 	u.mu.Unlock()
@@ -58,8 +58,8 @@ func (u *usages) of(ctx context.Context, name string) *usage {
 	return m.usage
 }
 
-// measure measures a pool. The next measurement is due after 20 times the duration
-// of this one, so that measuring takes at most 5 % of the time of the disk.
+// measure measures a pool. The next measurement is due after 20 times the duration of this
+// one, so that measuring takes at most 5 % of the disk's time.
 func (u *usages) measure(name string, m *measurement) {
 	began := time.Now()
 	got, err := u.storage.usage(name)
@@ -82,7 +82,7 @@ func (s *storage) usage(name string) (*usage, error) {
 	got := new(usage)
 	err = walk(context.Background(), p.files, ".", func(path string, err error) error {
 		if err != nil {
-			return nil // a scrub reports it
+			return nil // reported by a scrub
 		}
 		if info, err := p.files.Lstat(path); err == nil {
 			got.Files++

@@ -8,12 +8,12 @@ import (
 	"testing"
 )
 
-// TestUsage checks that the list of pools follows what the pools hold.
+// TestUsage checks that the list of pools reflects what the pools hold.
 func TestUsage(t *testing.T) {
 	s := newStorage(t, "tank", "empty")
 	p := openPool(t, s, "tank")
 	h := newAPI(s, newLastResults(s.tasks), true)
-	// until asks until the list says that the pools hold these.
+	// until polls the list until it says that the pools hold these amounts.
 	until := func(tank, empty usage) {
 		t.Helper()
 		for {

@@ -1,15 +1,15 @@
-// Scheduler copies a directory at regular times, each copy as one operation of
-// package task.
+// Scheduler copies a directory at regular times, each copy as one operation of package
+// task.
 //
 //	scheduler [-db FILE] [-every DURATION] DIR SNAPSHOTS
 //
-// A snapshot is named after its time, and its operation after that: WithID lets
-// it run at most once, however often the program is started, also twice at the
-// same time. One that was interrupted, by a kill -9 or a power failure, is taken
-// again under another ID when the program is started next. What was due while
-// the program did not run is left out.
+// A snapshot is named after its time, and its operation after the snapshot. WithID thus
+// lets it run at most once, however often the program is started, even twice at the same
+// time. A snapshot interrupted by a kill -9 or a power failure is taken again under another
+// ID when the program is next started. Snapshots that were due while the program was not
+// running are skipped.
 //
-// Ctrl-C ends the program. A snapshot that it interrupts is taken again, too.
+// Ctrl-C ends the program. A snapshot interrupted by it is also taken again.
 package main
 
 import (
@@ -56,7 +56,7 @@ func schedule(ctx context.Context, db string, every time.Duration, dir, snapshot
 	if err != nil {
 		return err
 	}
-	m, err := task.New(store) // which finds what was interrupted
+	m, err := task.New(store) // finds interrupted operations
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
@@ -78,7 +78,7 @@ func (s *scheduler) run(ctx context.Context, every time.Duration) error {
 	if err != nil {
 		return err
 	}
-	for _, op := range newest { // it may have been interrupted
+	for _, op := range newest { // the newest one may have been interrupted
 		var slot time.Time
 		if err := op.DecodeMetadata(&slot); err != nil {
 			return err
@@ -100,8 +100,8 @@ func (s *scheduler) run(ctx context.Context, every time.Duration) error {
 	}
 }
 
-// take waits until the snapshot of a time has been taken, or has failed. An
-// interrupted try is followed by one with another ID.
+// take waits until the snapshot for a time has been taken or has failed. An interrupted
+// attempt is followed by another one with a new ID.
 func (s *scheduler) take(ctx context.Context, slot time.Time) error {
 	name := slot.Format("20060102T150405.000Z")
 	for try := 1; ; try++ {
@@ -123,7 +123,8 @@ func (s *scheduler) take(ctx context.Context, slot time.Time) error {
 	}
 }
 
-// snapshot returns a Func that copies the directory. Nobody sees half a copy.
+// snapshot returns a Func that copies the directory. An incomplete copy is never visible as
+// a snapshot.
 func (s *scheduler) snapshot(name, id string) task.Func {
 	return func(ctx context.Context, _ func(int)) (any, error) {
 		final, partial := filepath.Join(s.snapshots, name), filepath.Join(s.snapshots, "partial-"+id)
@@ -140,7 +141,7 @@ func (s *scheduler) snapshot(name, id string) task.Func {
 	}
 }
 
-// clean removes what interrupted tries have left.
+// clean removes what interrupted attempts have left.
 func (s *scheduler) clean(name string) error {
 	left, err := filepath.Glob(filepath.Join(s.snapshots, "partial-"+name+".*"))
 	for _, path := range left {

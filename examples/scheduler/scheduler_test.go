@@ -19,7 +19,7 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestMain makes the test binary run the program if it is asked to.
+// TestMain makes the test binary run the program if the environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("SCHEDULER_TEST_MAIN") != "" {
 		main()
@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 	os.Exit(testos.Run(m))
 }
 
-// must fails the test at once on an error of its preparation.
+// must ends the test if its setup fails.
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -36,7 +36,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// command returns the program as a command.
+// command returns a command that runs the program.
 func command(t *testing.T, args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "SCHEDULER_TEST_MAIN=1")
@@ -44,13 +44,13 @@ func command(t *testing.T, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// complete returns the names of the snapshots that were completed.
+// complete returns the paths of the completed snapshots.
 func complete(snapshots string) []string {
 	paths, _ := filepath.Glob(filepath.Join(snapshots, "2*"))
 	return paths
 }
 
-// awaitPartial waits until a snapshot has begun, or a second.
+// awaitPartial waits until a snapshot has begun, but at most a second.
 func awaitPartial(snapshots string) {
 	partial := func() []string {
 		paths, _ := filepath.Glob(filepath.Join(snapshots, "partial-*"))
@@ -63,14 +63,14 @@ func awaitPartial(snapshots string) {
 	}
 }
 
-// TestKilledAllTheTime kills two schedulers on one database again and again. At
-// last each snapshot is there once, whole, and was completed by at most one
-// operation.
+// TestKilledAllTheTime kills two schedulers on one database again and again. In the end,
+// each snapshot must exist once and be complete, and at most one operation may have
+// completed it.
 func TestKilledAllTheTime(t *testing.T) {
 	tmp := t.TempDir()
 	dir, snapshots, db := filepath.Join(tmp, "dir"), filepath.Join(tmp, "snapshots"), filepath.Join(tmp, "tasks.db")
 	must(t, os.Mkdir(dir, 0o700))
-	const files = 100 // a snapshot takes some milliseconds
+	const files = 100 // makes a snapshot take some milliseconds
 	for i := range files {
 		must(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), []byte(strings.Repeat("x", i)), 0o600))
 	}
@@ -81,7 +81,7 @@ func TestKilledAllTheTime(t *testing.T) {
 			must(t, p.Process.Kill())
 		}
 		for i, p := range victims {
-			p.Wait() // returns an error that says that it was killed
+			p.Wait() // the error only says that it was killed
 			victims[i] = nil
 		}
 	}
@@ -95,7 +95,7 @@ func TestKilledAllTheTime(t *testing.T) {
 		}
 		time.Sleep(rand.N(time.Duration(1+20*(i%10)) * time.Millisecond))
 		if n := i % 3; n < 2 {
-			kill(procs[n : n+1]) // the other one goes on
+			kill(procs[n : n+1]) // the other one continues
 		} else {
 			awaitPartial(snapshots)
 			kill(procs[:])
@@ -115,7 +115,7 @@ func TestKilledAllTheTime(t *testing.T) {
 	check(t, db, snapshots, files)
 }
 
-// check checks that each snapshot was taken by one operation, and is whole.
+// check checks that each snapshot was taken by one operation and is complete.
 func check(t *testing.T, db, snapshots string, files int) {
 	t.Helper()
 	store, err := task.OpenSQLite(db)

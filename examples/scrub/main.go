@@ -1,16 +1,16 @@
-// Scrub reads every regular file in a directory tree and computes its SHA-256,
-// as one operation of package task.
+// Scrub reads every regular file in a directory tree and computes its SHA-256, as one
+// operation of package task.
 //
 //	scrub [-db FILE] DIR
 //	scrub [-db FILE] -history
 //
-// It shows its progress: a bar on a terminal, or otherwise a line every ten
-// percent. The history shows the file that it is at, or was at when it ended, and
-// the rate. Ctrl-C cancels it, and a second Ctrl-C quits at once. Unreadable
-// files are reported and do not make it fail.
+// It shows its progress as a bar on a terminal, and otherwise as a line every ten percent.
+// The history shows the file being read, or last read, and the rate. Ctrl-C cancels the
+// scrub, and a second Ctrl-C quits at once. Unreadable files are reported and do not make
+// the scrub fail.
 //
-// Every scrub is stored in an SQLite file. The next run, or -history, marks a scrub
-// that was interrupted by a crash or a kill as failed.
+// Every scrub is stored in an SQLite file. If a crash or a kill interrupts a scrub, the
+// next run, or -history, marks it as failed.
 //
 // The exit code is 0 for a scrub that is done, 1 for one that failed, 2 for a
 // usage error, and 130 for one that was cancelled.
@@ -65,8 +65,8 @@ func main() {
 	}
 }
 
-// withManager calls use with a manager whose operations are in the file db.
-// Interrupted scrubs are marked as failed before that.
+// withManager calls use with a manager whose operations are in the file db. It first marks
+// interrupted scrubs as failed.
 func withManager(db string, use func(*task.Manager) error) error {
 	store, err := task.OpenSQLite(db)
 	if err != nil {
@@ -79,7 +79,7 @@ func withManager(db string, use func(*task.Manager) error) error {
 	return errors.Join(use(m), m.Close(), store.Close())
 }
 
-// scrubDir scrubs a directory and shows the progress. If the user cancels it, the
+// scrubDir scrubs a directory and shows the progress. If the user cancels the scrub, the
 // error wraps task.ErrCancelled.
 func scrubDir(out *os.File, db, dir string) error {
 	if _, err := os.ReadDir(dir); err != nil {
@@ -90,7 +90,7 @@ func scrubDir(out *os.File, db, dir string) error {
 		return err
 	}
 	return withManager(db, func(m *task.Manager) error {
-		db, err := realPath(db) // now it exists
+		db, err := realPath(db) // it exists now
 		if err != nil {
 			return err
 		}
@@ -112,8 +112,7 @@ func scrubDir(out *os.File, db, dir string) error {
 	})
 }
 
-// realPath returns the absolute path of an existing file, without symbolic
-// links in it.
+// realPath returns the absolute path of an existing file, with all symbolic links resolved.
 func realPath(path string) (string, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -220,7 +219,7 @@ func printTable(w io.Writer, ops []*task.Operation) error {
 	return tw.Flush()
 }
 
-// oneLine makes s safe for a table and for a terminal: file names may contain
+// oneLine makes s safe for a table and for a terminal, because file names may contain
 // anything.
 func oneLine(s string) string {
 	return strings.Map(func(r rune) rune {

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// A bar shows the progress of a scrub: on a terminal in one line that it
-// rewrites, elsewhere in a line every ten percent.
+// A bar shows the progress of a scrub: on a terminal in a line that it rewrites, elsewhere
+// in a new line every ten percent.
 type bar struct {
 	w     io.Writer
 	live  bool // w is a terminal
@@ -23,7 +23,7 @@ func newBar(w io.Writer, live bool, s *scrub) *bar {
 	return &bar{w: w, live: live, scrub: s, began: time.Now()}
 }
 
-// show shows the progress, in percent.
+// show shows the progress in percent.
 func (b *bar) show(progress int) {
 	done, total := b.scrub.done.Load(), b.scrub.total.Load()
 	line := fmt.Sprintf("counting: %s", size(total))
@@ -41,7 +41,7 @@ func (b *bar) show(progress int) {
 	}
 }
 
-// end ends the line of the bar.
+// end ends the bar's line.
 func (b *bar) end() {
 	if b.live {
 		fmt.Fprintln(b.w)
@@ -57,7 +57,7 @@ func progressLine(progress int, done, total int64, took time.Duration) string {
 		left/3600, left/60%60, left%60)
 }
 
-// size formats a number of bytes for people.
+// size formats a number of bytes for people to read.
 func size(n int64) string {
 	if n < 1000 {
 		return fmt.Sprintf("%d B", n)

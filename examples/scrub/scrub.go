@@ -22,7 +22,7 @@ const (
 	maxListed = 1000    // unreadable files that a Result lists
 )
 
-// A Result is the result of a scrub in the history, even of a cancelled one.
+// A Result is the result of a scrub, stored in the history even if the scrub was cancelled.
 type Result struct {
 	Files          int     `json:"files"`
 	Bytes          int64   `json:"bytes"`
@@ -34,7 +34,7 @@ type Result struct {
 	// relative to the tree, in the order of filepath.WalkDir.
 	Digest string `json:"digest,omitempty"`
 
-	Unreadable int          `json:"unreadable"`       // how many files and directories
+	Unreadable int          `json:"unreadable"`       // number of files and directories
 	Errors     []Unreadable `json:"errors,omitempty"` // the first maxListed of them
 }
 
@@ -57,22 +57,22 @@ func (r *Result) addUnreadable(path string, err error) {
 // A scrub is one pass over a directory tree.
 type scrub struct {
 	dir string // the tree
-	db  string // the history, which is not scrubbed
+	db  string // the history database, which is not scrubbed
 
 	// For the progress bar.
-	total atomic.Int64 // bytes in the tree, as far as counted
-	done  atomic.Int64 // bytes read, 0 until all are counted
+	total atomic.Int64 // bytes in the tree counted so far
+	done  atomic.Int64 // bytes read; 0 until the count is complete
 
-	// Used by run alone, for the message.
-	reading time.Time // since when
+	// Used only by run, for the message.
+	reading time.Time // when reading began
 	said    time.Time // when the last message was set
 }
 
-// say sets the operation's message: the file that is being read, and how fast.
+// say sets the operation's message: the file being read, and the rate.
 func (s *scrub) say(ctx context.Context, path string) {
 	s.said = time.Now()
 	rate := float64(s.done.Load()) / max(time.Since(s.reading).Seconds(), 1e-3)
-	task.SetMessage(ctx, fmt.Sprintf("%s (%s/s)", path, size(int64(rate)))) // fails outside of an operation, in tests
+	task.SetMessage(ctx, fmt.Sprintf("%s (%s/s)", path, size(int64(rate)))) // fails outside of an operation, as in tests
 }
 
 // run is the [task.Func] of a scrub.
@@ -82,7 +82,7 @@ func (s *scrub) run(ctx context.Context, update func(progress int)) (any, error)
 		if err == nil {
 			s.total.Add(info.Size())
 		}
-		return nil // reading it fails, too, and is reported
+		return nil // the error recurs, and is reported, when the file is read
 	})
 	var r Result
 	if err == nil {
@@ -112,7 +112,7 @@ func (s *scrub) readAll(ctx context.Context, r *Result, update func(progress int
 		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			return nil // it was deleted meanwhile
+			return nil // it was just deleted
 		case err != nil:
 			r.addUnreadable(path, err)
 			return nil
@@ -131,8 +131,8 @@ func (s *scrub) readAll(ctx context.Context, r *Result, update func(progress int
 	return err
 }
 
-// walk calls visit for each regular file of the tree, and with an error for
-// whatever it can't access. It does not follow symbolic links.
+// walk calls visit for each regular file of the tree, and with an error for everything it
+// cannot access. It does not follow symbolic links.
 func (s *scrub) walk(ctx context.Context, visit func(path string, info fs.FileInfo, err error) error) error {
 	return filepath.WalkDir(s.dir, func(path string, d fs.DirEntry, err error) error {
 		if ctx.Err() != nil {
@@ -155,9 +155,8 @@ func (s *scrub) walk(ctx context.Context, visit func(path string, info fs.FileIn
 	})
 }
 
-// isHistory reports whether path belongs to the program's own database. Those
-// files change all the time, and opening and closing one would release SQLite's
-// locks on it.
+// isHistory reports whether path belongs to the program's own database. Its files change
+// all the time, and opening and closing one would release SQLite's locks on it.
 func (s *scrub) isHistory(path string) bool {
 	suffix, ok := strings.CutPrefix(path, s.db)
 	if !ok {
@@ -172,7 +171,7 @@ func (s *scrub) isHistory(path string) bool {
 
 // sum returns the SHA-256 of the file that was found at path.
 func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []byte, update func(progress int)) ([]byte, error) {
-	// It may have been replaced by a FIFO: opening must not wait for a writer.
+	// The file may have been replaced by a FIFO: opening must not wait for a writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -186,8 +185,8 @@ func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []b
 		return nil, errors.New("replaced while it was scrubbed")
 	}
 	hash := sha256.New()
-	// Read up to the present size: a log that grows as fast as it is read would
-	// never end.
+	// Read only up to the present size. Reading a log that grows as fast as it is read
+	// would never end.
 	for left := info.Size(); left > 0; {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -195,7 +194,7 @@ func (s *scrub) sum(ctx context.Context, path string, found fs.FileInfo, buf []b
 		n, err := f.Read(buf[:min(left, chunkSize)])
 		hash.Write(buf[:n])
 		left -= int64(n)
-		if time.Since(s.said) > time.Second { // a long file
+		if time.Since(s.said) > time.Second { // for a long file
 			s.say(ctx, path)
 		}
 		update(int(100 * s.done.Add(int64(n)) / max(s.total.Load(), 1)))

@@ -23,7 +23,7 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestMain makes the test binary run the program if its environment says so.
+// TestMain makes the test binary run the program if the environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("SCRUB_TEST_MAIN") != "" {
 		main()
@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 
 func noUpdate(int) {}
 
-// must fails the test at once on an error of its preparation.
+// must ends the test if its setup fails.
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -42,7 +42,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// write makes a file in a directory, and the directories in between.
+// write creates a file in a directory, and any missing directories.
 func write(t *testing.T, dir, name, content string) {
 	t.Helper()
 	path := filepath.Join(dir, name)
@@ -50,8 +50,7 @@ func write(t *testing.T, dir, name, content string) {
 	must(t, os.WriteFile(path, []byte(content), 0o600))
 }
 
-// digest returns the digest of a tree with these files, given as names and
-// contents in turn.
+// digest returns the digest of a tree with the given files. Names and contents alternate.
 func digest(files ...string) string {
 	h := sha256.New()
 	for f := range slices.Chunk(files, 2) {
@@ -171,7 +170,7 @@ func TestScrub(t *testing.T) {
 	}
 }
 
-// TestUnreadable uses a path that is too long for the system: not even root can
+// TestUnreadable uses a path that is too long for the system, so that not even root can
 // read it.
 func TestUnreadable(t *testing.T) {
 	dir := t.TempDir()
@@ -180,9 +179,9 @@ func TestUnreadable(t *testing.T) {
 	root, err := os.OpenRoot(dir)
 	must(t, err)
 	defer root.Close()
-	deep := strings.Repeat(strings.Repeat("d", 100)+"/", 60) // PATH_MAX is 4096 at most
+	deep := strings.Repeat(strings.Repeat("d", 100)+"/", 60) // PATH_MAX is at most 4096
 	must(t, root.MkdirAll(deep, 0o700))
-	for end := 101; end <= len(deep); end += 101 { // a directory's name with its slash
+	for end := 101; end <= len(deep); end += 101 { // length of a directory name and its slash
 		f, err := root.Create(deep[:end] + strings.Repeat("f", 200))
 		must(t, err)
 		must(t, f.Close())
@@ -261,7 +260,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// makeHuge creates a file that takes no space and hours to read.
+// makeHuge creates a file that takes no space but hours to read.
 func makeHuge(t *testing.T, dir string) {
 	t.Helper()
 	write(t, dir, "huge", "")
@@ -293,7 +292,7 @@ func TestPrintTable(t *testing.T) {
 			var b bytes.Buffer
 			must(t, printTable(&b, []*task.Operation{&tt.op}))
 			head, row, _ := strings.Cut(b.String(), "\n")
-			var cells []string // the row, cut at the columns of the ASCII header
+			var cells []string // the row, split at the columns of the ASCII header
 			for i, from := range columnStarts(head) {
 				to := len(row) - 1
 				if next := columnStarts(head)[i+1:]; len(next) > 0 {
@@ -374,7 +373,7 @@ func TestBar(t *testing.T) {
 	}
 }
 
-// TestBarSpeed: a scrub of a small tree has read something before the bar is first
+// TestBarSpeed: a scrub of a small tree has already read something when the bar is first
 // shown.
 func TestBarSpeed(t *testing.T) {
 	var out bytes.Buffer
@@ -443,7 +442,7 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// start starts a scrub that takes hours, and returns once it reads.
+// start starts a scrub that takes hours, and returns once it is reading.
 func start(t *testing.T, db, dir string) (cmd *exec.Cmd, stdout *bufio.Reader, stderr *bufio.Reader) {
 	t.Helper()
 	cmd = program(t, "-db", db, dir)
@@ -480,7 +479,7 @@ func TestKill(t *testing.T) {
 	}
 
 	must(t, cmd.Process.Kill())
-	cmd.Wait() // returns that it was killed
+	cmd.Wait() // the error only says that it was killed
 	stdout, stderr, code := output(t, "-db", db, "-history")
 	if code != 0 || !strings.Contains(stdout, "FAILED") || !strings.Contains(stdout, "Task failed due to system restart: at "+dir) {
 		t.Errorf("after the kill: exit code %d\n%s%s", code, stdout, stderr)
@@ -498,7 +497,7 @@ func TestSignal(t *testing.T) {
 			must(t, err)
 			errs, err := io.ReadAll(stderr)
 			must(t, err)
-			cmd.Wait() // returns the exit code
+			cmd.Wait() // the error only holds the exit code
 			if code := cmd.ProcessState.ExitCode(); code != 130 || !strings.Contains(string(out), "CANCELLED: ") ||
 				!strings.Contains(string(errs), "cancelling") {
 				t.Errorf("exit code %d\n%s%s", code, out, errs)
@@ -510,8 +509,7 @@ func TestSignal(t *testing.T) {
 	}
 }
 
-// TestSecondSignal checks that a second signal ends a scrub that ignores the
-// first.
+// TestSecondSignal checks that a second signal ends a scrub that ignores the first one.
 func TestSecondSignal(t *testing.T) {
 	if os.Getenv("SCRUB_TEST_ENDLESS") != "" {
 		m := task.NewManager(nil)

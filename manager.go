@@ -229,7 +229,7 @@ func (m *Manager) insert(t *task) (*Operation, error) {
 		case holder == t || holder.id == t.id || !errors.Is(err, ErrExists):
 			return op, err
 		}
-		// The holder of a unique key is gone, because its ID existed already.
+		// The holder of the unique key was dropped, because its ID existed already.
 	}
 }
 
@@ -250,7 +250,8 @@ func (m *Manager) claim(t *task) (holder *task, err error) {
 		t.id = id.String()
 		t.op.ID = t.id
 	}
-	// The task is live before it is stored, so that whoever finds the row also finds the task.
+	// The task is live before it is stored, so that a caller that finds the row also
+	// finds the task.
 	if holder = m.enter(t); holder == t {
 		m.backlog.inserts = append(m.backlog.inserts, record{t: t, op: t.op})
 		m.writer.signal()
@@ -291,10 +292,10 @@ func (m *Manager) leave(t *task) {
 	}
 }
 
-// inserted waits until the store has answered to a task's first row, and returns
-// the operation. With an error that wraps ErrExists, it returns the stored
-// operation. After any other error for an ID that the caller gave, it reads the
-// row: not every store can say that Save failed because the ID exists.
+// inserted waits for the store's answer to the insert of a task, and returns the
+// operation. With an error that wraps ErrExists, it returns the stored operation. After
+// any other error for an ID that the caller gave, it reads the row: not every store can
+// say that Save failed because the ID exists.
 func (m *Manager) inserted(t *task) (*Operation, error) {
 	<-t.inserted
 	switch {
@@ -318,7 +319,7 @@ func (m *Manager) inserted(t *task) (*Operation, error) {
 func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.lastTry && len(m.backlog.finals) == 0 { // those of tasks that the last write has inserted are still to be tried
+	if m.lastTry && len(m.backlog.finals) == 0 { // final states of tasks that the last write has inserted still get a try
 		return batch{}, at, true
 	}
 	m.lastTry = m.stopping && !now.Before(m.deadline)
@@ -339,7 +340,7 @@ func (m *Manager) next(now time.Time) (b batch, at time.Time, done bool) {
 // written implements source.
 func (m *Manager) written(b batch) (more bool) {
 	owner := m.owner()
-	defer func() { // only now: the waiters take the mutex next
+	defer func() { // after unlocking: the waiters take the mutex next
 		for _, w := range b.inserts {
 			close(w.t.inserted)
 		}
@@ -402,11 +403,11 @@ func (m *Manager) enqueue(t *task) {
 	if t.given {
 		m.backlog.forget(t.id)
 	}
-	if f := m.foreign[t.id]; f == nil || f.op == nil || later(t.op, f.op) { // else a look has published the take-over
+	if f := m.foreign[t.id]; f == nil || f.op == nil || later(t.op, f.op) { // otherwise a look has published the take-over
 		m.emit(t, false)
 	}
 	switch {
-	case t.final != nil: // cancelled by a caller that has found its row
+	case t.final != nil: // cancelled by a caller that has read the row
 		m.storeFinal(t)
 	case m.closing:
 		m.drop(t)
@@ -415,7 +416,8 @@ func (m *Manager) enqueue(t *task) {
 	}
 }
 
-// errLeft is why an operation that Drain leaves to the next start gets no final state.
+// errLeft is the reason why an operation that Drain leaves to the next start gets no
+// final state.
 var errLeft = fmt.Errorf("left for the next start to resume: %w", ErrClosed)
 
 // drop ends a task that must no longer start. The caller holds m.mu.
@@ -469,7 +471,7 @@ func (m *Manager) settle(t *task, op *Operation, err error) {
 	}
 }
 
-// release wakes those who wait for a task. The caller holds m.mu.
+// release wakes the waiters for a task. The caller holds m.mu.
 func (m *Manager) release(t *task) {
 	close(t.done)
 	if f := m.foreign[t.id]; f != nil && t.insertErr == nil { // followed before it was resumed here
@@ -756,8 +758,8 @@ func (m *Manager) filtered(f Filter, limit, offset int) ([]*Operation, error) {
 	}
 }
 
-// correct lists in a filter by state or metadata the operations whose present
-// values are not stored yet.
+// correct sets Include and Exclude of a filter by state or metadata, for the operations
+// whose present values are not stored yet.
 func (m *Manager) correct(f *Filter) {
 	f.Include, f.Exclude = nil, nil
 	if len(f.States)+len(f.Metadata) == 0 {
@@ -807,11 +809,11 @@ func (m *Manager) refresh(row *Operation) *Operation {
 // Cancel returns at once. If the process dies before the next commit, the request
 // is lost: call Wait to be certain.
 //
-// If another manager runs the operation, Cancel returns once the request is
-// stored, and that manager acts on it as on its own Cancel: within 200
-// milliseconds with an SQLite store. If that manager's process dies first, the
-// operation becomes FAILED, as all of its operations do. With a store that is no
-// [Canceller], Cancel returns an error that wraps [errors.ErrUnsupported].
+// If another manager runs the operation, Cancel returns once the request is stored, and
+// that manager acts on it as on its own Cancel: within 200 milliseconds with an SQLite
+// store. If that manager's process dies first, the operation becomes FAILED, as all of
+// its operations do. With a store that is not a [Canceller], Cancel returns an error
+// that wraps [errors.ErrUnsupported].
 //
 // Cancel returns [ErrNotFound] if there is no such operation or it has already
 // finished.
@@ -833,7 +835,8 @@ func (m *Manager) CancelCause(id, text string) error {
 	return wrap(err, "cancel %s", id)
 }
 
-// cancelLive cancels an operation of this manager, and reports whether it is one.
+// cancelLive cancels a live operation of this manager. It reports false if there is
+// none with that ID.
 func (m *Manager) cancelLive(id, text string) bool {
 	m.mu.Lock()
 	t := m.tasks[id]
@@ -882,7 +885,7 @@ func (m *Manager) Wait(ctx context.Context, id string) (*Operation, error) {
 	return m.copyOut(op), err
 }
 
-// wait is Wait, with an operation as snapshot returns it.
+// wait is Wait, but returns the operation as snapshot does.
 func (m *Manager) wait(ctx context.Context, id string) (*Operation, error) {
 	l, leave, err := m.find(id)
 	if err != nil {
@@ -939,7 +942,7 @@ func (m *Manager) find(id string) (l *life, leave func(), err error) {
 		leave = func() { m.unfollow(id, f) }
 		row, err = m.load(id) // again: looks see only changes from now on
 		m.mu.Lock()
-		if err == nil && row.State.live() && m.foreign[id] == f { // else this row is outdated
+		if err == nil && row.State.live() && m.foreign[id] == f { // otherwise this row is outdated
 			m.take(id, row, nil, false)
 		}
 		known := f.op != nil
@@ -969,9 +972,8 @@ func (m *Manager) load(id string) (*Operation, error) {
 }
 
 // Prune deletes all operations that finished before that time, and returns their
-// number. It deletes a few at a time, so that Submit does not wait for it. With a
-// store that is no [Pruner], it returns an error that wraps
-// [errors.ErrUnsupported].
+// number. It deletes a few at a time, so that Submit does not wait for it. With a store
+// that is not a [Pruner], it returns an error that wraps [errors.ErrUnsupported].
 func (m *Manager) Prune(before time.Time) (int, error) {
 	n, err := m.prune(context.Background(), before)
 	return n, wrap(err, "prune")
@@ -1110,7 +1112,7 @@ func (m *Manager) close() {
 	m.stopping, m.deadline = true, time.Now().Add(closeGrace)
 	m.dropUnwaited()
 	if m.endLook != nil {
-		m.endLook() // lookOut starts another one if somebody waits
+		m.endLook() // lookOut starts another one if there are waiters
 		m.endLook = nil
 	}
 	m.lookOut()

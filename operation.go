@@ -32,15 +32,15 @@ type Operation struct {
 	// it then says which state, and why.
 	Error string `json:"error,omitempty"`
 
-	// The times are in UTC, to the microsecond. StartedAt and UpdatedAt are times of the
-	// wall clock, but never earlier than CreatedAt plus the time that has passed on the
+	// The times are in UTC, to the microsecond. StartedAt and UpdatedAt are wall clock
+	// times, but never earlier than CreatedAt plus the time that has passed on the
 	// monotonic clock: setting the clock back makes no duration negative.
 	CreatedAt time.Time `json:"created_at"`
 	StartedAt time.Time `json:"started_at,omitzero"` // zero if it never started
 	UpdatedAt time.Time `json:"updated_at"`          // the finish time, once finished
 
-	// Owner identifies who runs the operation, or ran it: the ID of the store through
-	// which it was submitted, or that of its manager if the store has none.
+	// Owner identifies who runs the operation, or ran it: the ID of its manager's store,
+	// or of the manager itself if the store has none.
 	Owner string `json:"owner,omitempty"`
 
 	// Cancelling is true from a cancel request until the final state.
@@ -98,14 +98,14 @@ func convert(from, to any) error {
 // maxValue is the maximum length of metadata and results as JSON, in bytes.
 const maxValue = 16 << 20
 
-// valueBytes returns the length of the encoded metadata and result, in bytes.
+// valueBytes returns the total length of the encoded metadata and result, in bytes.
 func (op *Operation) valueBytes() int {
 	metadata, _ := op.Metadata.(json.RawMessage)
 	result, _ := op.Result.(json.RawMessage)
 	return len(metadata) + len(result)
 }
 
-// encode is marshal for a new value, with an error if it is too long.
+// encode is marshal for a new value: it returns an error if the JSON is too long.
 func encode(v any) (any, error) {
 	value, err := marshal(v)
 	if raw, _ := value.(json.RawMessage); len(raw) > maxValue {
@@ -259,7 +259,7 @@ func inFunc(ctx context.Context, what string, f func(r running) error) error {
 	return wrap(f(r), "%s of %s", what, r.t.id)
 }
 
-// errReturned says that it is too late to change an operation through its context.
+// errReturned is the error of changing an operation after its function has returned.
 var errReturned = errors.New("its function has returned")
 
 // Checkpoint stores the present progress, message and metadata of the operation whose

@@ -10,9 +10,8 @@ import (
 	"time"
 )
 
-// This file looks at what other managers on the same database do: at those of their
-// operations that somebody here waits for or watches, and at their requests to cancel
-// operations of this manager.
+// This file follows the operations of other managers on the same database that somebody
+// here waits for or watches, and their requests to cancel operations of this manager.
 
 const (
 	// lookPatience is how long Watch waits for the first look, in case the store
@@ -41,16 +40,16 @@ type foreign struct {
 // others is what a manager knows of other managers' operations. The manager's mutex
 // guards it.
 //
-// One look runs at a time. It reads the newest rows, then the unfinished ones. Only
-// looks remove operations from foreign that watchers of all have seen: so these get
-// the states of each in order, and its end once. An operation that is added to
-// foreign during a look waits for the next one.
+// One look runs at a time. It reads the newest rows, then the unfinished ones.
+// Operations that watchers of all have seen are removed from foreign only by looks, so
+// that these watchers get their states in order and their end once. An operation that
+// is added to foreign during a look waits for the next one.
 type others struct {
 	foreign map[string]*foreign // by ID; with watchers of all, every one found
 	all     int                 // number of watchers of all operations
 	seen    []string            // with watchers of all: IDs of the newest rows, newest first; nil before the first look
 	seenAt  time.Time           // when they were read
-	settled map[string]int      // with watchers of all: finished own operations by ID, with the last look before that
+	settled map[string]int      // with watchers of all: the last look before each own operation finished, by ID
 	looks   int                 // number of looks begun
 	endLook context.CancelFunc  // ends looker; nil unless it runs
 }
@@ -100,14 +99,14 @@ func (m *Manager) looker(ctx context.Context, db Persistence) {
 	}
 }
 
-// look looks once. Unless full is set, it leaves out the unfinished operations,
-// which may be many, as long as they would take more than a tenth of the time.
+// look looks once. It omits the unfinished operations, which may be many, while reading
+// them would take more than a tenth of the time. If full is set, it always reads them.
 func (m *Manager) look(full bool) error {
 	m.looking <- struct{}{}
 	defer func() { <-m.looking }()
 	m.mu.Lock()
 	m.looks++
-	look, open := m.looks, !m.stopping // else the store may be closed, and readRest tells the waiters
+	look, open := m.looks, !m.stopping // if not open, the store may be closed, and readRest tells the waiters
 	all := open && m.all > 0
 	many := open && len(m.foreign) > fewForeign
 	runs := open && len(m.tasks) > 0
@@ -206,7 +205,7 @@ func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation,
 			case len(rows) > 10*maxSeen && row.CreatedAt.Before(since):
 				return rows, true, nil
 			}
-			known[row.ID] = true // should a store return a page twice
+			known[row.ID] = true // in case a store returns a page twice
 			rows = append(rows, row)
 			f.Before = row.ID
 		}
@@ -219,7 +218,7 @@ func (m *Manager) readUnfinished(look int) error {
 	f := Filter{States: []State{StatePending, StateRunning}, MaxValue: maxLight}
 	heard := time.Now()
 	for ok {
-		if time.Since(heard) > pollInterval { // cancel requests do not wait for the end
+		if time.Since(heard) > pollInterval { // cancel requests must not wait for the last page
 			if err := m.hear(); err != nil {
 				return err
 			}
@@ -244,8 +243,8 @@ func (m *Manager) readUnfinished(look int) error {
 	return nil
 }
 
-// readRest reads the followed operations that this look has not found unfinished,
-// one by one.
+// readRest reads one by one the followed operations that this look has not found
+// unfinished.
 func (m *Manager) readRest(look int) error {
 	var rest []string
 	m.mu.Lock()
@@ -267,8 +266,8 @@ func (m *Manager) readRest(look int) error {
 	return nil
 }
 
-// found processes a row of a list, after reading the values that the list has left
-// out. A fresh row was saved since the last look.
+// found processes a row of a list. It first reads the values that the list has left
+// out. fresh says that the row was saved since the last look.
 func (m *Manager) found(row *Operation, look int, fresh bool) error {
 	m.mu.Lock()
 	f := m.foreign[row.ID]
@@ -337,7 +336,7 @@ func (m *Manager) take(id string, row *Operation, err error, fresh bool) {
 	}
 }
 
-// lookFor makes all looks that begin from now on look for an operation of another
+// lookFor makes every look that begins after it look for an operation of another
 // manager. The caller holds m.mu.
 func (m *Manager) lookFor(id string) *foreign {
 	f := m.foreign[id]
@@ -437,8 +436,8 @@ func (m *Manager) lose(owner string) {
 	}
 }
 
-// followLost makes the waiters for a lost operation wait for what others make of it.
-// The caller holds m.mu.
+// followLost makes the waiters for a lost operation wait for its outcome under its new
+// owner. The caller holds m.mu.
 func (m *Manager) followLost(t *task) {
 	f := m.foreign[t.id]
 	if f == nil {
@@ -453,5 +452,5 @@ func (m *Manager) followLost(t *task) {
 			close(t.done)
 		}()
 	}
-	f.waiters++ // until its end: this manager recovers it if those that took it over die
+	f.waiters++ // kept until the end: this manager recovers it if those that took it over die
 }

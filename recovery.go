@@ -60,10 +60,10 @@ func (m *Manager) recoverFrom(live func(id string) bool) (resumed []*task, err e
 	return resumed, nil
 }
 
-// ask returns the function that decides for recoverOrphans whether to take over an
-// operation, or nil without WithResume. It adds the tasks that will resume one to
-// asked. A closing manager takes operations over without a task, and leaves them
-// PENDING to the next manager.
+// ask returns the function with which recoverOrphans decides whether to take over an
+// operation, or nil without WithResume. The function adds the task that will resume the
+// operation to asked. A closing manager takes operations over without a task, and
+// leaves them PENDING to the next manager.
 func (m *Manager) ask(asked map[string]*task) func(op *Operation) bool {
 	if m.resume == nil {
 		return nil
@@ -131,7 +131,7 @@ func (m *Manager) start(resumed []*task) {
 		case m.closing:
 			m.left[t.id], t.err = true, errLeft
 			m.release(t)
-		case owner != m.id && owner != t.op.Owner: // fenced since the take-over: others may have it now
+		case owner != m.id && owner != t.op.Owner: // fenced since the take-over: another manager may have it now
 			m.log.Error("task: operation lost", "id", t.id, "name", t.name, "err", ErrLost)
 			m.followLost(t)
 			m.lookOut()
@@ -142,7 +142,7 @@ func (m *Manager) start(resumed []*task) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(resumed) > 0 && m.endLook != nil { // look again: cancel requests may have come before they were live
+	if len(resumed) > 0 && m.endLook != nil { // look again: cancel requests may have come before the tasks were live
 		m.endLook()
 		m.endLook = nil
 		m.lookOut()
@@ -203,8 +203,8 @@ func (m *Manager) recoverDead() {
 	}
 }
 
-// recoverNow recovers the operations of dead processes, unless a recovery is under
-// way. Close waits for it, because WithResume's function may take its time.
+// recoverNow recovers the operations of dead processes, unless a recovery is under way.
+// Close waits for it, because WithResume's function may be slow.
 func (m *Manager) recoverNow() {
 	m.mu.Lock()
 	begin := !m.closing && !m.resuming

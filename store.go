@@ -37,9 +37,9 @@ import (
 // ability.
 type Persistence interface {
 	// Save stores a new operation. On return the operation is durable, as far as the
-	// store promises that. If the ID exists already, Save leaves its operation as it is
-	// and returns an error, which wraps [ErrExists] if the store can tell: after any
-	// other error the manager calls Get where it matters. No other error wraps
+	// store promises that. If the ID exists already, Save leaves the existing operation
+	// as it is and returns an error. The error wraps [ErrExists] if the store can tell;
+	// after any other error the manager calls Get where it matters. No other error wraps
 	// ErrExists.
 	Save(op *Operation) error
 
@@ -123,7 +123,7 @@ func writeBatch(db Persistence, saves, updates []*Operation) []error {
 			err := fmt.Errorf("%T.WriteBatch returned %d errors for %d operations", db, len(errs), n)
 			return slices.Repeat([]error{err}, n)
 		case !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, errors.ErrUnsupported) }):
-			// Individually.
+			// Store the operations one by one.
 		default:
 			for i, err := range errs {
 				errs[i] = notFound(err)
@@ -145,7 +145,7 @@ func writeBatch(db Persistence, saves, updates []*Operation) []error {
 func history(db Persistence) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		const limit = 1000
-		before := make(map[string]bool) // the IDs on the page before
+		before := make(map[string]bool) // the IDs on the previous page
 		for offset := 0; ; {
 			page, err := db.List(limit, offset)
 			if err != nil {
@@ -276,7 +276,7 @@ func recoverOrphans(db Persistence, reason string, resume func(op *Operation) bo
 }
 
 // updateOrphan recovers an operation with Update. It returns nil if the operation has
-// finished or has been deleted meanwhile.
+// been finished or deleted meanwhile.
 func updateOrphan(db Persistence, id, reason string, resumed bool) (*Operation, error) {
 	op, err := get(db, id)
 	if errors.Is(err, ErrNotFound) || err == nil && !op.State.live() {
@@ -414,10 +414,10 @@ func isTimed(id string) bool {
 	return err == nil && u.Version() == 7 && u.String() == id
 }
 
-// neighbour returns the ID before which a list continues that was to continue before an
-// unknown timed ID, or "" for the start. That is the next greater ID, or the ID just
-// before the first smaller one, whichever comes first: if the clock was set back, a list
-// may repeat operations but leaves none out.
+// neighbour finds where a list continues if its Before is an unknown timed ID: before
+// the returned ID, or at the start if that is "". The ID is the next greater one, or
+// the one just before the first smaller one, whichever comes first: if the clock was
+// set back, a list may repeat operations but leaves none out.
 func neighbour(newestFirst iter.Seq2[*Operation, error], id string) (before string, err error) {
 	var last, greater, beforeSmaller string
 	var smaller, late bool
@@ -460,8 +460,8 @@ func listFiltered(db Persistence, f Filter, limit, offset int) ([]*Operation, er
 	return f.page(history(db), limit, offset)
 }
 
-// page returns the matching operations between offset and limit. It keeps few more than
-// that in memory.
+// page returns at most limit matching operations after skipping offset of them. It
+// keeps only a few more than both together in memory.
 func (f Filter) page(newestFirst iter.Seq2[*Operation, error], limit, offset int) (ops []*Operation, err error) {
 	start, err := f.start(newestFirst)
 	if err != nil {
@@ -510,8 +510,8 @@ func (f Filter) sorted(ops []*Operation) []*Operation {
 	return ops
 }
 
-// start returns the operation Before of a list ByFinish, or nil for any other list and for
-// the start of the list.
+// start returns the finished operation f.Before of a list ByFinish. It returns nil for
+// any other list, and if Before is empty.
 func (f Filter) start(newestFirst iter.Seq2[*Operation, error]) (*Operation, error) {
 	if !f.ByFinish || f.Before == "" {
 		return nil, nil
@@ -608,7 +608,8 @@ type Notifier interface {
 // pollInterval is how long another manager's change may go unnoticed.
 const pollInterval = 100 * time.Millisecond
 
-// hints uses the store's Changes if it has one, and otherwise yields every pollInterval.
+// hints uses the store's Changes if it has one, and otherwise yields nil every
+// pollInterval.
 func hints(ctx context.Context, db Persistence) iter.Seq[error] {
 	return func(yield func(error) bool) {
 		n, able := db.(Notifier)

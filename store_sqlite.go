@@ -30,15 +30,14 @@ type SQLiteStore struct {
 	reported sync.Map // IDs of the owners that Recover has reported
 }
 
-// OpenSQLite opens the SQLite database file with that path, and creates the file, but no
-// directory, if it does not exist. The path ":memory:" stands for a new database in
-// memory.
+// OpenSQLite opens the SQLite database file at path. It creates the file if it does not
+// exist, but not its directory. The path ":memory:" opens a new database in memory.
 //
 // The database uses WAL mode and synchronous=FULL: confirmed writes survive a crash of
-// the program or the system, and a power failure. New files get the mode 0600. OpenSQLite
-// takes over a table tasks that other code has created with the columns listed in
-// docs/schema.md. It refuses any other table or view of that name, and leaves it
-// unchanged.
+// the program or the system, and a power failure. New files get the mode 0600.
+// OpenSQLite uses an existing table tasks if it has the columns listed in
+// docs/schema.md, even if other code has created it. It refuses any other table or view
+// of that name, and leaves it unchanged.
 //
 // While the store is open, a locked file PATH-owner-UUID beside the database tells other
 // processes that this one is alive. The database must not be on a network filesystem, and
@@ -46,8 +45,8 @@ type SQLiteStore struct {
 // links or is itself a mount point, because commits under one name would be lost under
 // another.
 //
-// If the file is locked, OpenSQLite waits for up to 10 seconds; other errors it returns at
-// once. It may be called again after an error.
+// If the file is locked, OpenSQLite waits for up to 10 seconds. It returns other errors
+// at once. It may be called again after an error.
 //
 // OpenSQLite uses github.com/mattn/go-sqlite3, which needs cgo. In a program built
 // without cgo, or with the build tag task_nosqlite3, it returns an error;
@@ -83,11 +82,11 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 }
 
 // AttachSQLite opens the database of another program, which may be running, for a tool
-// beside it. The store changes only what its caller asks for: it creates no file, does not
-// change the table's columns or the database's settings, recovers nothing, and has no
-// owner file. A manager on it can do everything but Submit, which returns an error that
-// wraps [errors.ErrUnsupported], as Save does. AttachSQLite returns an error if the table
-// lacks columns or indexes of this version.
+// beside it. The store changes only what its caller asks for: it creates no file, does
+// not change the table's columns or the database's settings, recovers nothing, and has
+// no owner file. A manager on it can do everything but Submit. Submit and Save return
+// an error that wraps [errors.ErrUnsupported]. AttachSQLite returns an error if the
+// table lacks columns or indexes of this version.
 func AttachSQLite(path string) (*SQLiteStore, error) {
 	s, err := attach(path)
 	return s, wrap(err, "attach to database %q", path)
@@ -113,9 +112,9 @@ func attach(path string) (*SQLiteStore, error) {
 }
 
 // Close closes the store, and the database if this package opened it. Close the manager
-// first: the next one recovers what is unfinished by then.
+// first: operations that it has not finished are left for the next one to recover.
 func (s *SQLiteStore) Close() error {
-	if s == nil { // the result of a failed open
+	if s == nil { // returned by a failed open
 		return nil
 	}
 	return errors.Join(s.db.Close(), s.owner.Release())
@@ -125,8 +124,8 @@ func (s *SQLiteStore) Close() error {
 // [AttachSQLite].
 func (s *SQLiteStore) Owner() string { return s.owner.ID }
 
-// newStore returns a store in the database at path, which open opens. A new database file
-// gets the mode and owner of the file modeOf.
+// newStore returns a store in the database at path, which the function open opens. A
+// new database file gets the mode and owner of the file modeOf.
 func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*SQLiteStore, error) {
 	own, err := owner.New(path)
 	if err != nil {
@@ -145,9 +144,10 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 
 // The table of SPEC.md, with this package's columns at the end. A query uses an index
 // only if it repeats the index's expression and condition. The first index is for
-// ByState; it stays small, because most operations end DONE. The second is for recovery;
-// it contains only unfinished rows, by owner, so that those of live owners cost nothing.
-// The third is for Prune and ByFinish, the last for CancelRequests.
+// ByState; it stays small, because most operations end DONE. The second is for
+// recovery; it contains only unfinished rows, sorted by owner, so that recovery skips
+// those of live owners. The third is for Prune and ByFinish, the last for
+// CancelRequests.
 var schema = sqlitefile.Schema{
 	Table:    "tasks",
 	Required: []string{"id", "name", "state", "progress", "metadata", "result", "error", "created_at", "updated_at"},
@@ -175,7 +175,7 @@ CREATE TABLE IF NOT EXISTS tasks (
 		`CREATE INDEX IF NOT EXISTS tasks_cancelling ON tasks (` + ownerText + `) WHERE ` + cancelling},
 }
 
-// The conditions and expressions of the indexes. They do not use IN, for which SQLite
+// The conditions and expressions of the indexes. They do not use IN, because SQLite
 // would build a set of states in each writing statement.
 const (
 	finished   = `(state = 'DONE' OR state = 'FAILED' OR state = 'CANCELLED')`
@@ -197,7 +197,7 @@ const (
 // Everything is read as text, because each driver converts columns declared DATETIME in
 // its own way.
 type row struct {
-	rowid                           int64 // not to be kept: VACUUM changes it
+	rowid                           int64 // do not keep it: VACUUM may change it
 	id, name, state                 string
 	progress                        int64
 	metadata, result                any // text, or the length of omitted text
@@ -327,19 +327,19 @@ func valueCell(v any) any { return textCell(string(rawJSON(v))) }
 
 // A statement writes rows.
 type statement struct {
-	one    string // its text for one row
-	format string // its text for many, with %s for the rows of parameters
+	one    string // SQL for one row
+	format string // SQL for many rows, with %s for the rows of parameters
 	params int    // parameters of one row
 	none   error  // the outcome if it writes fewer rows than given
 }
 
-// many returns the text for n rows.
+// many returns the SQL for n rows.
 func (s *statement) many(n int) string {
 	row := ", (?" + strings.Repeat(", ?", s.params-1) + ")"
 	return fmt.Sprintf(s.format, strings.Repeat(row, n)[len(", "):])
 }
 
-// update never finishes an operation twice, and never recreates a deleted one.
+// update changes only unfinished operations, and never recreates a deleted one.
 var update = &statement{`UPDATE tasks SET state = ?, progress = ?, metadata = ?, result = ?, error = ?,
 	updated_at = ?, started_at = ?, message = ?, cancel_requested_at = coalesce(cancel_requested_at, ?)
 	WHERE id = ? AND state IN ('PENDING', 'RUNNING') AND owner IS coalesce(?, owner)`,
@@ -357,7 +357,7 @@ var insert = &statement{insertInto + `VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
 	insertInto + `SELECT * FROM (VALUES %s) WHERE column10 IS NOT NULL ON CONFLICT (id) DO NOTHING`,
 	13, errors.New("a trigger of the database has ignored the new row")}
 
-// idCell is the place of the ID among the parameters.
+// idCell is the index of the ID in a row's parameters.
 const idCell = 9
 
 // maxChunk is the maximum number of rows of one statement. One statement with many rows
@@ -420,7 +420,7 @@ func (s *SQLiteStore) WriteBatch(saves, updates []*Operation) []error {
 		case i >= len(saves):
 			stmt = update
 			if op.Owner != s.Owner() {
-				owner = nil // any
+				owner = nil // matches any owner
 			}
 		case owner == nil:
 			errs[i] = errAttached
@@ -619,10 +619,10 @@ func (s *SQLiteStore) ListFiltered(f Filter, limit, offset int) ([]*Operation, e
 // noneDone reports whether the index of states contains all rows of the filter's states.
 func (f Filter) noneDone() bool { return len(f.States) > 0 && !slices.Contains(f.States, StateDone) }
 
-// placeOf returns an expression for the rowid below which are the rows submitted before an
-// operation, or NULL if the ID is unknown. Without a row, the place of a timed ID is above
-// its nearest neighbours with smaller IDs, and not below its next neighbour with a greater
-// one.
+// placeOf returns an expression for a rowid such that the rows below it were submitted
+// before the operation; it is NULL if the ID is unknown. A timed ID without a row is
+// placed above its nearest neighbours with smaller IDs, and not below its next
+// neighbour with a greater one.
 func placeOf(id string) query {
 	const self = `(SELECT rowid FROM tasks WHERE id = ?)`
 	if !isTimed(id) {
@@ -635,15 +635,15 @@ func placeOf(id string) query {
 		UNION ALL SELECT ifnull((SELECT rowid `+greater+` LIMIT 1), 9223372036854775807))))`, id, id, id)
 }
 
-// The order of ByFinish is that of the index, by the text of the time: times in foreign
+// ByFinish uses the order of the index, which sorts times as text: times in foreign
 // layouts may be out of place.
 const (
 	byFinish      = ` FROM tasks INDEXED BY tasks_finished WHERE ` + finished
 	orderByFinish = ` ORDER BY ` + finishTime + ` DESC, rowid DESC`
 )
 
-// selection returns the end of a query for the rows that match a condition and the filter,
-// apart from its Before and its range of time.
+// selection returns the FROM clause, and all that follows it, of a query for the rows
+// that match a condition and the filter, apart from its Before and its range of time.
 func selection(f Filter, where query, limit, offset int) query {
 	if f.Name != "" {
 		where = where.plus(` AND name = ?`, f.Name)
@@ -657,7 +657,7 @@ func selection(f Filter, where query, limit, offset int) query {
 		if len(f.States) > 0 {
 			now = now.plus(` AND state IN (SELECT value FROM json_each(?))`, jsonArray(f.States))
 		}
-		// So that the sorter need not hold long columns.
+		// Select rowids first, so that the sorter need not hold long columns.
 		rowids := sqlText(`SELECT rowid FROM tasks NOT INDEXED WHERE `).with(where, now).plus(orderByFinish).with(page)
 		return sqlText(` FROM tasks WHERE rowid IN (`).with(rowids).plus(`)` + orderByFinish)
 	case len(f.States) > 0:
@@ -674,9 +674,9 @@ func selection(f Filter, where query, limit, offset int) query {
 // included is the condition for unfinished rows whose IDs are in a JSON array.
 const included = `(state IN ('PENDING', 'RUNNING') AND id IN (SELECT value FROM json_each(?)))`
 
-// whereNow returns a condition to append for rows that have the filter's metadata and are
-// not in its Exclude. JSON without a backslash contains a string's text as it is, so most
-// rows need not be parsed. CASE keeps json_each from failing on invalid JSON.
+// whereNow returns a condition to append for rows that have the filter's metadata and
+// are not in its Exclude. JSON without a backslash contains its strings verbatim, so
+// most rows need not be parsed. CASE keeps json_each from failing on invalid JSON.
 func whereNow(f Filter) (and query) {
 	const cell = `CAST(metadata AS TEXT)`
 	for _, key := range slices.Sorted(maps.Keys(f.Metadata)) {
@@ -720,8 +720,8 @@ type place struct {
 	rowid  int64
 }
 
-// placeFinish is the parameter for a place's finish. Some drivers return nil for an empty
-// BLOB there.
+// placeFinish is the parameter for a place's finish. Some drivers scan an empty BLOB as
+// nil, which would become NULL.
 const placeFinish = `coalesce(?, x'')`
 
 // search is ListFiltered in steps. If a VACUUM changes rowids meanwhile, it may miss some
@@ -797,19 +797,20 @@ func bounds(f Filter) (and query) {
 	return and
 }
 
-// bound returns the place of a time, plus slack, in the order of texts.
+// bound returns the text to compare with stored times: that of t plus slack.
 func bound(t time.Time, slack time.Duration) string {
 	if t = t.UTC(); t.Year() < 9999 {
 		t = t.Add(slack)
 	}
-	if t.Year() > 9999 { // it has more digits
-		return ":" // after all digits
+	if t.Year() > 9999 { // its text has more digits
+		return ":" // sorts after all digits
 	}
 	return formatTime(t)
 }
 
-// fewFor returns a condition for the rest of the list if an index that has another order
-// contains so few rows for it that one step is enough, and otherwise no text.
+// fewFor returns a condition for the rest of the list if an index with another order
+// contains so few candidate rows that one step is enough. Otherwise it returns an empty
+// query.
 func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	var from query
 	switch {
@@ -833,8 +834,8 @@ func fewFor(c *sql.Conn, f Filter, below place) (window query, err error) {
 	return window.plus(`) AND rowid < ?`, below.rowid), nil
 }
 
-// windowOf returns a condition for the next n or fewer rows below a place, and the place of
-// the next step, or nil if this is the last one.
+// windowOf returns a condition for the next n or fewer rows below a place, and the
+// place of the next step, nil if this is the last one.
 func windowOf(c *sql.Conn, f Filter, below place, n int) (window query, next *place, err error) {
 	if f.ByFinish {
 		return windowByFinish(c, f, below, n)
@@ -902,7 +903,8 @@ func inRange(c *sql.Conn, f Filter, window query) (query, error) {
 	return sqlText(`rowid IN (SELECT value FROM json_each(?))`, jsonArray(in)), err
 }
 
-// step returns the matching operations of a window, and how many it has skipped.
+// step returns at most limit matching operations of a window, after skipping offset of
+// them, and how many it has skipped.
 func step(c *sql.Conn, f Filter, window query, limit, offset int) (ops []*Operation, skipped int, err error) {
 	if f.ranged() {
 		if window, err = inRange(c, f, window); err != nil {
@@ -931,7 +933,7 @@ func (s *SQLiteStore) Get(id string) (*Operation, error) {
 	return ops[0], nil
 }
 
-// read returns the operations selected by columns and the end of a query.
+// read returns the operations selected by columns and from, the rest of the query.
 func (s *SQLiteStore) read(ctx context.Context, columns string, from query) (ops []*Operation, err error) {
 	err = s.db.Read(ctx, func(c *sql.Conn) (err error) {
 		ops, err = operations(c, columns, from)
@@ -946,8 +948,8 @@ func operations(c *sql.Conn, columns string, from query) (ops []*Operation, err 
 	return ops, err
 }
 
-// eachRow calls f with each row selected by columns and the end of a query. It reuses the
-// row.
+// eachRow calls f with each row selected by columns and from, the rest of the query. It
+// reuses the row.
 func eachRow(c *sql.Conn, columns string, from query, f func(*row)) error {
 	var r row
 	return sqlText(`SELECT `+columns+from.text, from.args...).each(c, func() { f(&r) },
@@ -1034,8 +1036,8 @@ func (s *SQLiteStore) recoverFrom(id, reason string, resume func(op *Operation) 
 	}
 }
 
-// reportUnknown yields an operation of an owner that may be dead or alive, with the reason,
-// once per owner. It reports whether to continue.
+// reportUnknown yields one operation of an owner that can't be examined, with the
+// reason, once per owner. It reports whether to continue.
 func (s *SQLiteStore) reportUnknown(id string, unknown error, yield func(*Operation, error) bool) (goOn bool) {
 	if _, again := s.reported.Load(id); again {
 		return true
@@ -1098,7 +1100,7 @@ func (s *SQLiteStore) settle(orphans []orphan, owner, reason string) (ops []*Ope
 			if n == 0 && err == nil {
 				op = o.operation().recovered(reason, false)
 				n, err = changes(c, failOrphan, reason, formatTime(op.UpdatedAt), o.rowid, o.id, owner)
-				// 0 if another Recover came first, or if a trigger has ignored it
+				// n is 0 if another Recover came first, or if a trigger has ignored the update
 			}
 			if err != nil {
 				return err

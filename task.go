@@ -114,8 +114,8 @@ var (
 	// Watch yields.
 	ErrClosed = errors.New("manager closed")
 
-	// ErrCancelled is the cause of a context that Cancel has cancelled. The cause
-	// wraps it after CancelCause.
+	// ErrCancelled is the cause of a context that Cancel has cancelled. After
+	// CancelCause, the cause wraps it.
 	ErrCancelled = errors.New("operation cancelled")
 
 	// ErrExists is returned by Submit, together with the existing operation, as
@@ -154,7 +154,7 @@ type Option func(*options)
 type options struct {
 	log       *slog.Logger
 	limit     int           // how many functions may run at once; 0 for any number
-	retention time.Duration // how long to keep the history; 0 for ever
+	retention time.Duration // how long to keep the history; 0 forever
 	resume    func(*Operation) (Func, []SubmitOption)
 }
 
@@ -260,12 +260,12 @@ func WithLock(key string) SubmitOption {
 	}
 }
 
-// WithID gives the operation an ID of the caller's choice. If there is an operation
-// with that ID already, live or in the history and of any manager, Submit returns that
-// operation and an error that wraps [ErrExists], and never calls the function. So a
-// request that is sent again, or a job that a scheduler submits again after a restart,
-// runs at most once for as long as the history keeps it. To repeat an interrupted
-// operation (see [Operation.Interrupted]), submit it with another ID.
+// WithID gives the operation an ID of the caller's choice. If that ID already belongs
+// to an operation of any manager, live or in the history, Submit returns that operation
+// and an error that wraps [ErrExists], and never calls the function. So a request that
+// is sent again, or a job that a scheduler submits again after a restart, runs at most
+// once for as long as the history keeps it. To repeat an interrupted operation (see
+// [Operation.Interrupted]), submit it with another ID.
 //
 // If one ID is submitted several times at once, in one process or in many, one Submit
 // succeeds. Within one manager the others wait for it; if it fails, they return its
@@ -309,8 +309,8 @@ func WithUnique(key string) SubmitOption {
 	}
 }
 
-// A ListOption says which operations [Manager.List] returns. If an option is given
-// twice, the last one counts.
+// A ListOption says which operations [Manager.List] returns. If two options set the
+// same condition, the last one counts.
 type ListOption func(*Filter)
 
 // ByState restricts List to operations in one of those states. Without states, it
@@ -340,9 +340,9 @@ func Containing(text string) ListOption {
 	return func(f *Filter) { f.Containing = validUTF8(text) }
 }
 
-// ByMetadata restricts List to operations whose metadata is a JSON object with that
-// string as the member key. Given with several keys, all must match. There is no index
-// for it: see [ByName].
+// ByMetadata restricts List to operations whose metadata is a JSON object in which the
+// member called key is exactly the string value. Given with several keys, all must
+// match. There is no index for it: see [ByName].
 func ByMetadata(key, value string) ListOption {
 	return func(f *Filter) {
 		if f.Metadata == nil {
@@ -353,8 +353,8 @@ func ByMetadata(key, value string) ListOption {
 }
 
 // FinishedAfter restricts List to operations that finished at t or later; a zero t
-// restricts nothing. With [FinishedBefore] it gives a range of time, of which the end
-// is not part.
+// restricts nothing. With [FinishedBefore] it gives a range of time that excludes its
+// end.
 func FinishedAfter(t time.Time) ListOption {
 	return func(f *Filter) { f.FinishedAfter = t }
 }
@@ -365,12 +365,12 @@ func FinishedBefore(t time.Time) ListOption {
 	return func(f *Filter) { f.FinishedBefore = t }
 }
 
-// ByFinish lets List return only finished operations, the one that finished last
-// first. Those that finished in the same microsecond are in the order without
-// ByFinish. [Before] and the offset count in that order.
+// ByFinish restricts List to finished operations, and sorts them by finish time, latest
+// first. Operations that finished in the same microsecond keep their usual order.
+// [Before] and the offset count in this order.
 //
-// Before an operation that is not finished, or that has been deleted, is
-// [ErrNotFound].
+// With ByFinish, [Before] with the ID of an operation that is unfinished or has been
+// deleted is [ErrNotFound].
 func ByFinish() ListOption {
 	return func(f *Filter) { f.ByFinish = true }
 }
@@ -432,7 +432,7 @@ type task struct {
 	base     time.Time // of the operation, at that moment
 	unique   []string  // keys
 
-	inserted  chan struct{} // closed when the store has answered to the first row
+	inserted  chan struct{} // closed when the store has answered the insert of the first row
 	insertErr error         // the answer; set before inserted is closed
 
 	word atomic.Uint64 // see report
@@ -462,7 +462,7 @@ func taskOf(op *Operation) *task {
 	return t
 }
 
-// hidden reports whether the task must not be found by its ID yet.
+// hidden reports whether a lookup by ID must not find the task yet.
 func (t *task) hidden() bool { return t.given && t.stored == "" }
 
 // The word of a task holds what functions change without the mutex: the progress and
@@ -489,8 +489,8 @@ func (t *task) report(progress int) (first bool) {
 	}
 }
 
-// takeOver takes over the reported progress into the operation. The next report tells
-// the manager again.
+// takeOver copies the reported progress into the operation. The next report tells the
+// manager again.
 func (t *task) takeOver() {
 	word := t.word.And(^uint64(wordReported))
 	if progress := int(word & progressBits); progress != t.op.Progress && t.final == nil {
@@ -531,8 +531,8 @@ type outcome struct {
 	err    string
 }
 
-// finish fixes the final state and reports true; once it is fixed, finish does nothing
-// and reports false. Every terminal transition happens here.
+// finish fixes the final state and reports true. If it is fixed already, finish does
+// nothing and reports false. Every terminal transition happens here.
 func (t *task) finish(end outcome) bool {
 	if t.final != nil {
 		return false
@@ -566,7 +566,7 @@ func (t *task) run(ctx context.Context, update func(int), log *slog.Logger, end 
 	ctx, region := trace.NewTask(ctx, t.name)
 	defer region.End()
 	ctx = pprof.WithLabels(ctx, pprof.Labels("task", t.name, "task_id", t.id))
-	pprof.SetGoroutineLabels(ctx) // for good: the goroutine ends soon after
+	pprof.SetGoroutineLabels(ctx) // never reset: the goroutine ends soon after
 	value, err := t.fn(ctx, update)
 	t.word.Or(wordReturned)
 	*end = ending(context.Cause(ctx), err)
@@ -609,8 +609,8 @@ func (c cancelled) Error() string { return ErrCancelled.Error() + ": " + string(
 
 func (c cancelled) Unwrap() error { return ErrCancelled }
 
-// setResult encodes the value that the function returned. If the value can't be kept,
-// the outcome's err says why.
+// setResult encodes the function's result. If it can't be kept, the outcome's err says
+// why.
 func (o *outcome) setResult(value any) error {
 	text := o.err
 	o.err = joinText(text, "result not kept: encoding it did not return") // in case it calls runtime.Goexit

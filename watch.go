@@ -23,12 +23,12 @@ import (
 // metadata are conflated: it yields the latest. Every operation is a snapshot that
 // belongs to the receiver.
 //
-// The changes of another manager's operations come some 100 milliseconds late.
-// States between the first and the final one may be skipped; the final state comes
-// exactly once. If reading the operations of others fails or takes the store longer
-// than 5 seconds, their present states come later, among the changes. With a store
-// that is no [FilteredLister], operations that others have submitted before the last
-// 1,000 are left out.
+// The changes of another manager's operations come about 100 milliseconds late. States
+// between the first and the final one may be skipped; the final state comes exactly
+// once. If reading the operations of others fails or takes the store longer than 5
+// seconds, their present states come later, among the changes. With a store that is not
+// a [FilteredLister], operations that others have submitted before the last 1,000 are
+// left out.
 //
 //	for op, err := range manager.Watch(ctx) {
 //		if err != nil {
@@ -179,7 +179,7 @@ type watcher struct {
 	present []event         // present states not yielded yet
 	open    map[string]bool // given IDs whose final states are not yielded yet; nil for all operations
 	err     error           // why nothing can be watched
-	stop    func() bool     // keeps the end of the context from calling leave
+	stop    func() bool     // prevents the call of leave when the context is done
 	leave   func()
 }
 
@@ -267,7 +267,7 @@ func (w *watcher) run(ctx context.Context, yield func(*Operation, error) bool) {
 	}
 }
 
-// seen records that a state was yielded.
+// seen removes a finished operation from the open ones.
 func (w *watcher) seen(op *Operation) {
 	if !op.State.live() {
 		delete(w.open, op.ID)
@@ -312,8 +312,8 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 	return event{}, nil
 }
 
-// pause lets functions and Submit run. A few watchers don't slow them down, but a
-// thousand do: then each gets some 640 events a second.
+// pause leaves time for functions and Submit. A few watchers don't slow them down, but
+// a thousand do; each of those gets about 640 events a second.
 func (w *watcher) pause(ctx context.Context) {
 	const few = 10
 	if n := w.events.Readers(); n > few {

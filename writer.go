@@ -46,7 +46,7 @@ type record struct {
 	given bool       // the caller gave the ID of an insert of unknown outcome: the row may belong to another operation
 	err   error
 
-	checkpoints []chan error // to be answered
+	checkpoints []chan error // receive the outcome
 }
 
 func answer(checkpoints []chan error, err error) {
@@ -213,7 +213,7 @@ func (b *backlog) tryAgain(w record) {
 	}
 }
 
-// forget drops the remembered insert of an ID that a new insert has used.
+// forget drops the remembered insert of an ID once a new insert has used that ID.
 func (b *backlog) forget(id string) {
 	b.unknown = slices.DeleteFunc(b.unknown, func(w record) bool { return w.op.ID == id })
 }
@@ -297,7 +297,7 @@ func (w *writer) write(b *batch) {
 	start, unknown := time.Now(), b.unknown
 	b.unknown = nil
 	for i, u := range unknown {
-		if time.Since(start) > maxBackoff { // the rest comes first next time
+		if time.Since(start) > maxBackoff { // the next write begins with the rest
 			b.unknown = append(unknown[i:], b.unknown...)
 			break
 		}

@@ -16,7 +16,7 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// BenchmarkSubmit takes operations that do nothing from Submit to their stored
+// BenchmarkSubmit measures operations that do nothing, from Submit to their stored
 // final state.
 func BenchmarkSubmit(b *testing.B) {
 	for _, submitters := range []int{1, 64} {
@@ -47,9 +47,9 @@ func each(b *testing.B, n int, f func()) {
 	all.Wait()
 }
 
-// BenchmarkSubmitWatched is BenchmarkSubmit beside watchers of all operations.
-// The time is that until all operations have finished, not until all watchers
-// have seen it.
+// BenchmarkSubmitWatched is BenchmarkSubmit with watchers of all operations. It
+// measures the time until all operations have finished, not until all watchers have
+// seen that.
 func BenchmarkSubmitWatched(b *testing.B) {
 	const jobs = 6400 // few enough that no watcher lags
 	for _, watchers := range []int{0, 1, 1000} {
@@ -99,8 +99,8 @@ func BenchmarkUpdate(b *testing.B) {
 	wait(b, m, op.ID)
 }
 
-// BenchmarkWatched reports progress while nobody watches, while a receiver is
-// stuck, while one is slow, and while a thousand read.
+// BenchmarkWatched reports progress while nobody watches, while a receiver is stuck,
+// while one is slow, and while a thousand read.
 func BenchmarkWatched(b *testing.B) {
 	for _, bm := range []struct {
 		name     string
@@ -136,8 +136,8 @@ func BenchmarkWatched(b *testing.B) {
 	}
 }
 
-// BenchmarkUpdateCrowd has a thousand operations report as fast as they can,
-// and counts the commits that makes.
+// BenchmarkUpdateCrowd: a thousand operations report as fast as they can. It counts the
+// resulting commits.
 func BenchmarkUpdateCrowd(b *testing.B) {
 	store := testkit.NewFake(openSQLite(b, testkit.Path(b)))
 	m := newManager(b, store)
@@ -183,8 +183,8 @@ func BenchmarkGet(b *testing.B) {
 	}
 }
 
-// BenchmarkHistory looks at a history of 1,000,000 operations, beside the same
-// query by hand.
+// BenchmarkHistory reads a history of 1,000,000 operations, and compares the same
+// handwritten query.
 func BenchmarkHistory(b *testing.B) {
 	path := history(b, 1_000_000)
 	m := newManager(b, openSQLite(b, path))
@@ -196,7 +196,7 @@ func BenchmarkHistory(b *testing.B) {
 	for _, offset := range []int{0, 900_000} {
 		b.Run(fmt.Sprintf("offset=%d", offset), func(b *testing.B) {
 			var ours, bare time.Duration
-			for b.Loop() { // side by side
+			for b.Loop() { // alternate the two
 				start := time.Now()
 				ops, err := m.List(50, offset)
 				ours += time.Since(start)
@@ -229,15 +229,15 @@ func BenchmarkSubmitBesideSearches(b *testing.B) {
 	}
 }
 
-// A besideResult is what besideSearches has measured.
+// A besideResult is the result of besideSearches.
 type besideResult struct {
 	submits, searches     int
-	worstSubmit, worstEnd time.Duration // of a Submit, and from the end of a context to that of its search
+	worstSubmit, worstEnd time.Duration // the longest Submit, and the longest time from the end of a context to the end of its search
 	failed                error
 }
 
 // besideSearches submits every 10 ms for a while, beside clients that search the
-// history. Every other client gives up after 0.1 seconds, and comes again.
+// history. Every other client gives up after 0.1 seconds and searches again.
 func besideSearches(tb testing.TB, rows, clients int, during time.Duration) (r besideResult) {
 	m := newManager(tb, openSQLite(tb, history(tb, rows)))
 	ctx, cancel := context.WithTimeout(tb.Context(), during)
@@ -281,7 +281,7 @@ func besideSearches(tb testing.TB, rows, clients int, during time.Duration) (r b
 	return r
 }
 
-// byHand is what one would write without this package.
+// byHand is what an application would write without this package.
 func byHand(b *testing.B, db *sql.DB, limit, offset int) {
 	byHandOrdered(b, db, `ORDER BY rowid DESC`, limit, offset)
 }
@@ -307,8 +307,9 @@ func byHandOrdered(b *testing.B, db *sql.DB, order string, limit, offset int) {
 	}
 }
 
-// BenchmarkNew starts a manager on a history with 1,000 orphans, which are its
-// newest operations or spread all over it, beside one on as many orphans alone.
+// BenchmarkNew starts a manager on a history with 1,000 orphans, which are its newest
+// operations or are spread all over it. For comparison, it starts one on as many
+// orphans alone.
 func BenchmarkNew(b *testing.B) {
 	alone, long := history(b, 1000), history(b, 1_000_000)
 	for _, bm := range []struct{ name, orphans string }{
@@ -317,7 +318,7 @@ func BenchmarkNew(b *testing.B) {
 	} {
 		b.Run(bm.name, func(b *testing.B) {
 			var ours, beside time.Duration
-			for b.Loop() { // side by side
+			for b.Loop() { // alternate the two
 				beside += timeNew(b, alone, "true")
 				ours += timeNew(b, long, bm.orphans)
 			}
@@ -328,8 +329,8 @@ func BenchmarkNew(b *testing.B) {
 	}
 }
 
-// BenchmarkRecoverBesideLiving recovers orphans, or finds that there are none,
-// beside 300,000 unfinished operations of another store that is open.
+// BenchmarkRecoverBesideLiving recovers orphans, or finds that there are none, beside
+// 300,000 unfinished operations of another open store.
 func BenchmarkRecoverBesideLiving(b *testing.B) {
 	for _, orphans := range []int{0, 20_000} {
 		b.Run(fmt.Sprintf("orphans=%d", orphans), func(b *testing.B) {
@@ -356,8 +357,8 @@ func BenchmarkRecoverBesideLiving(b *testing.B) {
 	}
 }
 
-// livingAndDead returns the ID of an owner that is alive until the end of the
-// test, and one that is not. The living one comes first by order of the IDs.
+// livingAndDead returns the ID of an owner that lives until the end of the test, and
+// the ID of a dead one. The first ID sorts before the second.
 func livingAndDead(tb testing.TB, path string) (living, dead string) {
 	tb.Helper()
 	store := openSQLite(tb, path)
@@ -375,8 +376,8 @@ func livingAndDead(tb testing.TB, path string) (living, dead string) {
 	return living, "ffffffff-ffff-4fff-bfff-ffffffffffff"
 }
 
-// timeNew returns how long New takes on a database after its program has died
-// with those operations running.
+// timeNew returns the time that New takes on a database whose program died while those
+// operations were running.
 func timeNew(b *testing.B, path, orphans string) time.Duration {
 	sqliteExec(b, path, `UPDATE tasks SET state = 'RUNNING' WHERE `+orphans)
 	sqliteExec(b, path, `PRAGMA wal_checkpoint(TRUNCATE)`)
@@ -394,7 +395,7 @@ func timeNew(b *testing.B, path, orphans string) time.Duration {
 	return took
 }
 
-// history makes a database of n finished operations.
+// history creates a database of n finished operations.
 func history(b testing.TB, n int) (path string) {
 	b.Helper()
 	path = testkit.Path(b)
@@ -407,7 +408,7 @@ func history(b testing.TB, n int) (path string) {
 	return path
 }
 
-// BenchmarkMemory counts what an operation costs while it lives and after.
+// BenchmarkMemory measures the memory of an operation while it is live and afterwards.
 func BenchmarkMemory(b *testing.B) {
 	const n = 10_000
 	for b.Loop() {
@@ -436,8 +437,8 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-// BenchmarkPrune deletes 1,000,000 operations while others are submitted one
-// after the other, and shows how long Submit takes meanwhile and without.
+// BenchmarkPrune deletes 1,000,000 operations while others are submitted one after the
+// other, and measures Submit meanwhile and without it.
 func BenchmarkPrune(b *testing.B) {
 	path := history(b, 1_000_000)
 	m := newManager(b, openSQLite(b, path))
@@ -473,8 +474,8 @@ func BenchmarkPrune(b *testing.B) {
 	}
 }
 
-// BenchmarkPending has 1,000,000 operations wait behind a limit, cancels some
-// and closes the manager.
+// BenchmarkPending queues 1,000,000 operations behind a limit, cancels some and closes
+// the manager.
 func BenchmarkPending(b *testing.B) {
 	const n = 1_000_000
 	for b.Loop() {
@@ -521,9 +522,9 @@ func heap() int64 {
 	return int64(s.HeapInuse + s.StackInuse)
 }
 
-// longHistory makes a database of n operations, of which one finished every ten
-// seconds until the start of 2026. Every 1,000th is FAILED. Three are called
-// "Needle", are the only ones with the pool "spare", and are in the oldest tenth.
+// longHistory creates a database of n operations. One finished every ten seconds until
+// the start of 2026. Every 1,000th is FAILED. Three in the oldest tenth are called
+// "Needle" and are the only ones with the pool "spare".
 func longHistory(b *testing.B, n int) (path string) {
 	b.Helper()
 	path = testkit.Path(b)
@@ -537,8 +538,8 @@ func longHistory(b *testing.B, n int) (path string) {
 	return path
 }
 
-// BenchmarkList lists what is in a history of 3,000,000 operations. The newest page
-// by finish is also read by hand.
+// BenchmarkList lists operations of a history of 3,000,000. It also runs a handwritten
+// query for the newest page by finish.
 func BenchmarkList(b *testing.B) {
 	const n = 3_000_000
 	path := longHistory(b, n)
@@ -589,8 +590,8 @@ type listBenchmark struct {
 	opts []task.ListOption
 }
 
-// listBenchmarks are lists of that history, which ends at a time and of which one
-// operation in the middle is given.
+// listBenchmarks returns lists of that history, which lasts from start to end; middle
+// is the ID of one of its operations.
 func listBenchmarks(start, end time.Time, middle string) []listBenchmark {
 	firstMonth := task.FinishedBefore(start.Add(30 * 24 * time.Hour))
 	return []listBenchmark{

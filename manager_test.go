@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	testkit.Main(m, nil)
 }
 
-// Short names of helpers that most tests here use.
+// Short names of helpers for most tests here.
 var (
 	quiet          = testkit.Quiet
 	must           = testkit.Must
@@ -70,13 +70,13 @@ var cyclic = func() J {
 
 type J = map[string]any
 
-// outcomes are the ways in which a function can end.
+// outcomes lists the ways in which a function can end.
 var outcomes = map[string]struct {
 	fn       task.Func
 	state    task.State
 	progress int
 	result   any
-	err      string // a prefix of it if it ends in "…"
+	err      string // the Error, or its prefix if this ends in "…"
 }{
 	"nothing": {nothing, task.StateDone, 100, nil, ""},
 	"value": {func(context.Context, func(int)) (any, error) {
@@ -130,8 +130,8 @@ var outcomes = map[string]struct {
 	"progress, panic": {func(_ context.Context, u func(int)) (any, error) { u(42); panic("oh") }, task.StateFailed, 42, nil, "panic: oh"},
 }
 
-// TestOutcome shows how each way in which a function can end is reported: by
-// Wait at once, by Get and List afterwards, and after a restart.
+// TestOutcome checks how each way in which a function can end is reported: by Wait at
+// once, by Get and List later, and after a restart.
 func TestOutcome(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		finished := make(map[string]*task.Operation)
@@ -341,7 +341,7 @@ func TestLive(t *testing.T) {
 		if err != nil || len(ops) != 1 || ops[0].State != task.StateRunning || ops[0].Progress != 30 {
 			t.Errorf("List: %+v, %v", ops, err)
 		}
-		got.State, got.Progress = "MINE", 99 // a snapshot is its holder's
+		got.State, got.Progress = "MINE", 99 // callers may modify snapshots
 		if again, _ := m.Get(op.ID); again.State != task.StateRunning || again.Progress != 30 {
 			t.Errorf("Get: %+v", again)
 		}
@@ -358,7 +358,7 @@ func TestLive(t *testing.T) {
 	})
 }
 
-// TestSnapshotsShareNothing modifies the snapshots that callers hold.
+// TestSnapshotsShareNothing: modifying one caller's snapshot does not change others.
 func TestSnapshotsShareNothing(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		given := map[string]any{"k": "v"}
@@ -420,7 +420,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestCancelCause: who cancelled, and why, is in the context's cause and in the
+// TestCancelCause: the text of CancelCause is in the context's cause and in the
 // operation.
 func TestCancelCause(t *testing.T) {
 	const why = "by admin: \x00maintenance \xff"
@@ -506,7 +506,7 @@ func TestClose(t *testing.T) {
 	})
 }
 
-// afterClose checks what a closed manager still does.
+// afterClose checks what still works on a closed manager.
 func afterClose(t *testing.T, m *task.Manager, ops map[string]*task.Operation) {
 	t.Helper()
 	if _, err := m.Submit("late", untilCancelled); !errors.Is(err, task.ErrClosed) {
@@ -528,8 +528,7 @@ func afterClose(t *testing.T, m *task.Manager, ops map[string]*task.Operation) {
 	}
 }
 
-// TestCloseAtOnce: Close of a manager whose operations have finished waits for
-// nothing.
+// TestCloseAtOnce: Close of a manager whose operations have finished does not wait.
 func TestCloseAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -542,8 +541,8 @@ func TestCloseAtOnce(t *testing.T) {
 	})
 }
 
-// TestCloseBesideSubmit lets Submit and Close race: every accepted operation must be
-// finished in the store.
+// TestCloseBesideSubmit races Submit against Close: every accepted operation must be
+// stored as finished.
 func TestCloseBesideSubmit(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		var submitters sync.WaitGroup
@@ -643,8 +642,8 @@ func TestDrain(t *testing.T) {
 	})
 }
 
-// TestCloseContext: functions that do not return hold up CloseContext only as
-// long as its context allows, and their final states are stored if they return.
+// TestCloseContext: functions that do not return delay CloseContext only until its
+// context is done. If they return later, their final states are stored.
 func TestCloseContext(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		fn, started, release := blocker(nil)
@@ -674,8 +673,8 @@ func TestCloseContext(t *testing.T) {
 	})
 }
 
-// TestShutdownBound: the contexts of Shutdown and Drain bound the closing, too,
-// beside a store that hangs.
+// TestShutdownBound: the contexts of Shutdown and Drain also bound the closing of a
+// manager whose store hangs.
 func TestShutdownBound(t *testing.T) {
 	for name, end := range map[string]func(*task.Manager, context.Context) error{
 		"Shutdown": (*task.Manager).Shutdown,
@@ -703,8 +702,8 @@ func TestShutdownBound(t *testing.T) {
 	}
 }
 
-// TestCloseContextError: the error of CloseContext wraps that of its context,
-// also if that has a cause, and names no operation that has not started.
+// TestCloseContextError: the error of CloseContext wraps that of its context, even if
+// the context has a cause, and does not name operations that have not started.
 func TestCloseContextError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -732,7 +731,7 @@ func TestCloseContextError(t *testing.T) {
 // TestFailedOpen: with the nil store of a failed open, every method that needs the store
 // returns an error that says so.
 func TestFailedOpen(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) { // Close tries again for some seconds
+	synctest.Test(t, func(t *testing.T) { // Close retries for a few seconds
 		store, err := task.OpenSQLite(t.TempDir())
 		if err == nil {
 			t.Fatal("opened a directory")
@@ -806,7 +805,7 @@ func TestNilArguments(t *testing.T) {
 	wait(t, m, op.ID)
 }
 
-// TestPanicIsLogged: the stack is logged, and shown nowhere else.
+// TestPanicIsLogged: the stack of a panic is only in the log.
 func TestPanicIsLogged(t *testing.T) {
 	log := new(testkit.Log)
 	m := newManager(t, nil, log.Option())
@@ -815,13 +814,13 @@ func TestPanicIsLogged(t *testing.T) {
 	if op.Error != "panic: find me" {
 		t.Errorf("Error is %q", op.Error)
 	}
-	m.Close() // after which everything has been logged
+	m.Close() // then everything has been logged
 	if got := log.String(); !strings.Contains(got, "manager_test.go") || !strings.Contains(got, op.ID) {
 		t.Errorf("logged: %s", got)
 	}
 }
 
-// TestUpdateProgress calls the method that the specification names.
+// TestUpdateProgress calls the method named in SPEC.md.
 func TestUpdateProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrew(t, task.WithLimit(1))
@@ -849,8 +848,8 @@ func TestUpdateProgress(t *testing.T) {
 	})
 }
 
-// TestClock: the times shown just after the finish and those read back are the
-// same, in UTC, to the microsecond.
+// TestClock: the times read back equal those shown right after the finish, in UTC, to
+// the microsecond.
 func TestClock(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		before := time.Now().Add(-time.Microsecond)
@@ -868,8 +867,7 @@ func TestClock(t *testing.T) {
 	})
 }
 
-// TestGoroutineNamesTask: a dump of goroutines names the operation that is
-// stuck.
+// TestGoroutineNamesTask: a goroutine dump names the operation that is stuck.
 func TestGoroutineNamesTask(t *testing.T) {
 	m := newManager(t, nil)
 	fn, started, release := blocker(nil)
@@ -883,8 +881,8 @@ func TestGoroutineNamesTask(t *testing.T) {
 	}
 }
 
-// A crew is a set of operations whose functions record when they start, and
-// return when they are told to.
+// A crew is a set of operations whose functions record when they start, and return on
+// demand.
 type crew struct {
 	t    *testing.T
 	m    *task.Manager
@@ -900,7 +898,7 @@ func newCrew(t *testing.T, opts ...task.Option) *crew {
 	return &crew{t: t, m: newManager(t, nil, opts...), ids: make(map[string]string), ends: make(map[string]chan struct{})}
 }
 
-// submit submits an operation, with a lock for each key in a list of them.
+// submit submits an operation with a lock for each of the keys.
 func (c *crew) submit(name string, keys ...string) {
 	c.t.Helper()
 	var opts []task.SubmitOption
@@ -924,9 +922,9 @@ func (c *crew) submit(name string, keys ...string) {
 	c.ids[name] = op.ID
 }
 
-// do takes one step of a script: "+NAME KEY..." submits, "-NAME" has the
-// function return, "!NAME" cancels, "?NAME STATE" checks a state and "close"
-// closes the manager.
+// do executes one step of a script: "+NAME KEY..." submits, "-NAME" makes the function
+// return, "!NAME" cancels, "?NAME STATE" checks a state, and "close" closes the
+// manager.
 func (c *crew) do(step string) {
 	c.t.Helper()
 	name, rest, _ := strings.Cut(step[1:], " ")
@@ -956,11 +954,11 @@ func (c *crew) wantStarted(when, want string) {
 	}
 }
 
-// queueScripts show which operations start when: see WithLimit and WithLock.
+// queueScripts check which operations start when: see WithLimit and WithLock.
 var queueScripts = []struct {
 	name  string
 	limit int
-	steps [][2]string // a step for crew.do, and what has started by then
+	steps [][2]string // a step for crew.do, and the operations started by then
 }{
 	{"limit 1", 1, [][2]string{
 		{"+a", "a"}, {"+b", "a"}, {"+c", "a"}, {"-a", "a b"}, {"-b", "a b c"}, {"-c", "a b c"},
@@ -978,14 +976,14 @@ var queueScripts = []struct {
 		{"-b1", "a1 b1 x"},             // a2 is older, but a is taken; x is older than b2
 		{"-a1", "a1 b1 x a2"},          // older than b2
 		{"-x", "a1 b1 x a2 b2"},        // a3 waits for a2
-		{"-b2", "a1 b1 x a2 b2 c1"},    // and still does
-		{"-c1", "a1 b1 x a2 b2 c1"},    // a slot is free, but no key
-		{"-a2", "a1 b1 x a2 b2 c1 a3"}, // now it is
+		{"-b2", "a1 b1 x a2 b2 c1"},    // and still waits
+		{"-c1", "a1 b1 x a2 b2 c1"},    // a slot is free, but the key is not
+		{"-a2", "a1 b1 x a2 b2 c1 a3"}, // now the key is free
 	}},
 	{"cancel", 1, [][2]string{
 		{"+first a", "first"}, {"+second a", "first"}, {"+third a", "first"}, {"+fourth b", "first"}, {"+fifth b", "first"}, {"+sixth", "first"},
 		{"!second", "first"}, // waits for its key
-		{"!fourth", "first"}, // is ready, and hands its key on
+		{"!fourth", "first"}, // is ready, and passes its key on
 		{"?second CANCELLED", "first"}, {"?fourth CANCELLED", "first"},
 		{"!first", "first third"}, // runs
 		{"-third", "first third fifth"}, {"-fifth", "first third fifth sixth"},
@@ -994,7 +992,7 @@ var queueScripts = []struct {
 		{"+a a", "a"}, {"+b b", "a b"},
 		{"+ab a b a", "a b"}, // the same key twice counts once
 		{"+ba b a", "a b"}, {"+bc c b", "a b"}, {"+c c", "a b"}, {"+d d", "a b d"}, {"+cd c d", "a b d"},
-		{"+free", "a b d"}, // for lack of a slot
+		{"+free", "a b d"}, // waits for a slot
 		{"-a", "a b d free"}, {"-free", "a b d free"}, {"-b", "a b d free ab"}, {"-ab", "a b d free ab ba"},
 		{"!bc", "a b d free ab ba c"}, // has one key and waits for the other
 		{"-c", "a b d free ab ba c"}, {"-d", "a b d free ab ba c cd"},
@@ -1036,8 +1034,8 @@ func TestNoLimit(t *testing.T) {
 	}
 }
 
-// TestSlotFreeBeforeStored: once a function has returned, others may start,
-// even while its final state can't be stored.
+// TestSlotFreeBeforeStored: once a function has returned, its slot is free, even while
+// the final state can't be stored.
 func TestSlotFreeBeforeStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -1075,7 +1073,7 @@ func TestCloseWithWaiting(t *testing.T) {
 	})
 }
 
-// slowWrites makes every write take some time.
+// slowWrites slows down every write.
 func slowWrites(delay time.Duration) func(*testkit.Call) error {
 	return func(c *testkit.Call) error {
 		if c.Method == "WriteBatch" {
@@ -1085,8 +1083,8 @@ func slowWrites(delay time.Duration) func(*testkit.Call) error {
 	}
 }
 
-// TestCancelWhileClosing: Close has decided how waiting operations end, and
-// Cancel does not change that.
+// TestCancelWhileClosing: Cancel does not change the outcome that Close has given
+// waiting operations.
 func TestCancelWhileClosing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -1165,8 +1163,7 @@ func TestLockArguments(t *testing.T) {
 	}
 }
 
-// TestManyWaiting: a waiting operation has no goroutine, and cancelling it is
-// fast.
+// TestManyWaiting: a waiting operation has no goroutine, and cancelling it is fast.
 func TestManyWaiting(t *testing.T) {
 	c := newCrew(t, task.WithLimit(1))
 	c.submit("running")
@@ -1218,7 +1215,7 @@ func TestLargeValues(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var db task.Persistence
-			if tt.kept { // else no store sees it
+			if tt.kept { // otherwise no store sees it
 				db = openSQLite(t, testkit.FastPath(t))
 			}
 			m := newManager(t, db)
@@ -1239,7 +1236,7 @@ func TestLargeValues(t *testing.T) {
 				t.Errorf("%s, kept %v, error %q", got.State, got.Result != nil, got.Error)
 			}
 			if tt.kept {
-				return // with an error, too: see TestOutcomes
+				return // results returned with an error: see TestOutcome
 			}
 			failing := submit(t, m, func(context.Context, func(int)) (any, error) { return tt.value, errDisk })
 			got = wait(t, m, failing.ID)
@@ -1259,8 +1256,8 @@ func waitRaw(t *testing.T, m *task.Manager, id string) *task.Operation {
 	return op
 }
 
-// TestEmptyError: an operation that failed has an Error that says so, even if
-// the function's error has no text.
+// TestEmptyError: the Error of a FAILED operation is not empty, even if the function's
+// error has no text.
 func TestEmptyError(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		for name, value := range map[string]any{"no value": nil, "value": 1, "bad value": make(chan int)} {
@@ -1276,7 +1273,7 @@ func TestEmptyError(t *testing.T) {
 	})
 }
 
-// TestShutdownText: the cause of the context is not repeated in Error.
+// TestShutdownText: Error does not repeat the cause of the context.
 func TestShutdownText(t *testing.T) {
 	for name, tt := range map[string]struct {
 		err  func(ctx context.Context) error
@@ -1304,8 +1301,8 @@ func TestShutdownText(t *testing.T) {
 	}
 }
 
-// TestCancelPendingAtOnce: Cancel of a PENDING operation waits for no write.
-// The operation is shown CANCELLED once that is stored, and never runs.
+// TestCancelPendingAtOnce: Cancel of a PENDING operation waits for no write. The
+// operation never runs, and is shown CANCELLED once that is stored.
 func TestCancelPendingAtOnce(t *testing.T) {
 	for _, fault := range []string{"writes hang", "writes fail"} {
 		t.Run(fault, func(t *testing.T) {
@@ -1328,7 +1325,7 @@ func TestCancelPendingAtOnce(t *testing.T) {
 					return nil
 				})
 				for range 2 {
-					must(t, m.Cancel(c.ids["waiting"])) // would be a deadlock if it waited
+					must(t, m.Cancel(c.ids["waiting"])) // waiting would deadlock
 					c.do("?waiting PENDING")
 				}
 				waited := make(chan string)
@@ -1381,7 +1378,7 @@ func TestCancelBeforeSubmitReturns(t *testing.T) {
 					submitted <- err
 				}()
 				id := <-ids
-				must(t, m.Cancel(id)) // would be a deadlock if it waited
+				must(t, m.Cancel(id)) // waiting would deadlock
 				close(stored)
 				if err := <-submitted; !errors.Is(err, answer) {
 					t.Errorf("Submit: %v, want %v", err, answer)
@@ -1396,7 +1393,7 @@ func TestCancelBeforeSubmitReturns(t *testing.T) {
 	}
 }
 
-// TestRaw: Raw returns values as valid JSON that is not decoded.
+// TestRaw: Raw returns values as valid JSON, not decoded.
 func TestRaw(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		op := submit(t, m, func(context.Context, func(int)) (any, error) { return []int{1, 2}, nil },

@@ -32,8 +32,8 @@ func recoveryInsert(t *testing.T, path string, owner any) (id string) {
 	return id
 }
 
-// twoManagers has two managers run an operation each on the same database. The
-// store of the second one is then closed, so that it counts as dead.
+// twoManagers runs an operation each with two managers on the same database. It then
+// closes the store of the second one, so that it counts as dead.
 func twoManagers(t *testing.T, path string) (managers []*task.Manager, ids []string, release func()) {
 	t.Helper()
 	living, dead := openSQLite(t, path), openSQLite(t, path)
@@ -74,15 +74,14 @@ func leaveOwners(t *testing.T, path string) (lost []string, doubtful string) {
 	return lost, recoveryInsert(t, path, directoryOwner)
 }
 
-// outside returns the path of a file that is called x, two directories above
-// the database.
+// outside returns the path of a file called x, two directories above the database.
 func outside(path string) string { return filepath.Join(filepath.Dir(filepath.Dir(path)), "x") }
 
-// Owners whose file nobody has locked, or is a directory.
+// IDs of owners whose file is not locked, or is a directory.
 var unlockedOwner, directoryOwner = uuid.NewString(), uuid.NewString()
 
-// TestRecoveryOfStores has several stores in one process. One of them is closed
-// while an operation of its manager runs, which makes it count as dead.
+// TestRecoveryOfStores uses several stores in one process. One of them is closed while
+// an operation of its manager runs, so that it counts as dead.
 func TestRecoveryOfStores(t *testing.T) {
 	path := testkit.Path(t)
 	managers, ids, release := twoManagers(t, path)
@@ -134,7 +133,7 @@ func TestRecoveryOfStores(t *testing.T) {
 	})
 }
 
-// TestRecoveryOfOneStore has two managers on a store that can't be opened twice.
+// TestRecoveryOfOneStore runs two managers on a store that can't be opened twice.
 func TestRecoveryOfOneStore(t *testing.T) {
 	store := openSQLite(t, ":memory:")
 	for range 2 {
@@ -151,8 +150,8 @@ func TestRecoveryOfOneStore(t *testing.T) {
 	}
 }
 
-// TestRecoveryBesideRecovery stops one recovery between two chunks, as if its
-// process was slow or about to be killed.
+// TestRecoveryBesideRecovery stops one recovery between two chunks, as if its process
+// were slow or about to be killed.
 func TestRecoveryBesideRecovery(t *testing.T) {
 	path := testkit.Path(t)
 	slow, store := openSQLite(t, path), openSQLite(t, path)
@@ -188,7 +187,7 @@ func TestRecoveryOfMany(t *testing.T) {
 	}
 }
 
-// TestRecoveryClock has rows from the future, also in the formats of other code.
+// TestRecoveryClock recovers rows from the future, also in formats of other code.
 func TestRecoveryClock(t *testing.T) {
 	for _, updated := range []any{
 		"2126-01-02 03:04:05.678901", "2126-01-02 03:04:05", "2126-01-02T03:04:05Z", "2126-01-02 03:04:05.6 +0000 UTC", "", nil,
@@ -208,8 +207,8 @@ func TestRecoveryClock(t *testing.T) {
 	}
 }
 
-// TestRecoveryPaths opens one database by different paths. A store that does not
-// recognize the database would take living owners for dead.
+// TestRecoveryPaths opens one database by different paths. A store that did not
+// recognize the database would take live owners for dead.
 func TestRecoveryPaths(t *testing.T) {
 	root := t.TempDir()
 	dir, link := filepath.Join(root, "a dir?#%20"), filepath.Join(root, "link")
@@ -247,10 +246,10 @@ func TestRecoveryPaths(t *testing.T) {
 	}
 }
 
-// TestRecoveryWaitEnds closes manager and store while Wait waits for an
-// operation of another manager, or is about to.
+// TestRecoveryWaitEnds closes manager and store while Wait waits for an operation of
+// another manager, or is about to.
 func TestRecoveryWaitEnds(t *testing.T) {
-	for reads := range 2 { // of Wait, before the manager is closed
+	for reads := range 2 { // number of reads by Wait before the manager is closed
 		path := testkit.Path(t)
 		other := openSQLite(t, path)
 		must(t, other.Save(&task.Operation{ID: "other's", State: task.StateRunning}))
@@ -280,15 +279,15 @@ func TestRecoveryWaitEnds(t *testing.T) {
 	}
 }
 
-// left saves an operation that a dead process has left.
+// left saves an operation as a dead process leaves it.
 func left(t *testing.T, db task.Persistence, id string, state task.State) {
 	t.Helper()
 	at := time.Now().UTC().Add(-time.Hour)
 	must(t, db.Save(&task.Operation{ID: id, Name: "left", State: state, Progress: 60, Metadata: "tank", CreatedAt: at, UpdatedAt: at}))
 }
 
-// TestRecoveryOfFourMethods recovers by way of the four methods, for several
-// sizes of pages that List returns at most.
+// TestRecoveryOfFourMethods recovers through the four methods, with several limits on
+// the page size of List.
 func TestRecoveryOfFourMethods(t *testing.T) {
 	const n = 2500
 	for _, page := range []int{math.MaxInt, 100, 1} {
@@ -321,8 +320,8 @@ func TestRecoveryOfFourMethods(t *testing.T) {
 	}
 }
 
-// TestRecoveryOvertaken has other code finish or delete an operation while it
-// is being recovered.
+// TestRecoveryOvertaken: other code finishes or deletes an operation during its
+// recovery.
 func TestRecoveryOvertaken(t *testing.T) {
 	for _, method := range []string{"Get", "Update"} {
 		for _, deletes := range []bool{false, true} {
@@ -346,7 +345,7 @@ func TestRecoveryOvertaken(t *testing.T) {
 							return memory.Update(&taken)
 						}
 					}
-					if overtaken && deletes { // the row is there, but nobody sees it
+					if overtaken && deletes { // the row exists, but nobody sees it
 						return task.ErrNotFound
 					}
 					return nil
@@ -392,8 +391,8 @@ func TestRecoveryFails(t *testing.T) {
 	})
 }
 
-// TestRecoveryInBackground has the first recoveries fail. Operations of the
-// manager itself are live then, or finish while recovery looks at them.
+// TestRecoveryInBackground makes the first recoveries fail. Meanwhile, operations of
+// the manager itself are live, or finish while recovery reads them.
 func TestRecoveryInBackground(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const failures = 6
@@ -472,7 +471,7 @@ func TestRecoveryOfMemoryStore(t *testing.T) {
 		}
 	})
 	must(t, err)
-	for _, id := range []string{"", "saved", "saved later"} { // by other code
+	for _, id := range []string{"", "saved", "saved later"} { // saved by other code
 		if id != "" {
 			save(id)
 		}
@@ -488,7 +487,7 @@ func TestRecoveryOfMemoryStore(t *testing.T) {
 			t.Errorf("the operation of the first manager: %+v", got)
 		}
 	}
-	// Operations that Close ends are FAILED by shutdown, and stay so.
+	// Operations that Close ends are FAILED by shutdown and stay so.
 	must(t, first.Close())
 	before := testkit.Stored(t, store)
 	if got := before[op.ID]; !strings.HasPrefix(got.Error, testkit.ShutdownText) {
@@ -499,7 +498,7 @@ func TestRecoveryOfMemoryStore(t *testing.T) {
 	before.WantFailed(t, testkit.Stored(t, store))
 }
 
-// getsIn10s returns how often Get of a store is called in 10 seconds.
+// getsIn10s returns the number of calls of a store's Get in 10 seconds.
 func getsIn10s(db *testkit.Fake) int {
 	synctest.Wait()
 	before := db.Count("Get")
@@ -508,7 +507,7 @@ func getsIn10s(db *testkit.Fake) int {
 	return db.Count("Get") - before
 }
 
-// TestRecoveryPoll has many calls of Wait for an operation of another manager.
+// TestRecoveryPoll makes many calls of Wait for an operation of another manager.
 func TestRecoveryPoll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
@@ -528,7 +527,7 @@ func TestRecoveryPoll(t *testing.T) {
 				})
 			}
 		}
-		for range 2 { // all leave, and others come
+		for range 2 { // all waiters leave, and others come
 			ctx, cancel := context.WithCancel(t.Context())
 			wait(ctx, task.StateRunning, context.Canceled)
 			if got := getsIn10s(db); got < 95 || got > 105 {
@@ -557,8 +556,8 @@ func TestRecoveryPoll(t *testing.T) {
 	})
 }
 
-// TestRecoveryLog: of many recovered operations 100 are logged one by one, and
-// all of them as a sum.
+// TestRecoveryLog: of many recovered operations, 100 are logged individually, and all
+// are counted in one record.
 func TestRecoveryLog(t *testing.T) {
 	for name, open := range map[string]func(t *testing.T, n int) task.Persistence{
 		"sqlite": func(t *testing.T, n int) task.Persistence {
@@ -577,7 +576,7 @@ func TestRecoveryLog(t *testing.T) {
 	} {
 		for _, tt := range []struct{ n, lines, sums int }{{0, 0, 0}, {1, 1, 1}, {100, 100, 1}, {101, 100, 1}, {testos.Size(2500, 20_000), 100, 1}} {
 			if name == "four methods" {
-				tt.n = min(tt.n, 9000) // a MemoryStore drops what exceeds 10,000
+				tt.n = min(tt.n, 9000) // a MemoryStore keeps 10,000 finished operations
 			}
 			t.Run(fmt.Sprintf("%s/%d", name, tt.n), func(t *testing.T) {
 				m, l := testkit.NewLogged(t, open(t, tt.n))

@@ -30,10 +30,10 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// What holds for any driver is tested in internal/sqlitetest, and what has
-// nothing to do with operations in internal/sqlitefile.
+// The tests for any driver are in internal/sqlitetest. Those that do not concern
+// operations are in internal/sqlitefile.
 
-// sqliteSoon is how long a call may take that waits for nothing.
+// sqliteSoon limits calls that wait for nothing.
 const sqliteSoon = 5 * time.Second
 
 func sqliteOpen(t testing.TB, path string) *SQLiteStore {
@@ -57,7 +57,7 @@ func sqliteOpened(t testing.TB, s *SQLiteStore, err error) *SQLiteStore {
 	return s
 }
 
-// SetTimeout sets how long calls of a store wait, for tests outside the package.
+// SetTimeout sets how long calls of a store wait, for external tests.
 func SetTimeout(s *SQLiteStore, d time.Duration) { s.db.Timeout = d }
 
 // sqliteKinds are the three kinds of stores.
@@ -99,7 +99,7 @@ func sqliteExecute(t testing.TB, q interface {
 	}
 }
 
-// sqliteMake makes a database file and closes it again.
+// sqliteMake creates a database file and closes it.
 func sqliteMake(t testing.TB, path, script string) string {
 	t.Helper()
 	db := sqliteDB(t, path)
@@ -148,8 +148,8 @@ func sqliteSame(t testing.TB, what string, got, want []string) {
 	}
 }
 
-// sqliteTree returns all files below a directory with their modes and bytes.
-// No database in it may be open: to open its file drops SQLite's locks.
+// sqliteTree returns all files below a directory with their modes and bytes. No
+// database in it may be open: opening its file drops SQLite's locks.
 func sqliteTree(t testing.TB, dir string) []string {
 	t.Helper()
 	var all []string
@@ -202,7 +202,7 @@ func sqliteIDs(t testing.TB, s Persistence, limit, offset int) string {
 	return strings.Join(ids, " ")
 }
 
-// sqliteSpecSchema is the schema as the specification has it.
+// sqliteSpecSchema is the schema of SPEC.md.
 func sqliteSpecSchema(t testing.TB) string {
 	t.Helper()
 	spec, err := os.ReadFile("testdata/SPEC.md")
@@ -342,10 +342,10 @@ func TestSQLitePaths(t *testing.T) {
 	}
 }
 
-// Wherever the path leads, it leads all openers to the same files.
+// All openers of a path use the same files.
 func TestSQLiteLinks(t *testing.T) {
 	for _, test := range []struct {
-		name, other string // another way to real/x.db
+		name, other string // another path of real/x.db
 	}{
 		{"relative", filepath.Join("real", "x.db")},
 		{"not clean", filepath.Join("real", "x.db") + "/../../real//./x.db"},
@@ -417,10 +417,10 @@ func TestSQLiteMemory(t *testing.T) {
 	sqliteSame(t, "files", sqliteNames(t, dir), nil)
 }
 
-// A sqliteCell is a cell as other code may have left it.
+// A sqliteCell is a cell as other code may have stored it.
 type sqliteCell struct {
-	literal string // as SQL
-	want    string // as the manager shows it; see sqliteShown
+	literal string // SQL
+	want    string // what the manager shows; see sqliteShown
 }
 
 var (
@@ -431,7 +431,7 @@ var (
 		{`'null'`, `null`}, {`' null '`, `null`}, {`NULL`, `null`}, {`''`, `null`}, {`'no json'`, `null`},
 		{`'{"a":1'`, `null`}, {`'{"a":1} trailing'`, `null`}, {`'{"a":1}{"b":2}'`, `null`}, {`'NaN'`, `null`},
 		{`CAST(x'2200' || x'22' AS TEXT)`, `null`}, {`x'00ff'`, `null`}, {`CAST(zeroblob(70000) AS TEXT)`, `null`},
-		{`replace(hex(zeroblob(5500)), '0', '[') || replace(hex(zeroblob(5500)), '0', ']')`, `null`}, // too deep for Go
+		{`replace(hex(zeroblob(5500)), '0', '[') || replace(hex(zeroblob(5500)), '0', ']')`, `null`}, // nested too deeply for Go
 	}
 	sqliteTimes = []sqliteCell{
 		{`'2024-05-06 07:08:09.123456'`, "2024-05-06T07:08:09.123456Z"},
@@ -444,11 +444,11 @@ var (
 		{`'2024-05-06 07:08:09.1 -0330 NST m=-12.5'`, "2024-05-06T10:38:09.1Z"},
 		{`'2024-05-06 07:08:09 +0000 UTC'`, "2024-05-06T07:08:09Z"},
 		{`'2024-05-06 07:08:09.25 +0545 +0545'`, "2024-05-06T01:23:09.25Z"},
-		// All else is no time.
+		// Anything else is not a time.
 		{`'2024-05-06T07:08:09'`, ""}, {`'2024-05-06 07:08'`, ""}, {`'2024-05-06'`, ""}, {`1714979289`, ""}, {`0`, ""}, {`1.5`, ""},
 		{`NULL`, ""}, {`''`, ""}, {`'yesterday'`, ""}, {`'a b c d e f'`, ""}, {`'2024-13-45 99:99:99'`, ""},
 		{`'2024-05-06 07:08:09 +9999 CEST m=+1'`, ""}, {`x'00ff'`, ""}, {`CAST(x'ff00' AS TEXT)`, ""},
-		{`'0000-01-01T00:00:00+23:00'`, ""}, {`'9999-12-31T23:59:59-23:00'`, ""}, // JSON has no form for these
+		{`'0000-01-01T00:00:00+23:00'`, ""}, {`'9999-12-31T23:59:59-23:00'`, ""}, // JSON can't represent these
 	}
 	sqliteCells = map[string][]sqliteCell{
 		"id": {{"'plain'", "plain"}, {"''", ""}, {"42", "42"}, {"'../../etc/passwd'", "../../etc/passwd"}, {"'it''s \"%?#'", `it's "%?#`},
@@ -464,7 +464,7 @@ var (
 	}
 )
 
-// sqliteShown returns what an operation shows of a column.
+// sqliteShown returns what an operation shows for a column.
 func sqliteShown(op *Operation, column string) string {
 	text := func(v any) string { raw, _ := json.Marshal(v); return string(raw) }
 	moment := func(t time.Time) string {
@@ -479,9 +479,9 @@ func sqliteShown(op *Operation, column string) string {
 	}[column]
 }
 
-// A table made from the specification's schema, and filled by other code, is
-// taken over with all that is in it, finished or interrupted. What recovery has
-// to change is changed, and no other cell.
+// OpenSQLite takes over a table that was created with the schema of SPEC.md and filled
+// by other code, with all its rows, finished or interrupted. Recovery changes only the
+// cells that it must change.
 func TestSQLiteTakeover(t *testing.T) {
 	for _, state := range []string{"DONE", "RUNNING"} {
 		for column, cells := range sqliteCells {
@@ -541,18 +541,17 @@ func sqliteTakeover(t *testing.T, state, column string, cells []sqliteCell, open
 	}
 	after := sqliteRows(t, path)
 	for i := range before {
-		if !strings.Contains(before[i], " state=") { // it was recovered
+		if !strings.Contains(before[i], " state=") { // not recovered
 			after[i] = sqliteRecovered.ReplaceAllString(after[i], "")
 		}
 	}
 	sqliteSame(t, "cells", after, before)
 }
 
-// sqliteRecovered are the columns that recovery changes.
+// sqliteRecovered lists the columns that recovery changes.
 var sqliteRecovered = regexp.MustCompile(` (state|error|updated_at)=\S*`)
 
-// sqliteRows returns the columns of the specification of all rows, as types and
-// bytes.
+// sqliteRows returns the columns of SPEC.md in all rows, as types and bytes.
 func sqliteRows(t *testing.T, path string) []string {
 	t.Helper()
 	db := sqliteDB(t, path)
@@ -564,8 +563,8 @@ func sqliteRows(t *testing.T, path string) []string {
 	return sqliteTexts(t, db, "SELECT "+strings.Join(cells, " || ")+" FROM tasks ORDER BY rowid")
 }
 
-// TestSQLiteHolder is no test, but the other process of those that need one:
-// it locks a database until its standard input ends.
+// TestSQLiteHolder is not a test. It is the helper process of other tests: it locks a
+// database until its standard input ends.
 func TestSQLiteHolder(t *testing.T) {
 	path := os.Getenv("SQLITE_HOLDER_PATH")
 	if path == "" {
@@ -582,7 +581,7 @@ func TestSQLiteHolder(t *testing.T) {
 	sqliteExecute(t, c, "COMMIT")
 }
 
-// sqliteHold has another process lock a database.
+// sqliteHold locks a database from another process.
 func sqliteHold(t testing.TB, path string) (release func()) {
 	t.Helper()
 	cmd := osexec.Command(os.Args[0], "-test.run=^TestSQLiteHolder$", "-test.count=1")
@@ -613,9 +612,9 @@ func sqliteHold(t testing.TB, path string) (release func()) {
 	}
 }
 
-// While another process has the database locked, writes wait and reads don't.
-// What stays locked for too long is an error of the whole batch, and nothing
-// has happened. Both also in the database that OpenSQLite has opened.
+// While another process locks the database, writes wait and reads don't. If it stays
+// locked for too long, the whole batch fails and nothing is stored. Both hold for a
+// database that OpenSQLite has opened, too.
 func TestSQLiteLocked(t *testing.T) {
 	for kind, open := range map[string]func(t *testing.T, path string) *SQLiteStore{
 		"own": func(t *testing.T, path string) *SQLiteStore { return sqliteOpen(t, path) },
@@ -654,11 +653,11 @@ func TestSQLiteLocked(t *testing.T) {
 	}
 }
 
-// sqliteAdvice is what an error must have that tells a person what to do.
+// sqliteAdvice matches the part of an error that tells the user what to do.
 var sqliteAdvice = regexp.MustCompile(`\b(use|choose|rename|create|make|remove|must be)\b`)
 
-// sqliteRefused checks that an attempt to open a store fails, soon, with an
-// error that is of use, and leaves everything in the directory as it was.
+// sqliteRefused checks that opening a store fails soon, with a helpful error, and
+// leaves the directory unchanged.
 func sqliteRefused(t *testing.T, tree func() []string, want string, open func() (*SQLiteStore, error)) {
 	t.Helper()
 	before := tree()
@@ -759,7 +758,7 @@ func TestSQLiteRefusesFile(t *testing.T) {
 	}
 }
 
-// What file modes forbid is refused also where it is not root who tries.
+// OpenSQLite refuses what file modes forbid to users other than root.
 func TestSQLiteRefusesByMode(t *testing.T) {
 	complete := strings.Join(schema.Create, ";")
 	for _, test := range []struct {
@@ -785,7 +784,7 @@ func TestSQLiteRefusesByMode(t *testing.T) {
 			if test.dbMode != 0 {
 				sqliteMake(t, path, "CREATE TABLE users (id); PRAGMA journal_mode = "+test.journal)
 				mode := test.dbMode
-				if os.Geteuid() != 0 && mode == 0o644 { // nobody else's files here
+				if os.Geteuid() != 0 && mode == 0o644 { // only root can create files of another user
 					mode = 0o444
 				}
 				if err := os.Chmod(path, mode); err != nil {
@@ -807,8 +806,9 @@ func TestSQLiteRefusesByMode(t *testing.T) {
 	}
 }
 
-// sqliteModeTree is sqliteTree with a directory that may be closed to the test.
-// Who may only read a database in WAL mode can't remove what SQLite then makes.
+// sqliteModeTree is sqliteTree for a directory that may be closed to the test. A user
+// who may only read a database in WAL mode can't remove the files that SQLite then
+// creates.
 func sqliteModeTree(t testing.TB, dir string, wal bool) []string {
 	t.Helper()
 	info, err := os.Stat(dir)
@@ -829,7 +829,7 @@ func sqliteModeTree(t testing.TB, dir string, wal bool) []string {
 	}
 }
 
-// A table that takes no operations is found by the first one.
+// The first operation reports a table that accepts no operations.
 func TestSQLiteUnfitTable(t *testing.T) {
 	path := sqliteMake(t, filepath.Join(t.TempDir(), "x.db"), strings.Replace(sqliteSpecSchema(t), "\n);", ", tenant TEXT NOT NULL\n);", 1))
 	m := sqliteManager(t, sqliteOpen(t, path))
@@ -838,7 +838,7 @@ func TestSQLiteUnfitTable(t *testing.T) {
 	}
 }
 
-// The stored form is what README promises to other programs.
+// The stored form is the one that README promises to other programs.
 func TestSQLiteStoredForm(t *testing.T) {
 	for kind, open := range sqliteKinds {
 		t.Run(kind, func(t *testing.T) {
@@ -876,7 +876,7 @@ func TestSQLiteStoredForm(t *testing.T) {
 	}
 }
 
-// A batch of any size is stored in its order, also after VACUUM.
+// A batch of any size is stored in order, also after VACUUM.
 func TestSQLiteBatchSizes(t *testing.T) {
 	for kind, open := range sqliteKinds {
 		t.Run(kind, func(t *testing.T) {
@@ -915,8 +915,8 @@ func TestSQLiteBatchSizes(t *testing.T) {
 	}
 }
 
-// Bad operations cost few transactions, however many are beside them, and a
-// failed COMMIT is everybody's.
+// Bad operations cost few transactions, however many others are in the batch. A failed
+// COMMIT fails all of them.
 func TestSQLiteBatchFaults(t *testing.T) {
 	db, set := hookdriver.Open(t, filepath.Join(t.TempDir(), "app.db"))
 	s := sqliteUse(t, db)
@@ -965,14 +965,14 @@ func TestSQLiteBatchFaults(t *testing.T) {
 	}
 }
 
-// If COMMIT finds no room for all rows of a batch, those that fit are stored.
+// If COMMIT finds the disk too full for all rows of a batch, those that fit are stored.
 func TestSQLiteBatchFull(t *testing.T) {
 	for _, text := range []string{"database or disk is full", "disk I/O error"} {
 		for _, room := range []int{0, 1, 3, 100} {
 			t.Run(fmt.Sprint(text, ", room for ", room), func(t *testing.T) {
 				db, set := hookdriver.Open(t, filepath.Join(t.TempDir(), "app.db"))
 				s := sqliteUse(t, db)
-				rows, begins := 0, 0 // in the transaction; transactions
+				rows, begins := 0, 0 // rows in the transaction; number of transactions
 				set(func(query string, run func() error) error {
 					switch {
 					case query == "BEGIN IMMEDIATE":
@@ -1008,9 +1008,9 @@ func TestSQLiteBatchFull(t *testing.T) {
 	}
 }
 
-// sqliteHistory makes a database of 1,000 operations, and returns an
-// application's store in it, and a function that returns the plan of the
-// queries that f causes and that contain a text.
+// sqliteHistory creates a database of 1,000 operations. It returns an application's
+// store in it, and a function that returns the plans of the queries that f runs and
+// that contain a text.
 func sqliteHistory(t *testing.T, script string) (*SQLiteStore, func(text string, f func()) string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "app.db")
@@ -1052,8 +1052,8 @@ func sqliteHistory(t *testing.T, script string) (*SQLiteStore, func(text string,
 	}
 }
 
-// However long the history, indexes answer: recovery, lists by state in the
-// order of the index, Before by rowid, and Prune.
+// Indexes serve recovery, lists by state in the order of the index, Before by rowid,
+// and Prune, however long the history.
 func TestSQLitePlan(t *testing.T) {
 	for _, analyze := range []string{"", "; ANALYZE"} {
 		t.Run("after "+analyze, func(t *testing.T) {
@@ -1120,7 +1120,7 @@ func TestSQLitePlan(t *testing.T) {
 	}
 }
 
-// A search in steps finds what one look at the whole history would.
+// A search in steps finds the same operations as a search of the whole history at once.
 func TestSQLiteSearch(t *testing.T) {
 	const rows = 2*maxStep + 1000
 	path := filepath.Join(t.TempDir(), "x.db")
@@ -1171,8 +1171,8 @@ func TestSQLiteSearch(t *testing.T) {
 	}
 }
 
-// A search ends between two steps once its context is done, and leaves the
-// connection to others between them, also if there is only one.
+// A search ends between two steps once its context is done. Between steps, others get
+// the connection, even if there is only one.
 func TestSQLiteSearchEnds(t *testing.T) {
 	s, _ := sqliteHistory(t, `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
 		INSERT INTO tasks (id, name, state) SELECT i, 'x', 'DONE' FROM n`)
@@ -1200,8 +1200,7 @@ func TestSQLiteSearchEnds(t *testing.T) {
 	}
 }
 
-// Each step looks at a bounded number of rows, and none follows the end of the
-// context.
+// Each step reads a bounded number of rows, and none runs after the context is done.
 func TestSQLiteSearchSteps(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "app.db")
 	sqliteOpen(t, path).Close()
@@ -1248,7 +1247,7 @@ func TestSQLiteOlder(t *testing.T) {
 	}
 }
 
-// More orphans than fit into one transaction, of several owners.
+// Recovery of more orphans than fit into one transaction, of several owners.
 func TestSQLiteRecoverMany(t *testing.T) {
 	for name, open := range sqliteKinds {
 		t.Run(name, func(t *testing.T) {
@@ -1264,7 +1263,7 @@ func TestSQLiteRecoverMany(t *testing.T) {
 					CASE WHEN i %% 8 < 4 THEN '2100-01-01T00:00:00+01:00' END, CASE WHEN i %% 8 = 4 THEN '2100-01-01 00:00:00' END FROM n`,
 				5*recoverChunk, uuid.NewString()))
 			for range s.Recover("gone", nil) {
-				break // a caller may stop
+				break // a caller may stop early
 			}
 			seen := make(map[string]bool)
 			for op, err := range s.Recover("gone", nil) {
@@ -1287,7 +1286,7 @@ func TestSQLiteRecoverMany(t *testing.T) {
 	}
 }
 
-// An orphan that a trigger keeps as it is does not keep Recover going.
+// Recover ends even if a trigger keeps an orphan unchanged.
 func TestSQLiteRecoverIgnored(t *testing.T) {
 	s := sqliteOpen(t, ":memory:")
 	sqliteExecute(t, s.db, fmt.Sprintf(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)
@@ -1298,7 +1297,7 @@ func TestSQLiteRecoverIgnored(t *testing.T) {
 	}
 }
 
-// An owner whose file can't be looked at is reported once by each store.
+// Each store reports once an owner whose file can't be examined.
 func TestSQLiteRecoverUnknown(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.db")
 	s := sqliteOpen(t, path)
@@ -1306,7 +1305,7 @@ func TestSQLiteRecoverUnknown(t *testing.T) {
 		t.Skip("this system has no file locks")
 	}
 	id := uuid.NewString()
-	if err := os.Mkdir(path+"-owner-"+id, 0o700); err != nil { // which can't be opened for writing
+	if err := os.Mkdir(path+"-owner-"+id, 0o700); err != nil { // a directory can't be opened for writing
 		t.Fatal(err)
 	}
 	sqliteExecute(t, s.db, fmt.Sprintf(`INSERT INTO tasks (id, name, state, owner) VALUES ('a', 'a', 'RUNNING', '%s'), ('b', 'b', 'PENDING', '%[1]s'),
@@ -1331,12 +1330,12 @@ func TestSQLiteRecoverUnknown(t *testing.T) {
 			t.Errorf("round %d: reported %d times, want %d", round, reported, want)
 		}
 	}
-	sqliteManager(t, s) // which New does not refuse
+	sqliteManager(t, s) // New does not refuse the store
 	sqliteSame(t, "live", sqliteTexts(t, s.db, `SELECT id FROM tasks WHERE state <> 'FAILED'`), []string{"a", "b"})
 }
 
-// The file of a database that is deleted under an open store is missed, and
-// nothing takes its place.
+// If the database file is deleted while a store is open, the store reports it and
+// creates no new file.
 func TestSQLiteDeleted(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("this system keeps open files")
@@ -1383,7 +1382,7 @@ func TestSQLiteDeleted(t *testing.T) {
 	}
 }
 
-// Many processes open a new file at once.
+// Many processes open a new file at the same time.
 func TestSQLiteOpenedAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "x.db")
@@ -1422,8 +1421,8 @@ func TestSQLiteOpenedAtOnce(t *testing.T) {
 	sqliteSame(t, "files", sqliteNames(t, dir), []string{"x.db"})
 }
 
-// Without cgo the package builds, and says what is missing. Where the tests
-// have cgo, they run themselves once more without.
+// Without cgo the package builds, and its error says what is missing. If the tests have
+// cgo, they run themselves again without it.
 func TestSQLiteWithoutCgo(t *testing.T) {
 	s, err := OpenSQLite(filepath.Join(t.TempDir(), "x.db"))
 	if err != nil {
@@ -1442,13 +1441,13 @@ func TestSQLiteWithoutCgo(t *testing.T) {
 	}
 }
 
-// Prune leaves what it can't read or name, and what a trigger keeps, and ends
-// after a number of statements that depends on the number of rows alone.
+// Prune skips rows that it can't parse or identify, and rows that a trigger keeps. The
+// number of its statements depends only on the number of rows.
 func TestSQLitePrune(t *testing.T) {
 	before := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
 	const many = 5 * pruneChunk
 	for _, test := range []struct {
-		name, at, set string // of many rows that are DONE at that time
+		name, at, set string // what set does to many rows that are DONE at that time
 		want          int
 	}{
 		{"old", "2024-06-01 00:00:00.000000", "", many},
@@ -1505,9 +1504,9 @@ func TestSQLitePrune(t *testing.T) {
 	}
 }
 
-// BenchmarkWriteBatch stores 64 new operations in one call and finishes them in
-// the next, beside two transactions of 64 rows by hand on the table of the
-// specification.
+// BenchmarkWriteBatch stores 64 new operations in one call and finishes them in the
+// next. For comparison, it runs two handwritten transactions of 64 rows on the table of
+// SPEC.md.
 func BenchmarkWriteBatch(b *testing.B) {
 	const rows = 64
 	application := func(more string) func(path string) (*SQLiteStore, error) {
@@ -1536,7 +1535,7 @@ func BenchmarkWriteBatch(b *testing.B) {
 			defer s.Close()
 			hand := newByHand(b)
 			var ours, bare time.Duration
-			for b.Loop() { // side by side
+			for b.Loop() { // alternate the two
 				start := time.Now()
 				storeBatch(b, s, rows)
 				ours += time.Since(start)
@@ -1634,8 +1633,8 @@ func (h *byHand) commit(b *testing.B, rows int, write func(i int) error) {
 	exec("COMMIT")
 }
 
-// TestSQLiteBeginFails has BEGIN number n fail for good, in a batch with a row
-// that is missing: what is answered with nil is stored, whichever BEGIN it is.
+// TestSQLiteBeginFails makes BEGIN number n and all later ones fail, in a batch with a
+// missing row. Every operation whose error is nil is stored, whichever BEGIN fails.
 func TestSQLiteBeginFails(t *testing.T) {
 	for n := range 6 {
 		db, set := hookdriver.Open(t, "file:"+filepath.Join(t.TempDir(), "a.db"))
@@ -1672,7 +1671,7 @@ func TestSQLiteBeginFails(t *testing.T) {
 	}
 }
 
-// Which index answers, before and after ANALYZE, is the same for long histories.
+// ANALYZE does not change which index a query on a long history uses.
 func TestSQLiteListPlan(t *testing.T) {
 	at := func(minute int) time.Time { return time.Date(2024, 1, 1, 0, minute, 0, 0, time.UTC) }
 	for _, analyze := range []string{"", "; ANALYZE"} {
@@ -1723,8 +1722,8 @@ func TestSQLiteListPlan(t *testing.T) {
 	}
 }
 
-// Each step of a search looks at a bounded number of rows, however many have the
-// same time, and none follows the end of the context.
+// Each step of a search reads a bounded number of rows, however many have the same
+// time, and none runs after the context is done.
 func TestSQLiteListSteps(t *testing.T) {
 	for name, at := range map[string]string{"different": `strftime('%F %T.000000', '2024-01-01', i || ' seconds')`, "same": `'2024-01-01 00:00:00.000000'`} {
 		path := filepath.Join(t.TempDir(), name+".db")
@@ -1740,7 +1739,7 @@ func TestSQLiteListSteps(t *testing.T) {
 				f.Context = ctx
 				steps := 0
 				set(func(query string, run func() error) error {
-					if strings.Contains(query, "message") { // what selects operations
+					if strings.Contains(query, "message") { // the query that selects operations
 						if steps++; steps == cancelAt {
 							cancel()
 						}
@@ -1760,15 +1759,15 @@ func TestSQLiteListSteps(t *testing.T) {
 	}
 }
 
-// Operations that have finished at the same time are listed page by page like
-// others, also more of them than one step looks at.
+// Operations that finished at the same time are listed page by page like others, even
+// if there are more of them than one step reads.
 func TestSQLiteListSameTime(t *testing.T) {
 	const rows = 2*maxStep + 10
 	s := sqliteOpen(t, filepath.Join(t.TempDir(), "x.db"))
 	sqliteExecute(t, s.db, fmt.Sprintf(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)
 		INSERT INTO tasks (id, name, state, updated_at) SELECT i, iif(i IN (3, 5, 7000), 'rare', 'x'), 'DONE',
 			iif(i BETWEEN 5 AND %d, '2024-01-02 00:00:00.000000', '2024-01-01 00:00:00.000000') FROM n`, rows, rows-5))
-	var want []string // the middle before both ends
+	var want []string // the middle finished after both ends
 	for _, r := range [][2]int{{rows - 5, 5}, {rows, rows - 4}, {4, 1}} {
 		for i := r[0]; i >= r[1]; i-- {
 			want = append(want, fmt.Sprint(i))
@@ -1817,8 +1816,8 @@ const foreignRows = `INSERT INTO tasks (id, name, state, updated_at, metadata) V
 		UPDATE tasks SET updated_at = 1717243200.5 WHERE id = 'real';
 		UPDATE tasks SET updated_at = x'ff00' WHERE id = 'bytes'`
 
-// Rows of other writers: whatever a cell is, it hides no other row, and texts of
-// times in the layouts that are read are in a range of time exactly.
+// Rows of other writers: no cell, whatever it contains, hides another row. Times in the
+// known layouts are matched exactly by a range of time.
 func TestSQLiteListForeign(t *testing.T) {
 	s := sqliteOpen(t, filepath.Join(t.TempDir(), "x.db"))
 	sqliteExecute(t, s.db, foreignRows)
@@ -1826,7 +1825,7 @@ func TestSQLiteListForeign(t *testing.T) {
 	list := func(f Filter) string {
 		t.Helper()
 		var ids []string
-		for { // one by one, through all places
+		for { // page by page of one row
 			ops, err := s.ListFiltered(f, 1, 0)
 			if err != nil {
 				t.Fatalf("%+v: %v", f, err)

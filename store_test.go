@@ -22,8 +22,8 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// TestMemoryStoreForgets: the store keeps the 10,000 operations that finished
-// last, and all that are not finished.
+// TestMemoryStoreForgets: the store keeps the 10,000 operations that finished last, and
+// all unfinished ones.
 func TestMemoryStoreForgets(t *testing.T) {
 	const n, kept, live = 25_000, 10_000, 5
 	store := task.NewMemoryStore()
@@ -32,7 +32,7 @@ func TestMemoryStoreForgets(t *testing.T) {
 		if err := store.Save(&task.Operation{ID: id(i), State: task.StateRunning}); err != nil {
 			t.Fatal(err)
 		}
-		if i >= live { // the first ones run all the time
+		if i >= live { // the first ones keep running
 			if err := store.Update(&task.Operation{ID: id(i), State: task.StateDone}); err != nil {
 				t.Fatal(err)
 			}
@@ -92,14 +92,14 @@ func TestReadsFail(t *testing.T) {
 	if err := m.Cancel(op.ID); !errors.Is(err, errDisk) || errors.Is(err, task.ErrNotFound) {
 		t.Errorf("Cancel: %v", err)
 	}
-	m.Close() // after which everything has been logged
+	m.Close() // then everything has been logged
 	if !strings.Contains(log.String(), errDisk.Error()) {
 		t.Errorf("logged: %s", log)
 	}
 }
 
-// TestBrokenContract has a four-method store return nil operations, and the
-// same page for every offset. Nothing panics, and nothing runs for ever.
+// TestBrokenContract uses a four-method store that returns nil operations, and the same
+// page for every offset. Nothing panics, and nothing runs forever.
 func TestBrokenContract(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -142,7 +142,7 @@ func TestList(t *testing.T) {
 		for i := range n {
 			fn := func(context.Context, func(int)) (any, error) { return i, nil }
 			if i%5 == 0 {
-				fn = untilCancelled // live ones in between
+				fn = untilCancelled // some live ones in between
 			}
 			op, err := m.Submit(fmt.Sprint(i), fn)
 			if err != nil {
@@ -233,8 +233,8 @@ func TestListBeforeUnknown(t *testing.T) {
 	})
 }
 
-// TestListBeforeDeleted pages through the history while the last operation of each
-// page is deleted, alone or with all newer ones, before the next page is read.
+// TestListBeforeDeleted pages through the history. Before each next page, it deletes
+// the last operation of the page, alone or with all newer ones.
 func TestListBeforeDeleted(t *testing.T) {
 	for name, open := range testkit.Stores {
 		for _, alone := range []bool{true, false} {
@@ -290,10 +290,10 @@ func pageWhilePruning(t *testing.T, m *task.Manager, db task.Persistence, alone 
 	}
 }
 
-// TestListBeforeDeletedClocks: where the clock was set back, the page after a
-// deleted operation may repeat some, but leaves out none.
+// TestListBeforeDeletedClocks: if the clock was set back, the page after a deleted
+// operation may repeat operations, but leaves none out.
 func TestListBeforeDeletedClocks(t *testing.T) {
-	var ids []string // by order of submission
+	var ids []string // in order of submission
 	for i := range 20 {
 		second := 100 + i
 		if i >= 10 {
@@ -320,8 +320,8 @@ func TestListBeforeDeletedClocks(t *testing.T) {
 	}
 }
 
-// TestListOrder: operations that are submitted at once are listed in the order of
-// their IDs.
+// TestListOrder: operations submitted at the same time are listed in the order of their
+// IDs.
 func TestListOrder(t *testing.T) {
 	m := newManager(t, openSQLite(t, testkit.FastPath(t)))
 	var all sync.WaitGroup
@@ -340,8 +340,7 @@ func TestListOrder(t *testing.T) {
 	}
 }
 
-// TestListContext: List returns the error of its caller's context, whatever the
-// store.
+// TestListContext: List returns the error of its caller's context with every store.
 func TestListContext(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		historyOf(t, m, "D1", "R1")
@@ -380,11 +379,12 @@ func TestListContext(t *testing.T) {
 	})
 }
 
-// TestSubmitBesideSearches submits while many clients search a long history, some
-// of which give up.
+// TestSubmitBesideSearches submits while many clients search a long history. Some of
+// them give up.
 func TestSubmitBesideSearches(t *testing.T) {
 	const soon = 500 * time.Millisecond
-	// A busy machine may exceed the bound in a round, a fault does so in each.
+	// A busy machine may exceed the bound in one round, but a fault exceeds it in every
+	// round.
 	var r besideResult
 	for range 5 {
 		r = besideSearches(t, 100_000, 100, 400*time.Millisecond)
@@ -399,8 +399,8 @@ func TestSubmitBesideSearches(t *testing.T) {
 	t.Errorf("%v: in every round a Submit took longer than %v, or a search went on after its context", r, soon)
 }
 
-// TestListByStateNow: List finds an operation by its new state as soon as that
-// has changed, and no longer by its old one.
+// TestListByStateNow: List finds an operation by its new state as soon as the state has
+// changed, and no longer by its old one.
 func TestListByStateNow(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		for range 20 {
@@ -427,8 +427,8 @@ func TestListByStateNow(t *testing.T) {
 	})
 }
 
-// TestListBeforeGrowing: operations that are saved while List reads page by
-// page move others to the next page. Each is listed once.
+// TestListBeforeGrowing: operations saved while List reads page by page move others to
+// the next page. Each is listed once.
 func TestListBeforeGrowing(t *testing.T) {
 	memory, n := task.NewMemoryStore(), 0
 	save := func() {
@@ -448,7 +448,7 @@ func TestListBeforeGrowing(t *testing.T) {
 			save()
 		}
 	})
-	ops, err := m.List(3, 0, task.Before("1001")) // the last of the first page of a thousand
+	ops, err := m.List(3, 0, task.Before("1001")) // the last operation of the first page of a thousand
 	var ids []string
 	for _, op := range ops {
 		ids = append(ids, op.ID)
@@ -458,8 +458,8 @@ func TestListBeforeGrowing(t *testing.T) {
 	}
 }
 
-// TestListOddRows: rows that only other code could write neither repeat in a
-// list nor keep other rows from being pruned.
+// TestListOddRows: rows that only other code could write neither repeat in a list nor
+// keep other rows from being pruned.
 func TestListOddRows(t *testing.T) {
 	path := testkit.Path(t)
 	sqliteExec(t, path, `CREATE TABLE tasks (id TEXT PRIMARY KEY, name TEXT, state TEXT, progress INTEGER, metadata TEXT,
@@ -543,9 +543,9 @@ func TestRetention(t *testing.T) {
 	})
 }
 
-// A repository is a store as an application may have it already: the four
-// methods on a table of the specification's nine columns. Its Get of a missing
-// ID returns sql.ErrNoRows, and its Update does not look for a row.
+// A repository is a store such as an application may have already: the four methods on
+// a table with the nine columns of SPEC.md. Its Get returns sql.ErrNoRows for an
+// unknown ID, and its Update does not check that the row exists.
 type repository struct{ db *sql.DB }
 
 func newRepository(t testing.TB) repository {
@@ -601,7 +601,7 @@ func scan(row interface{ Scan(...any) error }) (*task.Operation, error) {
 	return &op, nil
 }
 
-// A jsonText is a cell that holds JSON, and encodes as that.
+// A jsonText is a cell that holds JSON and encodes as that JSON.
 type jsonText string
 
 func (j jsonText) MarshalJSON() ([]byte, error) { return []byte(j), nil }
@@ -626,8 +626,8 @@ func (r repository) List(limit, offset int) (ops []*task.Operation, err error) {
 	return ops, rows.Err()
 }
 
-// TestRepository: a manager works on such a store, and an unknown ID is
-// ErrNotFound wherever one is given.
+// TestRepository: a manager works on a repository, and every method returns ErrNotFound
+// for an unknown ID.
 func TestRepository(t *testing.T) {
 	db := newRepository(t)
 	must(t, db.Save(&task.Operation{ID: "left", Name: "left", State: task.StateRunning, CreatedAt: time.Now(), UpdatedAt: time.Now()}))
@@ -661,8 +661,8 @@ func lastError(events iter.Seq2[*task.Operation, error]) (err error) {
 	return err
 }
 
-// TestRepositoryOvertaken deletes an operation of such a store while it is
-// recovered, and another while it runs.
+// TestRepositoryOvertaken deletes an operation of a repository during its recovery, and
+// another one while it runs.
 func TestRepositoryOvertaken(t *testing.T) {
 	db := newRepository(t)
 	fake := testkit.NewFake(db)
@@ -686,7 +686,7 @@ func TestRepositoryOvertaken(t *testing.T) {
 	<-started
 	remove(op.ID)
 	release()
-	m.Wait(t.Context(), op.ID) // the store does not say that the row is gone
+	m.Wait(t.Context(), op.ID) // the store does not report that the row is gone
 	if got, ok := m.Get(op.ID); ok {
 		t.Errorf("Get: %+v", got)
 	}
@@ -695,8 +695,8 @@ func TestRepositoryOvertaken(t *testing.T) {
 	}
 }
 
-// TestUnsupported: a store whose method returns errors.ErrUnsupported counts as
-// one without that ability.
+// TestUnsupported: if a method of a store returns errors.ErrUnsupported, the store
+// counts as one without that ability.
 func TestUnsupported(t *testing.T) {
 	abilities := []string{"WriteBatch", "Recover", "ListFiltered", "Prune"}
 	tests := [][]string{abilities}
@@ -737,9 +737,8 @@ func TestUnsupported(t *testing.T) {
 	}
 }
 
-// TestListByStateWhileStoreFails: List finds this manager's operations by the
-// state that they are shown in, also while that can't be stored, and waits for
-// no write.
+// TestListByStateWhileStoreFails: List finds this manager's operations by the states
+// that are shown, even while these can't be stored, and waits for no write.
 func TestListByStateWhileStoreFails(t *testing.T) {
 	for _, fault := range []string{"writes fail", "writes hang"} {
 		for name, open := range testkit.Stores {
@@ -792,7 +791,7 @@ func listByState(t *testing.T, fake *testkit.Fake, abilities bool, fault func() 
 	must(t, m.Close())
 }
 
-// checkStates lists the operations of listByState by their states.
+// checkStates lists the operations of listByState by state.
 func checkStates(t *testing.T, c *crew) {
 	t.Helper()
 	before := func(name string) task.ListOption { return task.Before(c.ids[name]) }
@@ -828,8 +827,8 @@ func checkStates(t *testing.T, c *crew) {
 	}
 }
 
-// TestPruneFar deletes everything that has finished, however far the time given
-// is in the future.
+// TestPruneFar deletes all finished operations, however far in the future the given
+// time is.
 func TestPruneFar(t *testing.T) {
 	for _, before := range []time.Time{
 		time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
@@ -863,12 +862,11 @@ func TestListBesideWriter(t *testing.T) {
 	all.Wait()
 }
 
-// TestListMaxValue: List leaves out longer values, by their length in bytes, and
-// says so.
+// TestListMaxValue: List replaces longer values by their length in bytes.
 func TestListMaxValue(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		const most = 100
-		text := func(bytes int) string { return strings.Repeat("ä", bytes/2-1) } // with the quotes so many bytes as JSON
+		text := func(bytes int) string { return strings.Repeat("ä", bytes/2-1) } // that many bytes as JSON, with the quotes
 		fits := submit(t, m, func(context.Context, func(int)) (any, error) { return text(most), nil }, task.WithMetadata(text(most+2)))
 		wait(t, m, fits.ID)
 		long := submit(t, m, func(context.Context, func(int)) (any, error) { return text(most + 2), nil })
@@ -919,7 +917,7 @@ func TestListMaxValue(t *testing.T) {
 	})
 }
 
-// TestSQLiteMaxValue: SQLite itself leaves out what is too long.
+// TestSQLiteMaxValue: SQLite itself omits values that are too long.
 func TestSQLiteMaxValue(t *testing.T) {
 	store := openSQLite(t, testkit.Path(t))
 	must(t, store.Save(&task.Operation{ID: "1", Name: "n", State: task.StateDone, Metadata: json.RawMessage(`"ä"`), Result: json.RawMessage(`5`)}))
@@ -937,8 +935,8 @@ func TestSQLiteMaxValue(t *testing.T) {
 	}
 }
 
-// TestListMaxValueBare: for MaxValue alone, a store with four methods reads no
-// more than the page.
+// TestListMaxValueBare: with MaxValue alone, List reads only the page from a store with
+// four methods.
 func TestListMaxValueBare(t *testing.T) {
 	fake := testkit.NewFake(nil)
 	m := newManager(t, testkit.Bare(fake))
@@ -954,8 +952,8 @@ func TestListMaxValueBare(t *testing.T) {
 	}
 }
 
-// TestLockedForLong: another process keeps the database locked for longer than
-// a write waits, while an operation finishes and one is submitted.
+// TestLockedForLong: another process locks the database for longer than a write waits,
+// while one operation finishes and another is submitted.
 func TestLockedForLong(t *testing.T) {
 	path := testkit.Path(t)
 	store := openSQLite(t, path)
@@ -986,7 +984,7 @@ func TestLockedForLong(t *testing.T) {
 		op, _ := m.Get(held.ID)
 		return strings.Contains(op.Error, "DONE, which can't be stored yet")
 	}))
-	if err := waiting.Cancel(); err != nil { // which needs no database
+	if err := waiting.Cancel(); err != nil { // needs no database
 		t.Error(err)
 	}
 	_, err = c.ExecContext(t.Context(), "ROLLBACK")

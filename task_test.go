@@ -8,12 +8,12 @@ import (
 	"time"
 )
 
-// UpdateProgress is updateProgress for tests outside the package.
+// UpdateProgress is updateProgress for external tests.
 func UpdateProgress(m *Manager, id string, progress int) error {
 	return m.updateProgress(id, progress)
 }
 
-// Subscribers returns how many calls of Watch are under way.
+// Subscribers returns the number of active calls of Watch.
 func Subscribers(m *Manager) int { return m.events.Readers() }
 
 func TestStateFinished(t *testing.T) {
@@ -32,8 +32,8 @@ func TestStateFinished(t *testing.T) {
 	}
 }
 
-// TestClock checks when an operation finishes that was submitted a minute ago,
-// by the monotonic clock, whatever the wall clock has shown meanwhile.
+// TestClock checks the finish time of an operation that was submitted a minute ago by
+// the monotonic clock, whatever the wall clock has shown since.
 func TestClock(t *testing.T) {
 	const passed = time.Minute
 	now := wall()
@@ -65,8 +65,8 @@ func TestClock(t *testing.T) {
 	}
 }
 
-// TestRetentionAfterClockSetRight checks that what has just finished is not old,
-// even if it was submitted while the clock was in 1970.
+// TestRetentionAfterClockSetRight: an operation that has just finished is not old, even
+// if it was submitted while the clock showed 1970.
 func TestRetentionAfterClockSetRight(t *testing.T) {
 	store := NewMemoryStore()
 	op := &Operation{ID: "x", Name: "x", State: StatePending, CreatedAt: time.Unix(100, 0).UTC(), UpdatedAt: time.Unix(100, 0).UTC()}
@@ -85,8 +85,8 @@ func TestRetentionAfterClockSetRight(t *testing.T) {
 	}
 }
 
-// TestReport checks when a report has to be taken over, and that nothing is
-// reported after the function has returned.
+// TestReport checks which reports must be taken over, and that reports after the
+// function has returned are ignored.
 func TestReport(t *testing.T) {
 	op := &Operation{State: StateRunning}
 	task := &task{life: life{op: op}}
@@ -124,7 +124,7 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// A value of a store is decoded if it is JSON, and nothing but one value.
+// A stored value is decoded if it is exactly one JSON value.
 func TestDecode(t *testing.T) {
 	for raw, want := range map[string]any{
 		``: nil, ` `: nil, `null`: nil, `{`: nil, `[1`: nil,

@@ -27,8 +27,8 @@ type viewer struct {
 	err  error
 }
 
-// view watches until the test ends. Each operation is seen as its name, state
-// and progress, and its error while it is not finished.
+// view watches until the test ends. It records the name, state and progress of each
+// operation, and the error of an unfinished one.
 func view(t *testing.T, m *task.Manager, ids ...string) *viewer {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
@@ -53,7 +53,7 @@ func view(t *testing.T, m *task.Manager, ids ...string) *viewer {
 	return v
 }
 
-// want checks what was seen since its last call.
+// want checks what the viewer has seen since the last call.
 func (v *viewer) want(t *testing.T, want ...string) {
 	t.Helper()
 	time.Sleep(time.Second) // in a bubble of synctest
@@ -65,7 +65,7 @@ func (v *viewer) want(t *testing.T, want ...string) {
 	v.seen = nil
 }
 
-// wantEnd checks that the sequence has ended, and with which error.
+// wantEnd checks that the sequence has ended with an error, or without one.
 func (v *viewer) wantEnd(t *testing.T, want error) {
 	t.Helper()
 	<-v.done
@@ -74,7 +74,7 @@ func (v *viewer) wantEnd(t *testing.T, want error) {
 	}
 }
 
-// A puppet is an operation whose function does what the test says.
+// A puppet is an operation whose function follows the test's orders.
 type puppet struct {
 	*task.Operation
 	do chan func(ctx context.Context, update func(int)) (any, error, bool)
@@ -149,7 +149,7 @@ func TestWatchAll(t *testing.T) {
 	})
 }
 
-// TestWatchNone: an empty list of IDs is not all of them.
+// TestWatchNone: an empty list of IDs does not mean all operations.
 func TestWatchNone(t *testing.T) {
 	m := newManager(t, nil)
 	submit(t, m, untilCancelled)
@@ -175,19 +175,19 @@ func TestWatchNamed(t *testing.T) {
 		v.want(t, "b RUNNING 2")
 		a.end(nil, nil)
 		b.Cancel()
-		v.want(t, "b RUNNING 2", "b CANCELLED 2") // it is Cancelling first
+		v.want(t, "b RUNNING 2", "b CANCELLED 2") // Cancelling first
 		v.wantEnd(t, nil)
 	})
 }
 
 const unstored = "op RUNNING 0 DONE, which can't be stored yet: disk full"
 
-// watchEnds are the ways in which the sequence of one named operation ends.
+// watchEnds lists the ways in which the sequence of one named operation ends.
 var watchEnds = []struct {
 	name  string
-	named func(op *puppet) []string                          // the IDs; only that of op if nil
-	early func(m *task.Manager, op *puppet)                  // before Watch is called
-	then  func(m *task.Manager, op *puppet, f *testkit.Fake) // after that
+	named func(op *puppet) []string                          // the IDs to watch; nil for op's ID
+	early func(m *task.Manager, op *puppet)                  // called before Watch
+	then  func(m *task.Manager, op *puppet, f *testkit.Fake) // called after Watch
 	seen  []string
 	err   error
 }{
@@ -250,7 +250,7 @@ func TestWatchEnds(t *testing.T) {
 	}
 }
 
-// TestWatchFromTheCall: the subscription begins with the call, not with the
+// TestWatchFromTheCall: the subscription begins with the call of Watch, not with the
 // loop.
 func TestWatchFromTheCall(t *testing.T) {
 	m := newManager(t, nil)
@@ -269,8 +269,8 @@ func TestWatchFromTheCall(t *testing.T) {
 	}
 }
 
-// TestWatchTwice ranges twice over the sequence of two operations, of which
-// another manager runs one.
+// TestWatchTwice ranges twice over the sequence of two operations, one of them of
+// another manager.
 func TestWatchTwice(t *testing.T) {
 	path := testkit.Path(t)
 	m, other := newManager(t, openSQLite(t, path)), newManager(t, openSQLite(t, path))
@@ -295,8 +295,8 @@ func TestWatchTwice(t *testing.T) {
 	}
 }
 
-// TestWatchAllDeleted: to a subscriber of all operations, one that other code
-// has deleted is no error.
+// TestWatchAllDeleted: a subscriber of all operations gets no error when other code
+// deletes one.
 func TestWatchAllDeleted(t *testing.T) {
 	path := testkit.Path(t)
 	m := newManager(t, openSQLite(t, path))
@@ -321,8 +321,7 @@ func TestWatchAllDeleted(t *testing.T) {
 	}
 }
 
-// TestWatchUnused: a subscription ends with its context even if nobody ranges
-// over it.
+// TestWatchUnused: a subscription ends with its context even if nobody ranges over it.
 func TestWatchUnused(t *testing.T) {
 	m := newManager(t, nil)
 	op := submit(t, m, nothing)
@@ -336,8 +335,8 @@ func TestWatchUnused(t *testing.T) {
 	must(t, testkit.Until(func() bool { return task.Subscribers(m) == 0 }))
 }
 
-// TestWatchAllUnstored: to a subscriber of all operations, one that Close could
-// not store is no error of its own.
+// TestWatchAllUnstored: a subscriber of all operations gets no separate error for one
+// that Close could not store.
 func TestWatchAllUnstored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := testkit.NewFake(nil)
@@ -352,8 +351,7 @@ func TestWatchAllUnstored(t *testing.T) {
 	})
 }
 
-// TestWatchForeign watches an operation of another manager on the same
-// database.
+// TestWatchForeign watches an operation of another manager on the same database.
 func TestWatchForeign(t *testing.T) {
 	path := testkit.Path(t)
 	m, other := newManager(t, openSQLite(t, path)), newManager(t, openSQLite(t, path))
@@ -388,8 +386,8 @@ func TestWatchForeign(t *testing.T) {
 	}
 }
 
-// TestWatchCrowd has many subscribers begin at any time while operations come
-// and go. Each sees every operation's states in order, without a gap, to the end.
+// TestWatchCrowd starts many subscribers at any time while operations come and go. Each
+// sees every operation's states in order, without a gap, to the end.
 func TestWatchCrowd(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		var watchers, submitters sync.WaitGroup
@@ -454,8 +452,8 @@ func watchCrowd(t *testing.T, m *task.Manager) {
 	}
 }
 
-// TestWatchNeverReads: a subscriber that is stuck costs a bounded amount of
-// memory, holds up nobody, and gets ErrLagged in the end.
+// TestWatchNeverReads: a subscriber that never reads costs a bounded amount of memory,
+// delays nothing, and finally gets ErrLagged.
 func TestWatchNeverReads(t *testing.T) {
 	m := newManager(t, nil)
 	stuck := make(chan struct{})
@@ -495,8 +493,8 @@ func TestWatchNeverReads(t *testing.T) {
 	}
 }
 
-// TestWatchNamedInBurst: a subscriber that has named a quiet operation does not
-// lag because of others, even if it does not read for a while.
+// TestWatchNamedInBurst: events of other operations do not make a subscriber of a quiet
+// operation lag, even if it does not read for a while.
 func TestWatchNamedInBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -527,12 +525,12 @@ func TestWatchNamedInBurst(t *testing.T) {
 			return end
 		}
 		named, all := watch(quiet.ID), watch()
-		synctest.Wait() // both have got their first event
+		synctest.Wait() // both have received their first event
 		for i := range 2 {
 			for _, update := range updates {
 				update(1 + i)
 			}
-			time.Sleep(time.Second) // until these are events
+			time.Sleep(time.Second) // until these have become events
 		}
 		quiet.end(nil, nil)
 		time.Sleep(time.Second)
@@ -547,8 +545,7 @@ func TestWatchNamedInBurst(t *testing.T) {
 	})
 }
 
-// TestWatchNothingOld: an operation that had finished before the call makes no
-// event.
+// TestWatchNothingOld: an operation that finished before the call causes no event.
 func TestWatchNothingOld(t *testing.T) {
 	m := newManager(t, nil)
 	ctx, stop := context.WithCancel(t.Context())
@@ -579,8 +576,8 @@ func TestWatchNothingOld(t *testing.T) {
 	}
 }
 
-// TestWatchSlowly: a slow subscriber misses no state as long as it is not too
-// far behind, and gets the latest progress.
+// TestWatchSlowly: a slow subscriber misses no state until it falls too far behind, and
+// gets the latest progress.
 func TestWatchSlowly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newManager(t, nil)
@@ -642,8 +639,8 @@ func TestWatchBody(t *testing.T) {
 	}
 }
 
-// An operation whose first row can't be stored ends the sequences of the watchers that
-// have named it.
+// If an operation's first row can't be stored, the sequences of the watchers that have
+// named it end.
 func TestWatchFailedSubmit(t *testing.T) {
 	ids, fail := make(chan string), make(chan struct{})
 	db := testkit.NewFake(nil)
@@ -670,7 +667,7 @@ func TestWatchFailedSubmit(t *testing.T) {
 	}
 }
 
-// TestSubscribe: the present states come first, and changes end as those of Watch.
+// TestSubscribe: the present states come first, and the changes end as Watch does.
 func TestSubscribe(t *testing.T) {
 	eachStore(t, func(t *testing.T, m *task.Manager, _ task.Persistence) {
 		done := submit(t, m, nothing, task.WithMetadata("tank"))
@@ -716,8 +713,8 @@ func TestSubscribe(t *testing.T) {
 	})
 }
 
-// TestSubscribeDeleted: a subscriber of all operations is told that a live one has
-// been deleted, and the changes go on.
+// TestSubscribeDeleted: a subscriber of all operations gets an error for a live
+// operation that is deleted, and the changes continue.
 func TestSubscribeDeleted(t *testing.T) {
 	path := testkit.Path(t)
 	m := newManager(t, openSQLite(t, path))

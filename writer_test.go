@@ -51,7 +51,7 @@ func TestSubmitFails(t *testing.T) {
 				}
 				db.Before(nil)
 				db.After(nil)
-				wait(t, m, submit(t, m, nothing).ID) // the next write that works
+				wait(t, m, submit(t, m, nothing).ID) // the next write that succeeds
 				time.Sleep(time.Second)
 				ops, err := m.List(10, 0)
 				if err != nil || len(ops) == 2 != test.stored {
@@ -68,8 +68,8 @@ func TestSubmitFails(t *testing.T) {
 	}
 }
 
-// TestFinalStateFails: while its final state can't be stored, an operation is
-// shown RUNNING with the reason. It is stored once the store works again.
+// TestFinalStateFails: while its final state can't be stored, an operation is shown
+// RUNNING with the reason. Once the store works again, the final state is stored.
 func TestFinalStateFails(t *testing.T) {
 	for name, fault := range map[string]func(*testkit.Call) error{
 		"all writes": testkit.FailWrites,
@@ -150,15 +150,15 @@ func TestCloseReportsWhatIsNotStored(t *testing.T) {
 			t.Errorf("Get: %+v", got)
 		}
 		db.Before(nil)
-		m = newManager(t, testkit.Bare(db)) // a store without further abilities is taken to have one manager
+		m = newManager(t, testkit.Bare(db)) // a store without further abilities is assumed to have one manager
 		if got, _ := m.Get(a.ID); got.State != task.StateFailed || got.Error != testkit.RestartText {
 			t.Errorf("after a restart: %+v", got)
 		}
 	})
 }
 
-// TestContradiction has a store that refuses to update an operation that it
-// shows unfinished.
+// TestContradiction uses a store that refuses to update an operation that it returns as
+// unfinished.
 func TestContradiction(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -180,7 +180,7 @@ func TestContradiction(t *testing.T) {
 	})
 }
 
-// TestLogMayAsk: a log handler that calls the manager does not block it.
+// TestLogMayAsk: a log handler may call the manager without blocking it.
 func TestLogMayAsk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -206,7 +206,7 @@ func TestLogMayAsk(t *testing.T) {
 	})
 }
 
-// An askingHandler calls Get and List whenever something is logged.
+// An askingHandler calls Get and List for each record.
 type askingHandler struct {
 	slog.Handler
 	mu    sync.Mutex // guards what follows
@@ -236,7 +236,7 @@ func (h *askingHandler) Handle(context.Context, slog.Record) error {
 	return nil
 }
 
-// TestCloseIsBounded has every write take 10 seconds and then fail.
+// TestCloseIsBounded makes every write take 10 seconds and then fail.
 func TestCloseIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -276,8 +276,8 @@ func TestCloseIsBounded(t *testing.T) {
 	})
 }
 
-// TestWriteBatchAnswers: WriteBatch may return no errors at all for a batch
-// that it has stored. A wrong number of errors is an error, not a panic.
+// TestWriteBatchAnswers: WriteBatch may return no errors at all for a stored batch. A
+// wrong number of errors causes an error, not a panic.
 func TestWriteBatchAnswers(t *testing.T) {
 	for name, test := range map[string]struct {
 		errs []error
@@ -309,12 +309,12 @@ func TestWriteBatchAnswers(t *testing.T) {
 	}
 }
 
-// TestRowTaken: when other code has finished or deleted an operation, or given
-// it a state of its own, the manager takes what the database says.
+// TestRowTaken: if other code has finished or deleted an operation, or set a state of
+// its own, the manager accepts what the database contains.
 func TestRowTaken(t *testing.T) {
 	for name, test := range map[string]struct {
 		stmt  string
-		state task.State // "" if the row is gone
+		state task.State // "" if the row was deleted
 		text  string
 	}{
 		"finished":      {`UPDATE tasks SET state = 'FAILED', error = 'by hand'`, task.StateFailed, "by hand"},
@@ -352,8 +352,8 @@ func TestRowTaken(t *testing.T) {
 	}
 }
 
-// TestCancelBeforeStored cancels an operation whose first row the store has
-// not confirmed yet.
+// TestCancelBeforeStored cancels an operation whose first row the store has not
+// confirmed yet.
 func TestCancelBeforeStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -392,7 +392,7 @@ func TestCancelBeforeStored(t *testing.T) {
 	})
 }
 
-// TestConflation has a thousand functions report as fast as they can.
+// TestConflation: a thousand functions report as fast as they can.
 func TestConflation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -429,8 +429,8 @@ func TestConflation(t *testing.T) {
 	})
 }
 
-// TestChangesAreStored: progress and metadata are stored soon after they are
-// seen.
+// TestChangesAreStored: progress and metadata are stored soon after they become
+// visible.
 func TestChangesAreStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -461,14 +461,13 @@ func TestChangesAreStored(t *testing.T) {
 	})
 }
 
-// TestChangesGoAlong: a change is stored together with what is written next,
-// unless that is under way already.
+// TestChangesGoAlong: a change joins the next write, but not one that is under way.
 func TestChangesGoAlong(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
 		m := newManager(t, db)
 		long := submit(t, m, testkit.UntilCancelled)
-		synctest.Wait() // which takes no time
+		synctest.Wait() // takes no time
 		writes := db.Count("WriteBatch")
 		submit(t, m, testkit.UntilCancelled)
 		if got, err := db.Get(long.ID); err != nil || got.State != task.StateRunning {
@@ -507,8 +506,8 @@ func TestCheckpoint(t *testing.T) {
 	}
 }
 
-// TestCheckpointAlone: Checkpoint waits for its own operation to be stored, not
-// for all others that have changed.
+// TestCheckpointAlone: Checkpoint waits only for its own operation, not for all others
+// that have changed.
 func TestCheckpointAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const others, along = 200, 64
@@ -526,7 +525,7 @@ func TestCheckpointAlone(t *testing.T) {
 			<-checkpoint
 			return nil, task.Checkpoint(ctx)
 		})
-		time.Sleep(time.Second) // all are stored as RUNNING
+		time.Sleep(time.Second) // until all are stored as RUNNING
 		var updates []int
 		db.Before(func(c *testkit.Call) error {
 			if c.Method == "WriteBatch" {
@@ -547,8 +546,8 @@ func TestCheckpointAlone(t *testing.T) {
 	})
 }
 
-// TestCheckpointFails: Checkpoint waits for a store that fails, but not for
-// longer than its context and its function, nor for a row that is gone.
+// TestCheckpointFails: Checkpoint waits while the store fails, but only until its
+// context is done or its function returns, and not for a deleted row.
 func TestCheckpointFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -589,8 +588,7 @@ func TestCheckpointFails(t *testing.T) {
 	})
 }
 
-// TestCheckpointDeleted: Checkpoint of an operation that somebody has deleted
-// says so.
+// TestCheckpointDeleted: Checkpoint returns an error for a deleted operation.
 func TestCheckpointDeleted(t *testing.T) {
 	db := testkit.NewFake(nil)
 	m := newManager(t, db)
@@ -610,8 +608,8 @@ func TestCheckpointDeleted(t *testing.T) {
 	wait(t, m, op.ID)
 }
 
-// TestLogHandlers: a log handler that blocks or panics holds up nothing but
-// logging, and that New and Close only for a second.
+// TestLogHandlers: a log handler that blocks or panics delays only logging, and New and
+// Close for at most a second.
 func TestLogHandlers(t *testing.T) {
 	for name, handle := range map[string]func(block chan struct{}){
 		"blocks": func(block chan struct{}) { <-block },
@@ -632,7 +630,7 @@ func TestLogHandlers(t *testing.T) {
 				if got := wait(t, m, bad.ID); got.State != task.StateFailed {
 					t.Errorf("%+v", got)
 				}
-				for range 2000 { // more records than are kept
+				for range 2000 { // more records than the queue holds
 					wait(t, m, submit(t, m, panics).ID)
 				}
 				start := time.Now()
@@ -664,8 +662,8 @@ func (h *funcHandler) Handle(context.Context, slog.Record) error {
 	return nil
 }
 
-// TestUnchangedProgress: a report of the value that is shown makes no event and
-// no write, and leaves UpdatedAt alone.
+// TestUnchangedProgress: a report of an unchanged value causes no event and no write,
+// and does not change UpdatedAt.
 func TestUnchangedProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -690,7 +688,7 @@ func TestUnchangedProgress(t *testing.T) {
 	})
 }
 
-// TestUpdateCost: update allocates nothing, whether somebody watches or not.
+// TestUpdateCost: update allocates nothing, with and without watchers.
 func TestUpdateCost(t *testing.T) {
 	for name, watched := range map[string]bool{"not watched": false, "watched": true} {
 		t.Run(name, func(t *testing.T) {
@@ -711,8 +709,8 @@ func TestUpdateCost(t *testing.T) {
 	}
 }
 
-// TestRetryUnderLoad: a constant load of submissions does not keep a failed
-// final state from being stored.
+// TestRetryUnderLoad: constant submissions do not keep a failed final state from being
+// stored.
 func TestRetryUnderLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -721,7 +719,7 @@ func TestRetryUnderLoad(t *testing.T) {
 			if c.Method != "Save" && c.Method != "Update" {
 				return nil
 			}
-			time.Sleep(time.Millisecond) // or time would stand still
+			time.Sleep(time.Millisecond) // otherwise time would stand still
 			if c.Finished() && c.Updates[0].Name == "test" && !failed {
 				failed = true
 				return errDisk
@@ -750,8 +748,8 @@ func TestRetryUnderLoad(t *testing.T) {
 	})
 }
 
-// TestLargeResults: however many large results wait to be stored, one write has
-// only some of them, and each of them gets its turn.
+// TestLargeResults: however many large results wait to be stored, one write contains
+// only a few of them, and all get their turn.
 func TestLargeResults(t *testing.T) {
 	const n, size, most = 16, 3 << 20, 16 << 20
 	synctest.Test(t, func(t *testing.T) {
@@ -776,7 +774,7 @@ func TestLargeResults(t *testing.T) {
 		for range n {
 			ops = append(ops, submit(t, m, func(context.Context, func(int)) (any, error) { return result, nil }))
 		}
-		time.Sleep(100 * time.Millisecond) // in which all have been tried once
+		time.Sleep(100 * time.Millisecond) // until all have been tried once
 		tried.Clear()
 		time.Sleep(n * size / (most - size) * time.Second)
 		for _, op := range ops {
@@ -793,8 +791,8 @@ func TestLargeResults(t *testing.T) {
 	})
 }
 
-// TestSubmitWhileStoreFails: rows that were stored although Submit returned an
-// error become FAILED. However many Submits fail, the next is tried.
+// TestSubmitWhileStoreFails: rows that were stored although Submit returned an error
+// become FAILED. However many Submits fail, the next is tried.
 func TestSubmitWhileStoreFails(t *testing.T) {
 	never := func(context.Context, func(int)) (any, error) { panic("the function was called") }
 	for name, n := range map[string]int{"some": 300, "more than are remembered": 20_100} {
@@ -809,7 +807,7 @@ func TestSubmitWhileStoreFails(t *testing.T) {
 					return nil
 				})
 				db.After(func(c *testkit.Call) {
-					if c.Method == "Save" { // which has stored the row
+					if c.Method == "Save" { // the row is stored
 						c.Err = errDisk
 					}
 				})
@@ -838,8 +836,8 @@ func TestSubmitWhileStoreFails(t *testing.T) {
 	}
 }
 
-// TestCloseInsertInFlight closes a manager while one insert is written, for
-// longer than Close waits, and another one waits: none is left unfinished.
+// TestCloseInsertInFlight closes a manager while one insert takes longer than Close
+// waits, and another one is queued: neither is left unfinished.
 func TestCloseInsertInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()

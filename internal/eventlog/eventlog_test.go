@@ -15,8 +15,8 @@ import (
 
 var errEnd = errors.New("the end")
 
-// A step of a script is one of these. Values are single letters for the key and
-// a number, and /n gives their size, which is 1 by default.
+// A script has the following steps. A value is a single letter for the key and a
+// number; /n gives its size, 1 by default.
 //
 //	a=1/20       append a hard event
 //	a~2          append a soft event
@@ -144,7 +144,7 @@ func (s *script) read(r *Reader[string], step string, want []string) {
 	}
 }
 
-// A model is a log that keeps a history of everything, and searches it.
+// A model is a log that keeps the whole history and searches it.
 type model struct {
 	t                 *testing.T
 	log               *Log[int]
@@ -167,8 +167,8 @@ func (e *modelEvent) live() bool { return !e.dropped && !e.superseded && !e.skip
 
 type modelReader struct {
 	*Reader[int]
-	start, at      uint64 // it has read what it wants of the events up to at
-	told           bool   // Next has said that there is nothing
+	start, at      uint64 // it has read all events up to at that it wants
+	told           bool   // Next has reported no event
 	keys           []string
 	lagged, closed bool
 	got            []Event[int]
@@ -229,7 +229,7 @@ func (m *model) append(key string, value, bytes int, soft bool) {
 	m.settle()
 }
 
-// settle drops what all have read, and what is too much.
+// settle drops the events that all readers have read, and those beyond the bounds.
 func (m *model) settle() {
 	for _, e := range m.live() {
 		e.dropped = !slices.ContainsFunc(m.readers, func(r *modelReader) bool { return r.unread(e) })
@@ -283,8 +283,8 @@ func (m *model) add(r *modelReader) {
 	}
 }
 
-// readFrom resumes after an event, which the log must allow exactly if it has
-// all later ones.
+// readFrom resumes after an event. The log must allow that if and only if it has all
+// later events.
 func (m *model) readFrom(seq uint64) {
 	want := seq <= m.seq && !slices.ContainsFunc(m.history, func(e *modelEvent) bool {
 		return e.Seq > seq && (e.dropped || e.skipped)
@@ -298,7 +298,7 @@ func (m *model) readFrom(seq uint64) {
 	}
 }
 
-// next calls Next of a reader. It reports whether there was an event.
+// next calls a reader's Next, and reports whether there was an event.
 func (m *model) next(r *modelReader) bool {
 	var want Event[int]
 	wantOK, wantErr := false, m.end
@@ -372,7 +372,7 @@ func (m *model) check() {
 	}
 }
 
-// finish reads everything, and checks what each reader has got as a whole.
+// finish reads everything, and checks all events that each reader has received.
 func (m *model) finish() {
 	for _, r := range m.open() {
 		for m.next(r) {
@@ -415,7 +415,7 @@ func (m *model) finish() {
 	}
 }
 
-// run does what the bytes say.
+// run executes the script encoded in bytes.
 func (m *model) run(data []byte) {
 	keys := []string{"a", "b", "c", "d", "e"}
 	for i := 0; i+1 < len(data); i += 2 {
@@ -436,7 +436,7 @@ func (m *model) run(data []byte) {
 			m.readFrom(max(m.seq+1, uint64(arg%16)) - uint64(arg%16))
 		case op == 15 && arg < 250:
 			if len(m.readers) > 0 {
-				m.close(m.readers[arg%len(m.readers)]) // it may be closed already
+				m.close(m.readers[arg%len(m.readers)]) // perhaps already closed
 			}
 		case op == 15:
 			m.end = errEnd
@@ -479,7 +479,7 @@ func FuzzLog(f *testing.F) {
 	})
 }
 
-// count returns how many entries a log has.
+// count returns the number of entries in a log.
 func (l *Log[V]) count() (n int) {
 	for e := l.root.next; e != &l.root; e = e.next {
 		n++
@@ -487,11 +487,11 @@ func (l *Log[V]) count() (n int) {
 	return n
 }
 
-// TestMemory appends many events, of which readers read each soon.
+// TestMemory appends many events that readers read soon.
 func TestMemory(t *testing.T) {
 	tests := []struct {
 		name  string
-		every int // a reader reads after so many events
+		every int // a reader reads after this many events
 		soft  bool
 		keys  []string
 	}{
@@ -562,8 +562,8 @@ func heap() int {
 	return int(stats.HeapAlloc)
 }
 
-// TestConcurrent has readers of all and of some keys read while writers write.
-// Some readers are slow, some are closed meanwhile, and some never read.
+// TestConcurrent: readers of all and of some keys read while writers write. Some
+// readers are slow, some are closed meanwhile, and some never read.
 func TestConcurrent(t *testing.T) {
 	const writers, events = 4, 5000
 	for _, maxKeys := range []int{2 * writers, 2} { // no reader lags, or some do
@@ -597,9 +597,9 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
-// readAll reads to the end. The values of each key increase, those that are
-// multiples of 3 or later ones in their place come exactly once, and the last
-// one comes.
+// readAll reads to the end. It checks that the values of each key increase, that each
+// multiple of 3 or a later value in its place comes exactly once, and that the last
+// value comes.
 func readAll(t *testing.T, r *Reader[int], closed chan bool, keys []string, events, slow int, mayEnd bool) {
 	defer r.Close()
 	last := make(map[string]int)
@@ -637,7 +637,7 @@ func readAll(t *testing.T, r *Reader[int], closed chan bool, keys []string, even
 	}
 }
 
-// BenchmarkAppend measures an event for readers that read each at once.
+// BenchmarkAppend measures an event that readers read at once.
 func BenchmarkAppend(b *testing.B) {
 	for _, readers := range []int{0, 1, 1000} {
 		b.Run(fmt.Sprintf("readers=%d", readers), func(b *testing.B) {

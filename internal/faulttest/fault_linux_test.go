@@ -26,8 +26,8 @@ func TestDiskFull(t *testing.T) {
 	inSmallFileSystem(t, "2m", diskFull)
 }
 
-// inSmallFileSystem runs test in a directory that has a file system of its own
-// of a given size, in a child process that may mount one, and with a fake clock.
+// inSmallFileSystem runs test in a directory with its own file system of a given size.
+// It uses a fake clock, and a child process that may mount the file system.
 func inSmallFileSystem(t *testing.T, size string, test func(t *testing.T, dir string)) {
 	dir := os.Getenv(again)
 	if dir == "" {
@@ -54,7 +54,7 @@ func diskFull(t *testing.T, dir string) {
 	}
 }
 
-// fillDisk makes the file at a path so large that it leaves a number of bytes.
+// fillDisk extends the file at a path until only the given number of bytes is free.
 func fillDisk(t *testing.T, path string, free int64) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	testkit.Must(t, err)
@@ -70,15 +70,15 @@ func fillDisk(t *testing.T, path string, free int64) {
 	testkit.Must(t, f.Truncate(info.Size()-free))
 }
 
-// TestDiskFullOfResults: no result is lost while there is no room for it, also
-// if SQLite's cache can't hold it, so that the statement finds the disk full and
-// ends the transaction. What is smaller is stored meanwhile.
+// TestDiskFullOfResults: no result is lost while the disk is too full for it, even if
+// SQLite's cache can't hold it, so that the statement fails and ends the transaction.
+// Smaller results are stored meanwhile.
 func TestDiskFullOfResults(t *testing.T) {
 	inSmallFileSystem(t, "100m", diskFullOfResults)
 }
 
-// largeResults submits operations that are to have large results, and that
-// finish when release is called.
+// largeResults submits operations with large results, which finish when release is
+// called.
 func largeResults(t *testing.T, m *task.Manager) (results map[string]string, release func()) {
 	results = make(map[string]string) // by ID
 	free := make(chan struct{})
@@ -206,7 +206,7 @@ func mountedFile(t *testing.T, dir string) {
 	testkit.Must(t, other.Close())
 }
 
-// TestPermissionsTakenAway: what is open goes on; what is opened is told.
+// TestPermissionsTakenAway: open files continue to work, and opening a file fails.
 func TestPermissionsTakenAway(t *testing.T) {
 	if dir := os.Getenv(again); dir != "" {
 		permissionsTakenAway(t, dir)
@@ -215,7 +215,7 @@ func TestPermissionsTakenAway(t *testing.T) {
 	dir := filepath.Join(testos.Dir(t), "d")
 	testkit.Must(t, os.Mkdir(dir, 0o700))
 	cmd := anew(t, dir)
-	if os.Getuid() == 0 { // whom no permissions hold
+	if os.Getuid() == 0 { // root ignores permissions
 		const nobody = 65534
 		testkit.Must(t, os.Chown(dir, nobody, nobody))
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
@@ -227,8 +227,8 @@ func TestPermissionsTakenAway(t *testing.T) {
 	}
 }
 
-// TestTwoUsers: a process of another user tells whether one that shares the
-// database with it is alive. Where it can't, it says so and goes on.
+// TestTwoUsers: a process can tell whether another user's process on the same database
+// is alive. If it can't, it reports that and continues.
 func TestTwoUsers(t *testing.T) {
 	if dir := os.Getenv(again); dir != "" {
 		oneOfTwoUsers(t, filepath.Join(dir, "tasks.db"), os.Getenv("TASK_TEST_USER"))
@@ -266,7 +266,7 @@ func TestTwoUsers(t *testing.T) {
 		}
 	}
 	recovers("while it lives", "recovered 0, told of 0\n")
-	testkit.Must(t, os.Chmod(files[0], 0o600)) // as earlier versions made it
+	testkit.Must(t, os.Chmod(files[0], 0o600)) // as earlier versions created it
 	recovers("while nobody can tell", "recovered 0, told of 1: "+files[0])
 	testkit.Must(t, os.Chmod(files[0], 0o666))
 	testkit.Must(t, runner.Process.Kill())
@@ -274,7 +274,7 @@ func TestTwoUsers(t *testing.T) {
 	recovers("when it is dead", "recovered 1, told of 0\n")
 }
 
-// oneOfTwoUsers runs an operation until it is killed, or recovers.
+// oneOfTwoUsers runs an operation until it is killed, or recovers one.
 func oneOfTwoUsers(t *testing.T, path, user string) {
 	store, err := task.OpenSQLite(path)
 	testkit.Must(t, err)
@@ -296,12 +296,12 @@ func oneOfTwoUsers(t *testing.T, path, user string) {
 		}
 	}
 	fmt.Printf("recovered %d, told of %d%s\n", recovered, told, text)
-	m, err := task.New(store, testkit.Quiet) // which goes on
+	m, err := task.New(store, testkit.Quiet) // continues
 	testkit.Must(t, err)
 	testkit.Must(t, errors.Join(m.Close(), store.Close()))
 }
 
-// copyExecutable puts the test binary where everybody may run it.
+// copyExecutable copies the test binary to a place where every user may run it.
 func copyExecutable(t *testing.T) string {
 	path := filepath.Join(testos.Dir(t), "test")
 	out, err := exec.Command("cp", os.Args[0], path).CombinedOutput()
@@ -325,7 +325,8 @@ func permissionsTakenAway(t *testing.T, dir string) {
 	if _, err := task.OpenSQLite(path); err == nil || !strings.Contains(err.Error(), "read-only") {
 		t.Errorf("OpenSQLite: %v", err)
 	}
-	// The writer's connection is open. Whether another one is needed is chance.
+	// The writer's connection is open. It depends on chance whether another one is
+	// needed.
 	op, err := m.Submit("while it lasts", func(context.Context, func(int)) (any, error) { return "kept", nil })
 	if err != nil {
 		t.Logf("Submit: %v", err)

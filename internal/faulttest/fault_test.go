@@ -28,13 +28,13 @@ func TestMain(m *testing.M) {
 	testkit.Main(m, nil)
 }
 
-// TestDatabaseFull limits the pages of an application's database, which SQLite
-// reports just as it does a full disk.
+// TestDatabaseFull limits the pages of an application's database. SQLite reports that
+// like a full disk.
 func TestDatabaseFull(t *testing.T) {
 	db, err := sql.Open("sqlite3", filepath.Join(t.TempDir(), "app.db")+"?_journal_mode=WAL")
 	testkit.Must(t, err)
 	t.Cleanup(func() { db.Close() })
-	db.SetMaxOpenConns(1) // or the PRAGMA would reach only one of them
+	db.SetMaxOpenConns(1) // otherwise the PRAGMA would reach only one of several
 	store, err := task.NewSQLiteStore(db)
 	testkit.Must(t, err)
 	limit := func(pages int) {
@@ -45,7 +45,7 @@ func TestDatabaseFull(t *testing.T) {
 	testkit.Must(t, store.Close())
 }
 
-// fullDisk fills the disk under a store while an operation runs, and makes room
+// fullDisk fills the disk under a store while an operation runs, and then frees space
 // again.
 func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	m, err := task.New(store, testkit.Quiet)
@@ -90,8 +90,8 @@ func fullDisk(t *testing.T, store task.Persistence, fill, clear func()) {
 	}
 }
 
-// untilFull submits operations until the disk is full. It returns the IDs of
-// those that were acknowledged, and counts calls of their functions.
+// untilFull submits operations until the disk is full. It returns the IDs of the
+// acknowledged ones, and counts the calls of their functions.
 func untilFull(t *testing.T, m *task.Manager, metadata string) (ids []string, called *atomic.Int64) {
 	t.Helper()
 	called = new(atomic.Int64)
@@ -112,8 +112,8 @@ func untilFull(t *testing.T, m *task.Manager, metadata string) (ids []string, ca
 	return nil, nil
 }
 
-// TestOpenLocked: OpenSQLite waits for a lock, but not for ever, and can be
-// called again.
+// TestOpenLocked: OpenSQLite waits for a lock, but not forever, and may be called
+// again.
 func TestOpenLocked(t *testing.T) {
 	timeout := time.Duration(testos.Size(1, 10)) * time.Second
 	before := sqlitefile.DefaultTimeout
@@ -146,8 +146,8 @@ func TestOpenLocked(t *testing.T) {
 	}
 }
 
-// TestDatabaseTakenAway: the file is deleted or replaced under a running
-// operation. No other file gets what was meant for it.
+// TestDatabaseTakenAway: the file is deleted or replaced while an operation runs.
+// Nothing is written to another file instead.
 func TestDatabaseTakenAway(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("this system keeps open files")
@@ -166,8 +166,7 @@ func TestDatabaseTakenAway(t *testing.T) {
 	}
 }
 
-// takeAway checks what happens when take deletes or replaces the file of a
-// database.
+// takeAway checks what happens when take deletes or replaces the database file.
 func takeAway(t *testing.T, path string, take func(path string) error) {
 	m := testkit.NewManager(t, testkit.OpenSQLite(t, path))
 	fn, started, release := testkit.Blocker(nil)
@@ -194,7 +193,7 @@ func takeAway(t *testing.T, path string, take func(path string) error) {
 	}
 }
 
-// TestHardLink: a database file that has a second name is opened under neither,
+// TestHardLink: a database file with a second name can't be opened under either name,
 // and a store that is open meanwhile loses nothing.
 func TestHardLink(t *testing.T) {
 	if runtime.GOOS == "windows" {
@@ -218,8 +217,8 @@ func TestHardLink(t *testing.T) {
 	}
 }
 
-// refusesName checks that no store opens the file at a path, and that OpenSQLite
-// leaves nothing beside it.
+// refusesName checks that no store opens the file at a path, and that OpenSQLite leaves
+// no other file beside it.
 func refusesName(t *testing.T, path string, want ...string) {
 	t.Helper()
 	before, err := os.ReadDir(filepath.Dir(path))
@@ -242,11 +241,11 @@ func refusesName(t *testing.T, path string, want ...string) {
 	}
 }
 
-// again names the environment variable that has a test, run once more in a
-// process of its own, do its work there.
+// again names the environment variable that makes a test do its work when it is run
+// again in its own process.
 const again = "TASK_TEST_AGAIN"
 
-// anew returns a command that runs the calling test once more.
+// anew returns a command that runs the calling test again.
 func anew(t *testing.T, dir string) *exec.Cmd {
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), again+"="+dir)
@@ -254,8 +253,7 @@ func anew(t *testing.T, dir string) *exec.Cmd {
 	return cmd
 }
 
-// TestSIGTERM: a daemon that closes its manager when it is told to end leaves
-// nothing to recover.
+// TestSIGTERM: a daemon that closes its manager on SIGTERM leaves nothing to recover.
 func TestSIGTERM(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("this system has no such signal")
@@ -320,14 +318,14 @@ func daemon(t *testing.T, path string) {
 		return testkit.UntilCancelled(ctx, update)
 	})
 	<-reported
-	testkit.Submit(t, m, testkit.UntilCancelled) // which waits for its turn
+	testkit.Submit(t, m, testkit.UntilCancelled) // waits for its turn
 	fmt.Println("ready")
 	<-ctx.Done()
 	testkit.Must(t, errors.Join(m.Close(), store.Close()))
 }
 
-// TestClockSetBack: a history from the future changes neither the order nor
-// what is live.
+// TestClockSetBack: a history from the future affects neither the order nor live
+// operations.
 func TestClockSetBack(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "tasks.db")
 	store := testkit.OpenSQLite(t, path)

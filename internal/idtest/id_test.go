@@ -20,7 +20,7 @@ import (
 // never is a Func that must not be called.
 func never(context.Context, func(int)) (any, error) { panic("the function was called") }
 
-// wantExists checks that Submit has returned the operation that exists.
+// wantExists checks that Submit has returned the existing operation.
 func wantExists(t *testing.T, op *task.Operation, err error, id string, states ...task.State) {
 	t.Helper()
 	if !errors.Is(err, task.ErrExists) || op == nil || op.ID != id || len(states) > 0 && !slices.Contains(states, op.State) {
@@ -125,14 +125,14 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// gate has a store's Saves wait, and fail with an error.
+// A gate makes a store's Saves wait, and fail with an error.
 type gate struct {
 	db      *testkit.Fake
-	entered chan string // the name of what is to be saved
+	entered chan string // the names of the operations to be saved
 	answer  chan error
 }
 
-// newGate returns a gate in front of db, whose methods are the four.
+// newGate returns a gate in front of db, with only the four methods.
 func newGate(db task.Persistence) *gate {
 	g := &gate{testkit.NewFake(db), make(chan string, 100), make(chan error)}
 	g.db.Before(func(c *testkit.Call) error {
@@ -159,8 +159,8 @@ func submitAsync(m *task.Manager, name string, fn task.Func, opts ...task.Submit
 	return done
 }
 
-// TestSubmitTwiceAtOnce: the second Submit of an ID or a key waits for the first
-// one's commit.
+// TestSubmitTwiceAtOnce: the second Submit of an ID or a key waits for the commit of
+// the first.
 func TestSubmitTwiceAtOnce(t *testing.T) {
 	for name, opt := range map[string]task.SubmitOption{"WithID": task.WithID("a"), "WithUnique": task.WithUnique("a")} {
 		for _, failed := range []error{nil, testkit.ErrDisk} {
@@ -197,8 +197,8 @@ func TestSubmitTwiceAtOnce(t *testing.T) {
 	}
 }
 
-// TestHiddenUntilStored: while a Submit is under way whose ID is that of a
-// finished operation, everybody sees the finished one.
+// TestHiddenUntilStored: while a Submit with the ID of a finished operation is under
+// way, callers see the finished one.
 func TestHiddenUntilStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
@@ -245,8 +245,8 @@ func TestHiddenUntilStored(t *testing.T) {
 	})
 }
 
-// TestForeignWatchedWhileRefused: a watcher of another manager's operation is not
-// told of a Submit with its ID.
+// TestForeignWatchedWhileRefused: a watcher of another manager's operation gets no
+// events of a Submit with its ID.
 func TestForeignWatchedWhileRefused(t *testing.T) {
 	memory := task.NewMemoryStore()
 	theirs, ours := testkit.NewManager(t, memory), testkit.NewManager(t, memory)
@@ -268,7 +268,7 @@ func TestForeignWatchedWhileRefused(t *testing.T) {
 	}
 }
 
-// TestFoundBeforeAnswer: whoever finds a row before Submit knows of its commit
+// TestFoundBeforeAnswer: a caller that finds a row before Submit knows of its commit
 // gets the live operation, once the store has answered.
 func TestFoundBeforeAnswer(t *testing.T) {
 	use := map[string]func(*task.Manager) (task.State, error){
@@ -319,12 +319,12 @@ func TestFoundBeforeAnswer(t *testing.T) {
 	}
 }
 
-// TestLostAnswer: a Submit whose commit fails, but is stored, is FAILED with its
-// metadata, and a Submit of the same ID never runs.
+// TestLostAnswer: if a commit succeeds although Submit gets an error, the operation
+// becomes FAILED and keeps its metadata, and a later Submit of the same ID never runs.
 func TestLostAnswer(t *testing.T) {
 	for name, open := range testkit.Stores {
 		for i, id := range []string{"a", "", "a", ""} {
-			metadata := strings.Repeat("tank", 1+i/2*5000) // not all are remembered
+			metadata := strings.Repeat("tank", 1+i/2*5000) // too long to remember for some
 			t.Run(fmt.Sprintf("%s %q %d", name, id, len(metadata)), func(t *testing.T) {
 				db := testkit.NewFake(open(t))
 				var m *task.Manager
@@ -363,8 +363,8 @@ func TestLostAnswer(t *testing.T) {
 	}
 }
 
-// TestSubmitAgainAfterFailure: what a failed Submit may have left does not harm a
-// later one with the same ID, nor another manager's.
+// TestSubmitAgainAfterFailure: the possible row of a failed Submit harms neither a
+// later Submit with the same ID nor one of another manager.
 func TestSubmitAgainAfterFailure(t *testing.T) {
 	for name, bare := range map[string]bool{"all abilities": false, "four methods": true} {
 		for _, other := range []bool{false, true} {
@@ -400,7 +400,7 @@ func TestSubmitAgainAfterFailure(t *testing.T) {
 	}
 }
 
-// An ownerless store has no place for an Owner.
+// An ownerless store does not keep the Owner.
 type ownerless struct{ task.Persistence }
 
 func (s ownerless) Save(op *task.Operation) error {
@@ -408,8 +408,8 @@ func (s ownerless) Save(op *task.Operation) error {
 	return s.Persistence.Save(op)
 }
 
-// TestLostAnswerWithoutOwners: what is not this manager's for certain is left to
-// the next one.
+// TestLostAnswerWithoutOwners: rows that may not be this manager's are left to the next
+// manager.
 func TestLostAnswerWithoutOwners(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
@@ -434,8 +434,8 @@ func TestLostAnswerWithoutOwners(t *testing.T) {
 	})
 }
 
-// TestOthersRowAfterFailure: a Submit that fails leaves alone what another one
-// has stored under its ID at the same moment, and reports it.
+// TestOthersRowAfterFailure: if a Submit fails while another one stores a row with the
+// same ID, it does not change that row, and reports it.
 func TestOthersRowAfterFailure(t *testing.T) {
 	for name, wrap := range map[string]func(task.Persistence) task.Persistence{
 		"with owners":    testkit.Bare,
@@ -451,7 +451,7 @@ func TestOthersRowAfterFailure(t *testing.T) {
 					}
 					other := *c.Saves[0]
 					other.State, other.CreatedAt = task.StateRunning, other.CreatedAt.Add(time.Microsecond)
-					if other.Owner != "" { // which tells enough
+					if other.Owner != "" { // the Owner tells them apart
 						other.Owner, other.CreatedAt = "another manager", c.Saves[0].CreatedAt
 					}
 					testkit.Must(t, memory.Save(&other))
@@ -470,8 +470,8 @@ func TestOthersRowAfterFailure(t *testing.T) {
 	}
 }
 
-// TestUnknownInsertRefused: one row that can't be marked as FAILED does not keep
-// the others from it.
+// TestUnknownInsertRefused: one row that can't be marked as FAILED does not keep others
+// from being marked.
 func TestUnknownInsertRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := task.NewMemoryStore()
@@ -509,7 +509,7 @@ func TestUnknownInsertRefused(t *testing.T) {
 	})
 }
 
-// TestExistsNotLogged: an ID that exists is no trouble with the store.
+// TestExistsNotLogged: an ID that exists is not logged as trouble with the store.
 func TestExistsNotLogged(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
@@ -559,7 +559,7 @@ func TestWithUnique(t *testing.T) {
 	})
 }
 
-// TestWithUniqueUntilStored: a key is taken until the final state is stored.
+// TestWithUniqueUntilStored: a key stays taken until the final state is stored.
 func TestWithUniqueUntilStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := testkit.NewFake(nil)
@@ -575,8 +575,8 @@ func TestWithUniqueUntilStored(t *testing.T) {
 	})
 }
 
-// TestWithUniqueAndID: a Submit that waits for one with the same key, whose ID
-// turns out to exist, is not refused for that.
+// TestWithUniqueAndID: a Submit that waits for another one with the same key succeeds
+// if the other one fails because its ID exists.
 func TestWithUniqueAndID(t *testing.T) {
 	for name, bare := range map[string]bool{"all abilities": false, "four methods": true} {
 		t.Run(name, func(t *testing.T) {
@@ -607,7 +607,8 @@ func TestWithUniqueAndID(t *testing.T) {
 	}
 }
 
-// TestSameIDAtOnce: many goroutines, two managers: each ID runs once.
+// TestSameIDAtOnce: many goroutines submit the same IDs to two managers. Each ID runs
+// once.
 func TestSameIDAtOnce(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
@@ -645,8 +646,8 @@ func TestSameIDAtOnce(t *testing.T) {
 	}
 }
 
-// TestWithIDRaces submits one ID again and again, while others cancel it and
-// close the manager.
+// TestWithIDRaces submits one ID again and again, while others cancel it and close the
+// manager.
 func TestWithIDRaces(t *testing.T) {
 	path := testkit.FastPath(t)
 	for round := range 20 {
@@ -687,8 +688,8 @@ func TestWithIDRaces(t *testing.T) {
 	}
 }
 
-// TestSQLiteExists: a row that exists is told apart from one that a trigger
-// ignores, in a batch and whatever the table says of conflicts.
+// TestSQLiteExists: SQLiteStore distinguishes a row that exists from one that a trigger
+// ignores, even in a batch and with any conflict clause of the table.
 func TestSQLiteExists(t *testing.T) {
 	for _, conflict := range []string{"", "ON CONFLICT REPLACE", "ON CONFLICT ROLLBACK", "ON CONFLICT IGNORE"} {
 		t.Run("table "+conflict, func(t *testing.T) {
@@ -720,8 +721,8 @@ func TestSQLiteExists(t *testing.T) {
 	}
 }
 
-// TestOrderOfGivenIDs: what is told at first by Watch is in the order of
-// submission, whatever the IDs are.
+// TestOrderOfGivenIDs: the first states that Watch yields are in order of submission,
+// whatever the IDs are.
 func TestOrderOfGivenIDs(t *testing.T) {
 	m := testkit.NewManager(t, nil, task.WithLimit(1))
 	ids := []string{"z", "m", "a", "y"}

@@ -46,7 +46,7 @@ func listHistory(t *testing.T, db task.Persistence, n int) {
 	}
 }
 
-// wanted returns what List should return for a filter, by looking at all operations.
+// wanted returns what List should return for a filter, by filtering all operations.
 func wanted(all []*task.Operation, f task.Filter, limit, offset int) (page []*task.Operation) {
 	matching := slices.Clone(all)
 	if f.ByFinish {
@@ -73,7 +73,7 @@ func wanted(all []*task.Operation, f task.Filter, limit, offset int) (page []*ta
 	return matching[:min(limit, len(matching))]
 }
 
-// options are those that make a filter.
+// options returns the options that make a filter.
 func options(f task.Filter) []task.ListOption {
 	opts := []task.ListOption{task.ByState(f.States...), task.ByName(f.Name), task.Containing(f.Containing), task.Before(f.Before),
 		task.FinishedAfter(f.FinishedAfter), task.FinishedBefore(f.FinishedBefore)}
@@ -89,8 +89,8 @@ func options(f task.Filter) []task.ListOption {
 	return opts
 }
 
-// randomFilter combines options at random. It continues after one of the finished
-// operations in all, half of the time.
+// randomFilter combines options at random. In half of the cases it continues after one
+// of the finished operations in all.
 func randomFilter(r *rand.Rand, all []*task.Operation) (f task.Filter) {
 	maybe := func(one int) bool { return r.IntN(one) == 0 }
 	at := func() time.Time { return finishStart.Add(time.Duration(r.IntN(len(all)/3)) * time.Minute) }
@@ -126,9 +126,8 @@ func randomFilter(r *rand.Rand, all []*task.Operation) (f task.Filter) {
 	return f
 }
 
-// TestListCombined compares what every kind of store finds for many filters with
-// what one look at all operations does. Some histories are longer than one step of
-// a search.
+// TestListCombined compares, for many filters, what each kind of store finds with a
+// filter over all operations. Some histories are longer than one step of a search.
 func TestListCombined(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
@@ -138,7 +137,7 @@ func TestListCombined(t *testing.T) {
 			}
 			db := open(t)
 			m := testkit.NewManager(t, db)
-			listHistory(t, db, n) // not before, which would be recovered
+			listHistory(t, db, n) // not before New, which would recover them
 			checkCombined(t, m, n, rounds)
 		})
 	}
@@ -174,8 +173,8 @@ func listedIDs(ops []*task.Operation) (ids []string) {
 	return ids
 }
 
-// TestListMetadataKeys: keys and values are compared as they are, whatever they
-// mean in a JSON path, and cells that are no JSON hide nothing.
+// TestListMetadataKeys: keys and values are compared literally, whatever they mean in a
+// JSON path, and cells of invalid JSON hide nothing.
 func TestListMetadataKeys(t *testing.T) {
 	keys := []string{"", ".", "a.b", "$", "$.a", "a\"b", "a'b", "a\\b", "[0]", "#", "a\x00b", "a", "ü", "\u2028", "<&>", "😀", "a%b", "?", "0"}
 	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
@@ -200,8 +199,8 @@ func TestListMetadataKeys(t *testing.T) {
 	})
 }
 
-// TestListWhileChanging: what is live matches by what it is now, not by what is
-// stored, and is never listed as finished, also while nothing can be stored.
+// TestListWhileChanging: live operations match by their present state, not by the
+// stored one, and are never listed as finished, even while nothing can be stored.
 func TestListWhileChanging(t *testing.T) {
 	for name, open := range testkit.Stores {
 		t.Run(name, func(t *testing.T) {
@@ -248,8 +247,8 @@ func wantListed(t *testing.T, m *task.Manager, want int, opts ...task.ListOption
 	}
 }
 
-// checkUnfinished lists an operation that runs and is new in the pool "new", and one
-// that has finished in the pool "old".
+// checkUnfinished lists a running operation, now in the pool "new", and a finished one
+// in the pool "old".
 func checkUnfinished(t *testing.T, m *task.Manager, op *task.Operation) {
 	t.Helper()
 	wantListed(t, m, 1, task.ByMetadata("pool", "new"))
@@ -269,8 +268,8 @@ func checkUnfinished(t *testing.T, m *task.Manager, op *task.Operation) {
 	}
 }
 
-// TestListFinal: an operation that the database has as finished, while its manager
-// still waits for the answer, is not listed as finished.
+// TestListFinal: an operation that is stored as finished is not listed as finished
+// while its manager still waits for the store's answer.
 func TestListFinal(t *testing.T) {
 	fake := testkit.NewFake(testkit.OpenSQLite(t, testkit.Path(t)))
 	m := testkit.NewManager(t, fake)
@@ -297,7 +296,7 @@ func TestListFinal(t *testing.T) {
 	}
 }
 
-// TestListByFinishBefore: a cursor has to be a finished operation.
+// TestListByFinishBefore: a cursor must be a finished operation.
 func TestListByFinishBefore(t *testing.T) {
 	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		testkit.History(t, m, "D1", "R1", "F1")
@@ -313,8 +312,8 @@ func TestListByFinishBefore(t *testing.T) {
 	})
 }
 
-// TestListByFinishOrder: operations that finish in another order than they were
-// submitted, page by page.
+// TestListByFinishOrder lists, page by page, operations that finish in another order
+// than they were submitted.
 func TestListByFinishOrder(t *testing.T) {
 	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		ends := make(map[string]chan struct{})
@@ -346,7 +345,7 @@ func TestListByFinishOrder(t *testing.T) {
 	})
 }
 
-// TestListContaining: ASCII letters are the same in either case, others are not.
+// TestListContaining: ASCII letters match in either case, other letters do not.
 func TestListContaining(t *testing.T) {
 	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
 		for _, name := range []string{"Scrub TANK", "100% of_it", "ÄRGER", "a\x00b", "x\xffy"} {

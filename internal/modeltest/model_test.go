@@ -15,9 +15,9 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// FuzzModel plays scripts of API calls on one or two managers, and compares all
-// that they return with a model of a few lines for each call. Functions do only
-// what the script orders, so that nothing depends on time.
+// FuzzModel executes scripts of API calls on one or two managers, and compares all
+// results with a model that takes a few lines per call. Functions do only what the
+// script orders, so that nothing depends on time.
 func FuzzModel(f *testing.F) {
 	s := func(actions ...[]byte) []byte { return slices.Concat(actions...) }
 	blocked := []byte{playSubmit, 0, modelBlocked, 0, 1}
@@ -66,8 +66,8 @@ func FuzzModel(f *testing.F) {
 	})
 }
 
-// The stores of FuzzModel. Each function returns another that opens the store,
-// the same one each time, and whether two managers may use it at once.
+// The stores of FuzzModel: a function that returns another one, which opens the same
+// store each time; and whether two managers may use the store at once.
 var playStores = []func(t *testing.T) (open func() (task.Persistence, func() error), shared bool){
 	func(*testing.T) (func() (task.Persistence, func() error), bool) {
 		return kept(task.NewMemoryStore()), true
@@ -88,19 +88,19 @@ var playStores = []func(t *testing.T) (open func() (task.Persistence, func() err
 	},
 }
 
-// kept opens a store that is lost when it is closed.
+// kept returns the same store each time and never closes it, because closing would lose it.
 func kept(db task.Persistence) func() (task.Persistence, func() error) {
 	return func() (task.Persistence, func() error) { return db, func() error { return nil } }
 }
 
-// A play is a script being played, with the model of its effects.
+// A play is the execution of a script, with the model of its effects.
 type play struct {
 	t        *testing.T
 	open     func() (task.Persistence, func() error)
 	shared   bool
 	managers [2]*playManager // the second may be nil
-	ops      []*playOp       // by order of submission
-	resumes  *playOp         // what a new manager resumes; nil for nothing
+	ops      []*playOp       // in order of submission
+	resumes  *playOp         // the operation that a new manager resumes, or nil
 	crashes  bool            // a row that is stored before a manager starts is an orphan
 }
 
@@ -110,7 +110,7 @@ type playManager struct {
 	closeDB func() error
 	limit   int
 	refuses bool
-	closing chan error // if not nil: gets what Close returns
+	closing chan error // receives the error of Close, if not nil
 	closed  bool
 }
 
@@ -119,9 +119,9 @@ type playOp struct {
 	by      *playManager
 	keys    []string
 	unique  string           // of WithUnique; "" for none
-	want    task.Operation   // what its manager shows
-	history []task.Operation // all that it has shown
-	cause   error            // of its context's end
+	want    task.Operation   // what its manager should show
+	history []task.Operation // all states shown so far
+	cause   error            // why its context ended
 
 	// Of a quick function: what it reports and how it ends.
 	progress int
@@ -131,12 +131,12 @@ type playOp struct {
 	calls   atomic.Int32
 	started chan playCall
 	orders  chan func(playCall) *playEnd
-	done    chan struct{} // gets a token for each order but the last
+	done    chan struct{} // receives a token after each order but the last
 	call    playCall      // once started
 	last    *task.Operation
 }
 
-// A playCall is what a function was called with.
+// A playCall is the arguments of a function's call.
 type playCall struct {
 	ctx    context.Context
 	update func(int)
@@ -148,7 +148,7 @@ type playEnd struct {
 	value any
 }
 
-// The ways to end.
+// The ways in which a function ends.
 const (
 	endValue = iota
 	endError
@@ -161,8 +161,8 @@ const (
 
 // The kinds of functions.
 const (
-	modelBlocked = iota // it waits for orders
-	modelQuick          // it reports and ends without waiting
+	modelBlocked = iota // waits for orders
+	modelQuick          // reports and ends without waiting
 	modelKinds
 
 	// To be added to a kind.
@@ -172,7 +172,7 @@ const (
 
 func newPlay(t *testing.T, kind byte) *play {
 	kind %= byte(len(playStores))
-	p := &play{t: t, crashes: kind != 2} // an SQLite store's own rows are no orphans before it is closed
+	p := &play{t: t, crashes: kind != 2} // the rows of an SQLite store are not orphans before it is closed
 	p.open, p.shared = playStores[kind](t)
 	p.managers[0] = p.newManager(0)
 	return p
@@ -200,8 +200,7 @@ func (p *play) manager(b byte) *playManager {
 	return p.managers[0]
 }
 
-// op returns the operation that a byte of the script selects, nil if there is
-// none.
+// op returns the operation that a byte of the script selects, or nil if there is none.
 func (p *play) op(b byte) *playOp {
 	if len(p.ops) == 0 {
 		return nil
@@ -209,7 +208,7 @@ func (p *play) op(b byte) *playOp {
 	return p.ops[int(b)%len(p.ops)]
 }
 
-// running is op for those operations whose functions run.
+// running is op for operations whose functions run.
 func (p *play) running(b byte) *playOp {
 	var ops []*playOp
 	for _, op := range p.ops {
@@ -347,7 +346,7 @@ func (p *play) existing(op *playOp) (exist []*playOp) {
 	return exist
 }
 
-// future returns the states that the operation may reach by itself from now on.
+// future returns the states that the operation may still reach by itself.
 func (op *playOp) future() []task.Operation {
 	want := op.want
 	future := []task.Operation{want}
@@ -429,11 +428,11 @@ func (op *playOp) finish(end *playEnd) {
 	op.show()
 }
 
-// show notes that the operation has changed.
+// show records that the operation has changed.
 func (op *playOp) show() { op.history = append(op.history, op.want) }
 
-// catchUp has the model start those operations that should have started, and
-// checks that they have.
+// catchUp starts, in the model, the operations that should have started, and checks
+// that they have.
 func (p *play) catchUp() {
 	for again := true; again; {
 		again = false
@@ -511,7 +510,7 @@ func (p *play) finished(op *playOp) {
 	}
 }
 
-// exactly checks that a snapshot is what the model has.
+// exactly checks that a snapshot equals the model.
 func (p *play) exactly(how string, op *playOp, got *task.Operation) {
 	p.t.Helper()
 	if !testkit.Same(op.want, *got) {
@@ -543,9 +542,9 @@ func (p *play) oneOf(got *task.Operation, want []task.Operation) {
 	p.t.Errorf("got %+v\nwant one of %+v", got, want)
 }
 
-// check checks a manager's snapshot of an operation. Of another manager's
-// operation that is what is stored: a state that the other has shown before, with
-// or without a request that has come later.
+// check checks a manager's snapshot of an operation. For an operation of another
+// manager, the snapshot is what is stored: a state that the other manager has shown
+// before, with or without a later cancel request.
 func (p *play) check(how string, m *playManager, op *playOp, got *task.Operation) {
 	p.t.Helper()
 	if m == op.by || op.want.State.Finished() {
@@ -560,7 +559,7 @@ func (p *play) check(how string, m *playManager, op *playOp, got *task.Operation
 	}
 }
 
-// order has the function of an operation do something.
+// order makes the function of an operation do something.
 func (p *play) order(op *playOp, f func(playCall)) {
 	op.orders <- func(call playCall) *playEnd { f(call); return nil }
 	receive(p.t, "an order's end", op.done)
@@ -634,7 +633,7 @@ func (p *play) endOp(op *playOp, end *playEnd) {
 	p.closeReturns(op.by)
 }
 
-// closeReturns waits for Close if there is nothing left that it waits for.
+// closeReturns waits for Close if Close has nothing left to wait for.
 func (p *play) closeReturns(m *playManager) {
 	if m.closing == nil {
 		return
@@ -709,8 +708,8 @@ func (p *play) listPage(m *playManager, limit, offset int) {
 	}
 }
 
-// find lists finished operations, in the order of their finish or not. The other
-// states of another manager's operations are not certain.
+// find lists finished operations, sorted by finish or not. The other states of another
+// manager's operations are uncertain.
 func (p *play) find(r *byteReader) {
 	m, b, digit := p.manager(r.byte()), r.byte(), fmt.Sprint(r.byte()%10)
 	states := []task.State{task.StateDone, task.StateFailed, task.StateCancelled}[:1+b%3]
@@ -743,7 +742,7 @@ func (p *play) find(r *byteReader) {
 	}
 }
 
-// wait waits with a context that is done.
+// wait calls Wait with a context that is done.
 func (p *play) wait(r *byteReader) {
 	op, m := p.op(r.byte()), p.manager(r.byte())
 	if op == nil {
@@ -763,7 +762,7 @@ func done() context.Context {
 	return ctx
 }
 
-// late does what a goroutine does that a function has left behind.
+// late does what a goroutine may do that outlives its function.
 func (p *play) late(r *byteReader) {
 	op := p.op(r.byte())
 	if op == nil || !op.want.State.Finished() || op.call.ctx == nil {
@@ -779,7 +778,7 @@ func (p *play) late(r *byteReader) {
 	p.look(p.manager(0), op)
 }
 
-// close has a manager begin to close, which ends when its functions have ended.
+// close makes a manager begin to close. Close returns when the functions have ended.
 func (p *play) close(r *byteReader) {
 	m := p.manager(r.byte())
 	p.beginClose(m)
@@ -797,7 +796,7 @@ func (p *play) beginClose(m *playManager) {
 		return
 	}
 	if p.onlyCancelled(m) {
-		// Nothing would show that Close has begun.
+		// Otherwise nothing would show that Close has begun.
 		if err := m.Shutdown(done()); err != context.Canceled {
 			p.t.Errorf("Shutdown: %v", err)
 		}
@@ -850,7 +849,7 @@ func (p *play) shutdown(r *byteReader) {
 	m.closed = m.closed || idle
 }
 
-// reopen has another manager take the place of one, or makes the second.
+// reopen replaces a manager by another one, or creates the second.
 func (p *play) reopen(r *byteReader) {
 	i, limit, end := r.byte()%2, int(r.byte()%4), r.byte()
 	if i == 1 && !p.shared {
@@ -862,8 +861,8 @@ func (p *play) reopen(r *byteReader) {
 	p.managers[i] = p.newManager(limit)
 }
 
-// crash has another manager take the place of the only one, and find an operation
-// whose process has died. It resumes that, or not, or a cancel was requested.
+// crash replaces the only manager by another one, which finds an operation of a dead
+// process. It resumes the operation, or not, or a cancel was requested.
 func (p *play) crash(r *byteReader) {
 	how := r.byte() % 3
 	if p.managers[1] != nil || !p.crashes {
@@ -908,7 +907,7 @@ func (p *play) leave(m *playManager, end byte) {
 	}
 	for _, op := range p.ops {
 		if op.by == m {
-			op.by = &playManager{Manager: m.Manager, closed: true} // which is not used any more
+			op.by = &playManager{Manager: m.Manager, closed: true} // no longer used
 		}
 	}
 }
@@ -940,7 +939,7 @@ func (p *play) invalid(r *byteReader) {
 	}
 }
 
-// unknown asks for an operation that does not exist.
+// unknown makes calls for an operation that does not exist.
 func (p *play) unknown(r *byteReader) {
 	m := p.manager(r.byte())
 	id := string(r.bytes())
@@ -969,7 +968,7 @@ func (p *play) checkAll() {
 	}
 }
 
-// end closes all, and checks what a new manager finds.
+// end closes everything, and checks what a new manager finds.
 func (p *play) end() {
 	p.checkAll()
 	for _, m := range p.managers {
@@ -991,7 +990,7 @@ func (p *play) end() {
 	p.leave(p.managers[0], endError)
 }
 
-// A byteReader takes a script apart. At the end it returns zeros.
+// A byteReader reads a script. At the end it returns zeros.
 type byteReader struct{ data []byte }
 
 func (r *byteReader) byte() byte {
@@ -1003,7 +1002,7 @@ func (r *byteReader) byte() byte {
 	return b
 }
 
-// bytes returns as many bytes as the next one says.
+// bytes reads a length from the next byte, and returns that many bytes.
 func (r *byteReader) bytes() []byte {
 	n := min(int(r.byte()), len(r.data))
 	b := r.data[:n]

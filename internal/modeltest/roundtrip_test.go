@@ -15,8 +15,8 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// FuzzRoundTrip has arbitrary values go the whole way: what is read is what a
-// round trip through JSON gives, before a restart and after it.
+// FuzzRoundTrip stores arbitrary values. Reading them gives the result of a round trip
+// through JSON, before a restart and after it.
 func FuzzRoundTrip(f *testing.F) {
 	for _, name := range []string{"", "plain", "\x00", "a\xffb", "日本語 🎉\n", "'; DROP TABLE tasks; --", strings.Repeat("long", 1000)} {
 		f.Add(name, "", []byte(nil), []byte(nil), []byte(nil), name)
@@ -35,8 +35,7 @@ func FuzzRoundTrip(f *testing.F) {
 		f.Add("deep", "", []byte(nil), v, v, "")
 	}
 
-	// Opened and closed for each round; one file for all, because making one
-	// takes long.
+	// All rounds open and close the same file, because creating one takes long.
 	path := testkit.FastPath(f)
 	f.Fuzz(func(t *testing.T, name, key string, metadata, change, result []byte, failure string) {
 		r := &fuzzRound{name: name, key: key, metadata: decodeValue(metadata), result: decodeValue(result), failure: failure}
@@ -90,8 +89,8 @@ func (r *fuzzRound) check(t *testing.T, open func() (task.Persistence, func() er
 	testkit.Must(t, errors.Join(m.Close(), closeDB()))
 }
 
-// run submits an operation and returns its ID and what is to be read of it; ""
-// if it rightly was not accepted.
+// run submits an operation, and returns its ID and the expected values, or "" if it was
+// rightly refused.
 func (r *fuzzRound) run(t *testing.T, m *task.Manager) (id string, want task.Operation) {
 	t.Helper()
 	metadata, badMetadata := valueAsRead(r.metadata)
@@ -179,8 +178,7 @@ func (r *fuzzRound) same(t *testing.T, how string, op *task.Operation, want task
 	}
 }
 
-// valueAsRead returns what is to be read of a value, and whether JSON can't
-// hold it.
+// valueAsRead returns the value that should be read, and whether JSON can't hold it.
 func valueAsRead(v any) (read any, bad bool) {
 	defer func() {
 		if recover() != nil {
@@ -223,7 +221,7 @@ const (
 	valueKinds
 )
 
-// decodeValue makes a Go value of bytes, one that JSON can hold or can't.
+// decodeValue decodes bytes to a Go value, which JSON can hold or not.
 func decodeValue(data []byte) any {
 	r := &byteReader{data}
 	return r.value(8)
@@ -294,7 +292,7 @@ func (r *byteReader) value(depth int) any {
 	}
 }
 
-// oddValue makes values of the kinds that encode themselves or can't be encoded.
+// oddValue makes values that encode themselves or can't be encoded.
 func (r *byteReader) oddValue(kind byte) any {
 	switch kind {
 	case valueRaw:

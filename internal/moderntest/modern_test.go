@@ -50,7 +50,7 @@ func TestTimes(t *testing.T) {
 					t.Fatal("not found")
 				}
 				want := at
-				if format == "datetime" { // which forgets the zone
+				if format == "datetime" { // loses the zone
 					want = time.Date(at.Year(), at.Month(), at.Day(), at.Hour(), at.Minute(), at.Second(), 0, time.UTC)
 				}
 				if !op.CreatedAt.Equal(want) || !op.UpdatedAt.Equal(at) {

@@ -15,12 +15,12 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// A leaseStore is a store that others may take for dead: fence does that.
+// A leaseStore is a store that others may take for dead: see fence.
 type leaseStore struct {
 	*task.MemoryStore
 	mu    sync.Mutex
 	n     int             // of the present owner
-	gone  map[string]bool // the earlier ones
+	gone  map[string]bool // the earlier owners
 	quiet bool            // Changes does not notice
 }
 
@@ -34,7 +34,7 @@ func (s *leaseStore) Owner() string {
 	return fmt.Sprint("owner ", s.n)
 }
 
-// fence makes the present owner a dead one, and recovers what it has run.
+// fence marks the present owner as dead, and recovers its operations.
 func (s *leaseStore) fence() {
 	old := s.Owner()
 	s.mu.Lock()
@@ -100,7 +100,7 @@ func (s *leaseStore) Changes(ctx context.Context) iter.Seq[error] {
 	}
 }
 
-// A mortalStore is a leaseStore that tells of deaths.
+// A mortalStore is a leaseStore that reports deaths.
 type mortalStore struct {
 	*leaseStore
 	deaths chan struct{}
@@ -108,8 +108,8 @@ type mortalStore struct {
 
 func (s mortalStore) Deaths() <-chan struct{} { return s.deaths }
 
-// A manager that waits for nothing recovers what others leave when its store tells of
-// a death, until it is closed.
+// A manager without waiters recovers orphans when its store reports a death, until the
+// manager is closed.
 func TestDeaths(t *testing.T) {
 	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -149,7 +149,7 @@ func TestDeaths(t *testing.T) {
 	})
 }
 
-// A manager whose store was fenced gives up what it ran, and goes on.
+// A manager whose store was fenced gives up its operations, and continues.
 func TestLost(t *testing.T) {
 	testos.Parallel(t)
 	for name, report := range map[string]bool{"noticed by a write": true, "noticed by Changes": false} {
@@ -223,7 +223,7 @@ func TestLost(t *testing.T) {
 	}
 }
 
-// A lost operation tells its function so, whatever that does with its context.
+// The function of a lost operation gets ErrLost, whatever it does with its context.
 func TestLostContext(t *testing.T) {
 	testos.Parallel(t)
 	s := newLeaseStore()
@@ -273,12 +273,12 @@ func TestLostSubmit(t *testing.T) {
 	testkit.Must(t, m.Close())
 }
 
-// A fencedStore has one operation, whose owner is dead. It is fenced once, when
-// Recover has taken that over and the manager does not know yet.
+// A fencedStore has one operation, of a dead owner. It is fenced once, after Recover
+// has taken the operation over and before the manager knows that.
 type fencedStore struct {
 	*leaseStore
 	owner string // of the operation
-	again bool   // it stays for this manager to take over; else another has it FAILED
+	again bool   // the operation is left for this manager to take over; otherwise another one fails it
 }
 
 func (s *fencedStore) Recover(reason string, resume func(*task.Operation) bool) iter.Seq2[*task.Operation, error] {
@@ -312,8 +312,8 @@ func (s *fencedStore) Recover(reason string, resume func(*task.Operation) bool) 
 	}
 }
 
-// A manager whose store is fenced between the take-over of an operation and its
-// start does not run it: whoever takes it over next does.
+// If a store is fenced between the take-over of an operation and its start, its manager
+// does not run the operation. The next one to take it over does.
 func TestLostBeforeResumed(t *testing.T) {
 	testos.Parallel(t)
 	for name, again := range map[string]bool{"recovered by another": false, "recovered again": true} {
@@ -339,7 +339,7 @@ func TestLostBeforeResumed(t *testing.T) {
 				if op.State != want || runs != wantRuns {
 					t.Errorf("ran %d times and is %+v, want %s and %d", runs, op, want, wantRuns)
 				}
-				time.Sleep(time.Minute) // in which nothing more happens
+				time.Sleep(time.Minute) // nothing more may happen
 				testkit.Must(t, m.Close())
 				if stored, err := s.Get("left"); err != nil || stored.State != want || runs != wantRuns {
 					t.Errorf("ran %d times, stored is %+v, %v", runs, stored, err)

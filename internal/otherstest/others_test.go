@@ -20,7 +20,7 @@ func TestMain(m *testing.M) {
 	testkit.Main(m, nil)
 }
 
-// pairs are the ways in which two managers share a database.
+// pairs lists the ways in which two managers share a database.
 var pairs = map[string]func(t *testing.T) (a, b task.Persistence){
 	"two stores": func(t *testing.T) (a, b task.Persistence) {
 		path := testkit.Path(t)
@@ -52,10 +52,10 @@ func inApp(t *testing.T, path string) task.Persistence {
 	return store
 }
 
-// eachPair runs a test with each pair of managers. Most of a test is waiting, so
-// that the pairs run beside each other.
+// eachPair runs a test with each pair of managers. The pairs run in parallel, because
+// most of a test is waiting.
 func eachPair(t *testing.T, test func(t *testing.T, a, b *task.Manager)) {
-	testos.CheckLeaks(t) // when all have ended
+	testos.CheckLeaks(t) // after all have ended
 	for name, open := range pairs {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -65,7 +65,7 @@ func eachPair(t *testing.T, test func(t *testing.T, a, b *task.Manager)) {
 	}
 }
 
-// TestCancel cancels what the other manager runs.
+// TestCancel cancels a running operation of the other manager.
 func TestCancel(t *testing.T) {
 	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
@@ -88,7 +88,7 @@ func TestCancel(t *testing.T) {
 		if err := <-cause; !errors.Is(err, task.ErrCancelled) || err.Error() != "operation cancelled: by an administrator" {
 			t.Errorf("the cause is %v", err)
 		}
-		if took := time.Since(begin); took > 10*time.Second { // processtest measures it
+		if took := time.Since(begin); took > 10*time.Second { // processtest measures the delay
 			t.Errorf("it took %v", took)
 		}
 		if got := testkit.Wait(t, b, running.ID); got.State != task.StateCancelled || got.Error != "by an administrator" || got.Cancelling {
@@ -103,7 +103,7 @@ func TestCancel(t *testing.T) {
 				t.Errorf("List: %v, %v", got, err)
 			}
 		}
-		// Its slot is taken, and that of the first is free again.
+		// Its slot is taken, and the first operation's slot is free again.
 		last := testkit.Submit(t, a, testkit.Nothing)
 		testkit.Wait(t, b, pending.ID)
 		testkit.Wait(t, b, last.ID)
@@ -119,7 +119,7 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// TestCancelPending cancels what waits for its turn with the other manager.
+// TestCancelPending cancels a waiting operation of the other manager.
 func TestCancelPending(t *testing.T) {
 	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
@@ -139,7 +139,7 @@ func TestCancelPending(t *testing.T) {
 	})
 }
 
-// TestCancelUnsupported: without the ability Cancel says so.
+// TestCancelUnsupported: Cancel returns ErrUnsupported if the store lacks the ability.
 func TestCancelUnsupported(t *testing.T) {
 	testos.Parallel(t)
 	db := testkit.Bare(task.NewMemoryStore())
@@ -156,8 +156,8 @@ func TestCancelUnsupported(t *testing.T) {
 	}
 }
 
-// TestCancelling: a manager's own Cancel is seen at once, and stored with the
-// next changes, whatever they are.
+// TestCancelling: a manager's own Cancel is visible at once, and stored with the next
+// changes, whatever they are.
 func TestCancelling(t *testing.T) {
 	testos.Parallel(t)
 	for name, open := range pairs {
@@ -197,7 +197,7 @@ func TestCancelling(t *testing.T) {
 	}
 }
 
-// A watch notes what one call of Watch yields.
+// A watch records what one call of Watch yields.
 type watch struct {
 	t     *testing.T
 	mu    sync.Mutex
@@ -239,7 +239,7 @@ func (w *watch) note(op *task.Operation) {
 	}
 }
 
-// state returns the last state of an operation that was told, "" for none.
+// state returns the last state of an operation that was yielded, or "".
 func (w *watch) state(id string) task.State {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -249,7 +249,7 @@ func (w *watch) state(id string) task.State {
 	return ""
 }
 
-// wantEnds waits until the end of each operation has been told.
+// wantEnds waits until the final state of each operation has been yielded.
 func (w *watch) wantEnds(ids ...string) {
 	w.t.Helper()
 	for _, id := range ids {
@@ -259,7 +259,7 @@ func (w *watch) wantEnds(ids ...string) {
 	}
 }
 
-// TestWatch: a watcher is told of all that live, and of each that comes.
+// TestWatch: a watcher gets all live operations, and each new one.
 func TestWatch(t *testing.T) {
 	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
@@ -278,7 +278,7 @@ func TestWatch(t *testing.T) {
 		}
 		w := watchAll(t, ctx, b)
 		var ids []string
-		for range 200 { // most begin and end between two looks
+		for range 200 { // most of them begin and end between two looks
 			ids = append(ids, testkit.Submit(t, a, testkit.Nothing).ID, testkit.Submit(t, b, testkit.Nothing).ID)
 		}
 		w.wantEnds(ids...)
@@ -286,7 +286,7 @@ func TestWatch(t *testing.T) {
 		w.wantEnds(live.ID)
 		testkit.Must(t, a.Cancel(own.ID))
 		w.wantEnds(own.ID)
-		time.Sleep(300 * time.Millisecond) // in which nothing may be told again
+		time.Sleep(300 * time.Millisecond) // nothing may be yielded again
 		stop()
 		<-w.done
 		if w.state(old.ID) != "" || len(w.last) != len(ids)+2 {
@@ -303,8 +303,8 @@ func TestWatch(t *testing.T) {
 	})
 }
 
-// TestWatchAtAnyTime has watchers begin while operations come and go, some of
-// which others wait for.
+// TestWatchAtAnyTime starts watchers while operations come and go. Some of these also
+// have waiters.
 func TestWatchAtAnyTime(t *testing.T) {
 	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
@@ -312,7 +312,7 @@ func TestWatchAtAnyTime(t *testing.T) {
 		defer stop()
 		var all []string
 		var watches []*watch
-		since := make(map[*watch]int) // how many of all were submitted before
+		since := make(map[*watch]int) // number of operations submitted before
 		var waiters sync.WaitGroup
 		for i := range 160 {
 			m := []*task.Manager{a, b}[i%2]
@@ -338,7 +338,7 @@ func TestWatchAtAnyTime(t *testing.T) {
 		stop()
 		for _, w := range watches {
 			<-w.done
-			for id, op := range w.last { // also of those that lived when it began
+			for id, op := range w.last { // including those that were live when it began
 				if w.ends[id] != 1 {
 					t.Errorf("the end of %+v was told %d times", op, w.ends[id])
 				}
@@ -347,7 +347,7 @@ func TestWatchAtAnyTime(t *testing.T) {
 	})
 }
 
-// TestWatchLargeValues: what a look does not read at once is told, too.
+// TestWatchLargeValues: values that a look does not read at once are yielded, too.
 func TestWatchLargeValues(t *testing.T) {
 	testos.Parallel(t)
 	eachPair(t, func(t *testing.T, a, b *task.Manager) {
@@ -368,8 +368,8 @@ func TestWatchLargeValues(t *testing.T) {
 	})
 }
 
-// TestWatchDeleted: to a subscriber of all, the deletion of an operation of
-// another manager is no error of its own.
+// TestWatchDeleted: a subscriber of all operations gets no separate error when an
+// operation of another manager is deleted.
 func TestWatchDeleted(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -391,8 +391,8 @@ func TestWatchDeleted(t *testing.T) {
 	}
 }
 
-// TestStoreHangs: a store that does not answer holds up Watch for some seconds,
-// and no own operation. One that fails holds up nothing.
+// TestStoreHangs: a store that hangs delays Watch by a few seconds, and no operation of
+// this manager. One that fails delays nothing.
 func TestStoreHangs(t *testing.T) {
 	testos.Parallel(t)
 	for _, hangs := range []bool{true, false} {
@@ -436,8 +436,8 @@ func TestStoreHangs(t *testing.T) {
 	}
 }
 
-// TestHistoryIsNotRead counts the rows that looks read, also when the place in
-// the history is lost.
+// TestHistoryIsNotRead counts the rows that looks read, also after the place in the
+// history was lost.
 func TestHistoryIsNotRead(t *testing.T) {
 	testos.Parallel(t)
 	const rows = 60_000
@@ -472,7 +472,7 @@ func TestHistoryIsNotRead(t *testing.T) {
 		name, change string
 		most         int
 	}{
-		{"new rows", "", 20_000}, // some pages for each look
+		{"new rows", "", 20_000}, // several pages for each look
 		{"place lost", `DELETE FROM tasks WHERE rowid > 58500`, 30_000},
 		{"renumbered", `VACUUM`, 20_000},
 	} {
@@ -493,7 +493,8 @@ func TestHistoryIsNotRead(t *testing.T) {
 	}
 }
 
-// TestManyWaiters: however many wait, for one or for many, looks read little.
+// TestManyWaiters: looks read little, however many callers wait for one operation or
+// for many.
 func TestManyWaiters(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.FastPath(t)
@@ -518,7 +519,7 @@ func TestManyWaiters(t *testing.T) {
 	wg.Wait()
 }
 
-// TestIdle: looks end with what they are for.
+// TestIdle: looks end when nothing needs them.
 func TestIdle(t *testing.T) {
 	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -564,8 +565,8 @@ func calls(db *testkit.Fake) (n int) {
 	return n
 }
 
-// TestWaitEnds: whoever waits for an operation of another manager gets ErrClosed
-// after manager and store were closed, and Close leaves no connection open.
+// TestWaitEnds: waiters for an operation of another manager get ErrClosed after manager
+// and store were closed, and Close leaves no connection open.
 func TestWaitEnds(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)

@@ -16,8 +16,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// The final state of another manager's operation is told although somebody submits
-// its ID again here.
+// Watch yields the final state of another manager's operation although its ID is
+// submitted again here.
 func TestWatchBesideSubmit(t *testing.T) {
 	testos.Parallel(t)
 	for _, named := range []bool{false, true} {
@@ -81,7 +81,7 @@ func TestWatchBesideSubmit(t *testing.T) {
 	}
 }
 
-// A slowSave is a store whose Save takes its time.
+// A slowSave is a store whose Save is slow.
 type slowSave struct {
 	*task.MemoryStore
 	mu    sync.Mutex
@@ -165,7 +165,7 @@ func (s *failingRecover) Recover(reason string, resume func(*task.Operation) boo
 	}
 }
 
-// What a New has taken over that failed then does not stay unfinished.
+// Operations that a failed New had taken over do not stay unfinished.
 func TestNewAfterFailedNew(t *testing.T) {
 	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
@@ -189,7 +189,8 @@ func TestNewAfterFailedNew(t *testing.T) {
 	}
 }
 
-// A cancel request is heard that comes while the recovery asks about others.
+// A manager carries out a cancel request that comes while the recovery asks about
+// others.
 func TestCancelDuringRecovery(t *testing.T) {
 	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
@@ -222,7 +223,7 @@ func TestCancelDuringRecovery(t *testing.T) {
 	testkit.Must(t, dead.Close())
 	testkit.Must(t, other.Close())
 	first := <-asked
-	<-asked // the second is being asked about: the first is ours by now
+	<-asked // the recovery asks about the second: the first is ours by now
 	b, err := task.AttachSQLite(path)
 	testkit.Must(t, err)
 	defer b.Close()
@@ -269,7 +270,7 @@ func (s *failingGet) Get(id string) (*task.Operation, error) {
 	return s.MemoryStore.Get(id)
 }
 
-// A read that fails in the middle of a look has nothing told twice.
+// A read that fails in the middle of a look causes no duplicate events.
 func TestWatchAfterFailedRead(t *testing.T) {
 	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -300,7 +301,7 @@ func TestWatchAfterFailedRead(t *testing.T) {
 	})
 }
 
-// What waits for a key behind a lost operation that has not started starts.
+// An operation that waits for a key behind a lost one, which has not started, starts.
 func TestLostKeys(t *testing.T) {
 	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -325,7 +326,7 @@ func TestLostKeys(t *testing.T) {
 	})
 }
 
-// A hookGet has a hook decide what Get returns.
+// A hookGet lets a hook decide what Get returns.
 type hookGet struct {
 	*task.MemoryStore
 	mu   sync.Mutex
@@ -346,7 +347,7 @@ func (s *hookGet) Get(id string) (*task.Operation, error) {
 	return op, err
 }
 
-// A row that was read before the end of an operation is not told after it.
+// A row that was read before the end of an operation is not yielded after it.
 func TestWatchStaleRow(t *testing.T) {
 	testos.Parallel(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -427,7 +428,7 @@ func TestWatchDeletedMeanwhile(t *testing.T) {
 	})
 }
 
-// Wait ends for what is taken over while the manager closes.
+// Wait returns for an operation that is taken over while the manager closes.
 func TestDrainDuringRecovery(t *testing.T) {
 	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
@@ -464,7 +465,7 @@ func TestDrainDuringRecovery(t *testing.T) {
 	}
 }
 
-// A take-over is told once.
+// Watch yields a take-over once.
 func TestWatchTakeOver(t *testing.T) {
 	testos.Parallel(t)
 	path := t.TempDir() + "/t.db"
@@ -502,7 +503,7 @@ func TestWatchTakeOver(t *testing.T) {
 			finished++
 		}
 		if finished == len(dead) {
-			time.AfterFunc(300*time.Millisecond, cancel) // in which nothing may be told again
+			time.AfterFunc(300*time.Millisecond, cancel) // nothing may be yielded again
 		}
 	}
 	if len(states) != len(dead) {

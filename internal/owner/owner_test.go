@@ -26,14 +26,14 @@ func newOwner(t *testing.T, database string) *Owner {
 	return o
 }
 
-// needLocks skips a test of what a system without locks can't do.
+// needLocks skips a test on systems without file locks.
 func needLocks(t *testing.T) {
 	if !canLock {
 		t.Skip("this system has no file locks")
 	}
 }
 
-// leave makes the file of an owner that has died, and returns its ID.
+// leave creates the file of a dead owner, and returns its ID.
 func leave(t *testing.T, database string) string {
 	t.Helper()
 	id := uuid.NewString()
@@ -59,8 +59,7 @@ func wantDead(t *testing.T, o *Owner, id string, want bool) {
 	}
 }
 
-// wantUnknown checks that an owner counts as alive because its file can't be
-// looked at.
+// wantUnknown checks that an owner counts as alive because its file can't be examined.
 func wantUnknown(t *testing.T, o *Owner, id string) {
 	t.Helper()
 	if _, dead, err := o.Dead(id); dead || err == nil || !strings.Contains(err.Error(), "-owner-"+id) {
@@ -92,7 +91,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// The file belongs to those who may write the database.
+// The users who may write the database may use the owner's file.
 func TestShare(t *testing.T) {
 	needLocks(t)
 	for mode, want := range map[os.FileMode]os.FileMode{0o600: 0o600, 0o644: 0o600, 0o664: 0o660, 0o666: 0o666, 0o660: 0o660, 0o640: 0o600, 0o200: 0o600} {
@@ -135,7 +134,7 @@ func TestNewFails(t *testing.T) {
 	}
 }
 
-// Without a file behind the database there is nobody else.
+// An in-memory database has only one owner.
 func TestSole(t *testing.T) {
 	o := newOwner(t, "")
 	if o.Path() != "" || len(o.Others()) != 0 || !valid(o.ID) {
@@ -205,7 +204,7 @@ func TestDead(t *testing.T) {
 	}
 }
 
-// What is no ID must never become part of a path, wherever that would lead.
+// An invalid ID must never become part of a path, wherever that would lead.
 func TestDeadIsNoPath(t *testing.T) {
 	needLocks(t)
 	dir := t.TempDir()
@@ -303,7 +302,7 @@ func TestOthers(t *testing.T) {
 	}
 }
 
-// A file that has been unlinked before it was locked says nothing to others.
+// A file that was unlinked before it was locked tells other owners nothing.
 func TestNames(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x")
 	f, err := os.Create(path)
@@ -329,8 +328,8 @@ func TestNames(t *testing.T) {
 	step("closed", false, nil)
 }
 
-// New must never return an owner whose file others can't see, however eagerly
-// they remove what looks dead.
+// New must never return an owner whose file others can't see, however eagerly they
+// remove files of dead owners.
 func TestNewBesideRecovery(t *testing.T) {
 	needLocks(t)
 	database := filepath.Join(t.TempDir(), "x.db")
@@ -378,8 +377,8 @@ func TestNewBesideRecovery(t *testing.T) {
 	}
 }
 
-// However many look at an owner at the same time, none takes another one of
-// them for it.
+// However many processes examine an owner at the same time, none mistakes another one's
+// lock for the owner's.
 func TestDeadToAll(t *testing.T) {
 	needLocks(t)
 	database := filepath.Join(t.TempDir(), "x.db")
@@ -448,7 +447,7 @@ func TestReleaseReportsErrors(t *testing.T) {
 	wantDead(t, other, o.ID, true)
 }
 
-// An observer has no file, and tells the living from the dead.
+// An observer has no file, but distinguishes live and dead owners.
 func TestObserver(t *testing.T) {
 	needLocks(t)
 	database := filepath.Join(t.TempDir(), "x.db")

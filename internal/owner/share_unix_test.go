@@ -11,8 +11,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// Root gives the file to the owner and group of the database. Another user
-// keeps it, and gives nothing to a group that is not the database's.
+// Root gives the file the owner and group of the database. Another user stays the
+// owner, and gives no right to a group other than the database's.
 func TestShareWithOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root may give files away")

@@ -2,7 +2,7 @@ package queue
 
 import "testing"
 
-// TestHolder has a waiting item name the holder of the first key that it lacks.
+// TestHolder checks the holder of the first key that a waiting item lacks.
 func TestHolder(t *testing.T) {
 	q := New[string](1)
 	add := func(name string, keys ...string) *Ticket[string] {
@@ -27,7 +27,7 @@ func TestHolder(t *testing.T) {
 	want(last, "a")
 	q.Next()
 	want(a, "")
-	want(last, "a") // which runs
+	want(last, "a") // a runs
 	q.Remove(b)
 	want(both, "a")
 	q.Done(a)

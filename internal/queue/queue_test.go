@@ -104,7 +104,7 @@ func (s *script) run(step string) {
 	}
 }
 
-// A model is a queue that is one list, by order of arrival.
+// A model is a queue with a single list, in order of arrival.
 type model struct {
 	limit int
 	list  []*modelItem // waiting or running
@@ -116,7 +116,7 @@ type modelItem struct {
 	running bool
 }
 
-// next returns the first waiting item none of whose keys an earlier item needs.
+// next returns the first waiting item whose keys no earlier item needs.
 func (m *model) next() *modelItem {
 	running := 0
 	var first *modelItem
@@ -142,7 +142,7 @@ func (m *model) remove(item *modelItem) {
 	m.list = slices.DeleteFunc(m.list, func(other *modelItem) bool { return other == item })
 }
 
-// pick returns an item that runs, or one that waits, or nil.
+// pick returns a running or a waiting item, or nil.
 func (m *model) pick(running bool, n int) *modelItem {
 	var some []*modelItem
 	for _, item := range m.list {
@@ -169,7 +169,8 @@ func (m *model) add(q *Queue[int], number, keys int) {
 	m.list = append(m.list, item)
 }
 
-// compare does what the bytes say to a queue and to the model.
+// compare executes the script encoded in bytes on a queue and on the model, and
+// compares them.
 func compare(t *testing.T, limit int, data []byte) {
 	q, m := New[int](limit), &model{limit: limit}
 	for i := 0; i+1 < len(data); i += 2 {
@@ -249,9 +250,9 @@ func FuzzQueue(f *testing.F) {
 	})
 }
 
-// TestMany adds tickets by the ten thousand, and then removes or runs all of
-// them. Were one step's cost proportional to the queue's length, it would take
-// minutes.
+// TestMany adds tens of thousands of tickets, and then removes or runs all of them. It
+// would take minutes if the cost of a step were proportional to the length of the
+// queue.
 func TestMany(t *testing.T) {
 	n := testos.Size(30_000, 100_000)
 	random := rand.New(rand.NewPCG(1, 1))

@@ -32,7 +32,7 @@ var table = Schema{
 		"CREATE INDEX IF NOT EXISTS things_size ON things (size)"},
 }
 
-// hooked returns a database with one connection, and what sets its hook.
+// hooked returns a database with one connection, and a function that sets its hook.
 func hooked(t *testing.T, dsn string) (*DB, func(hookdriver.Hook)) {
 	t.Helper()
 	app, set := hookdriver.Open(t, dsn)
@@ -47,15 +47,15 @@ func hooked(t *testing.T, dsn string) (*DB, func(hookdriver.Hook)) {
 	return d, set
 }
 
-// kinds are the data source names of a database in a file and one in memory.
+// kinds lists the data source names of a database in a file and one in memory.
 func kinds(t *testing.T) map[string]string {
 	return map[string]string{"file": filepath.Join(t.TempDir(), "x.db") + "?_busy_timeout=0", "memory": ":memory:"}
 }
 
 func insert(c *sql.Conn) error { return Exec(c, "INSERT INTO things (name) VALUES ('x')") }
 
-// usable checks that the only connection is in no transaction, and that the
-// table has as many rows.
+// usable checks that the only connection is not in a transaction, and that the table
+// has the given number of rows.
 func usable(t *testing.T, d *DB, rows int) {
 	t.Helper()
 	err := d.Write(d.Deadline(), func(c *sql.Conn) error {
@@ -70,9 +70,9 @@ func usable(t *testing.T, d *DB, rows int) {
 	}
 }
 
-// A Write that finds the database or a table locked begins again, whichever
-// statement says so and in whatever way. It returns any other error at once,
-// and a lock after the time limit. The connection is free in the end.
+// If any statement of a Write finds the database or a table locked, in whatever way,
+// Write begins again. It returns any other error at once, and returns a lock's error
+// after the time limit. Then the connection is free again.
 func TestWrite(t *testing.T) {
 	t.Parallel()
 	fire := errors.New("the disk is on fire")
@@ -137,8 +137,8 @@ type coded int
 func (c coded) Error() string { return fmt.Sprint("code ", int(c)) }
 func (c coded) Code() int     { return int(c) }
 
-// A connection that can't be brought out of its transaction does not go back
-// to the pool, but one in memory is kept until that works.
+// A connection that can't end its transaction does not return to the pool. One in
+// memory is kept until that works.
 func TestRollbackFails(t *testing.T) {
 	for kind, dsn := range kinds(t) {
 		t.Run(kind, func(t *testing.T) {
@@ -164,7 +164,7 @@ func TestRollbackFails(t *testing.T) {
 	}
 }
 
-// A trigger, or a full disk, may end the transaction.
+// A trigger or a full disk may end the transaction.
 func TestTransactionEnds(t *testing.T) {
 	for kind, dsn := range kinds(t) {
 		t.Run(kind, func(t *testing.T) {
@@ -184,7 +184,7 @@ func TestTransactionEnds(t *testing.T) {
 	}
 }
 
-// The time limit holds for the wait for a connection too.
+// The time limit also covers the wait for a connection.
 func TestConnectionInUse(t *testing.T) {
 	d, _ := hooked(t, ":memory:")
 	c, err := d.Conn(t.Context())
@@ -208,8 +208,8 @@ func TestConnectionInUse(t *testing.T) {
 	usable(t, d, 0)
 }
 
-// However many readers there are, a write gets a connection at once. A reader
-// waits for one until its time is up or its context is done.
+// A write gets a connection at once, however many readers there are. A reader waits for
+// one until its time limit has passed or its context is done.
 func TestReadersLeaveWriter(t *testing.T) {
 	d, err := Open(filepath.Join(t.TempDir(), "x.db"), "")
 	if err != nil {
@@ -250,7 +250,7 @@ func TestReadersLeaveWriter(t *testing.T) {
 	usable(t, d, 1)
 }
 
-// The end of a reader's context also ends its wait for a lock.
+// When a reader's context is done, its wait for a lock ends, too.
 func TestReadLocked(t *testing.T) {
 	d, set := hooked(t, ":memory:")
 	set(func(string, func() error) error { return coded(busy) })
@@ -265,7 +265,7 @@ func TestReadLocked(t *testing.T) {
 	usable(t, d, 0)
 }
 
-// In a shared cache, statements find tables locked, not only BEGIN and COMMIT.
+// In a shared cache, any statement may find tables locked, not only BEGIN and COMMIT.
 func TestSharedCache(t *testing.T) {
 	dsn := "file:" + filepath.ToSlash(filepath.Join(t.TempDir(), "x.db")) + "?cache=shared&_busy_timeout=0"
 	app, err := sql.Open("sqlite3", dsn)
@@ -315,18 +315,18 @@ func TestSharedCache(t *testing.T) {
 	}
 }
 
-// To find out whether its connections share a cache, Use needs two of them. It
-// leaves their settings as they are, and waits little for them.
+// To find out whether its connections share a cache, Use needs two of them. It does not
+// change their settings, and does not wait long for them.
 func TestUseFindsSharedCache(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		cache  string
-		held   int // of three connections
+		held   int // number of connections in use, of three
 		shared bool
 	}{
 		{"shared", 0, true},
 		{"shared", 1, true},
-		{"shared", 2, false}, // which nobody can tell
+		{"shared", 2, false}, // can't be detected
 		{"private", 0, false},
 		{"private", 2, false},
 	} {
@@ -366,7 +366,7 @@ func TestUseFindsSharedCache(t *testing.T) {
 	}
 }
 
-// A fakeDriver is that of a database of another kind.
+// A fakeDriver is the driver of another kind of database.
 type fakeDriver struct{}
 
 func (fakeDriver) Connect(context.Context) (driver.Conn, error) { return fakeDriver{}, nil }
@@ -433,8 +433,8 @@ func TestTooOld(t *testing.T) {
 	}
 }
 
-// A table that lacks something gets it, and nothing else changes, however many
-// do that at once. One that is something else stays as it is.
+// Migrate adds what a table lacks and changes nothing else, however many processes do
+// that at once. It leaves any other object of that name as it is.
 func TestMigrate(t *testing.T) {
 	const all = "id TEXT,name TEXT,size INTEGER"
 	for _, test := range []struct{ name, script, want, refused string }{
@@ -489,7 +489,7 @@ func TestMigrate(t *testing.T) {
 	}
 }
 
-// describe returns what a database consists of.
+// describe summarizes the schema of a database.
 func describe(t *testing.T, d *DB) (all string) {
 	t.Helper()
 	err := d.QueryRow(`SELECT (SELECT user_version FROM pragma_user_version) || ' '
@@ -502,7 +502,7 @@ func describe(t *testing.T, d *DB) (all string) {
 	return all
 }
 
-// A file that is gone, or another one, is found by the next call.
+// The next call detects that the file was deleted or replaced.
 func TestCheckFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("this system keeps open files")
@@ -572,7 +572,7 @@ func TestWALShrinks(t *testing.T) {
 	if err := Exec(reader, "COMMIT"); err != nil {
 		t.Fatal(err)
 	}
-	write(1) // and a checkpoint, after which the next one begins at the start of the WAL
+	write(1) // also checkpoints, so that the next write begins at the start of the WAL
 	if size := write(1); size > limit {
 		t.Errorf("the WAL has %d bytes without one", size)
 	}
@@ -625,7 +625,7 @@ func TestResolve(t *testing.T) {
 	}
 }
 
-// Changes may be asking for the version when the database is closed.
+// The database may be closed while Changes reads the version.
 func TestCloseDuringChanges(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "test.db")
 	for range 100 {

@@ -12,9 +12,9 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// TestSweepIDs submits one ID again and again, before and after a restart. One
-// after the other, each call of the store fails. Whichever it is, the function
-// is called once if a Submit has succeeded, and never otherwise.
+// TestSweepIDs submits one ID again and again, before and after a restart. In each run,
+// another call of the store fails. Whichever it is, the function is called once if a
+// Submit has succeeded, and otherwise never.
 func TestSweepIDs(t *testing.T) {
 	sweepAll(t, sweepIDs)
 }

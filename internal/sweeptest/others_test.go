@@ -12,8 +12,8 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// TestSweepResume resumes an operation, over and over if its end could not be
-// stored. One after the other, each call of the store fails. In the end it is DONE.
+// TestSweepResume resumes an operation, and again if its final state could not be
+// stored. In each run, another call of the store fails. Finally the operation is DONE.
 func TestSweepResume(t *testing.T) {
 	sweepAll(t, func(s *sweepRun) {
 		var runs atomic.Int64
@@ -51,8 +51,8 @@ func TestSweepResume(t *testing.T) {
 	})
 }
 
-// TestSweepCancel cancels what another manager runs. One after the other, each call
-// of the store fails. A request that was acknowledged is heard.
+// TestSweepCancel cancels an operation of another manager. In each run, another call of
+// the store fails. An acknowledged request is always carried out.
 func TestSweepCancel(t *testing.T) {
 	sweepAll(t, func(s *sweepRun) {
 		other := s.open()
@@ -61,7 +61,7 @@ func TestSweepCancel(t *testing.T) {
 		op, err := one.Submit("x", testkit.UntilCancelled)
 		if s.saw("Submit", err); err == nil {
 			err = two.Cancel(op.ID)
-			if !errors.Is(err, errors.ErrUnsupported) { // a store of four methods
+			if !errors.Is(err, errors.ErrUnsupported) { // a store with four methods
 				s.saw("Cancel", err)
 			}
 			time.Sleep(2 * time.Second)

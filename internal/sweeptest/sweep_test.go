@@ -20,9 +20,9 @@ import (
 
 var errSweep = errors.New("injected failure")
 
-// TestSweep runs a scenario again and again: the first call of the store fails,
-// then the second and so on, until a run ends before that call comes. Whichever
-// it is, no acknowledged operation is lost, and no call hangs.
+// TestSweep runs a scenario repeatedly: the first call of the store fails, then the
+// second and so on, until a run ends before that call. In every run, no acknowledged
+// operation is lost, and no call hangs.
 func TestSweep(t *testing.T) {
 	sweepAll(t, sweep)
 }
@@ -55,8 +55,8 @@ func sweepAll(t *testing.T, scenario func(s *sweepRun)) {
 	}
 }
 
-// sweepStores are the kinds of store. Each returns a function that opens the
-// store, with the same operations every time.
+// sweepStores lists the kinds of store. Each function returns another that opens the
+// store, each time with the same operations.
 var sweepStores = map[string]func(t *testing.T) func() task.Persistence{
 	"memory": func(*testing.T) func() task.Persistence {
 		db := task.NewMemoryStore()
@@ -83,7 +83,7 @@ var sweepFaults = map[string]func(i int) func(tasktest.Call) error{
 	"lost from then on":  func(i int) func(tasktest.Call) error { return tasktest.FailFrom(i, tasktest.Lost(errSweep)) },
 }
 
-// sweepJobs are the ways in which an operation can end.
+// sweepJobs lists the ways in which an operation can end.
 var sweepJobs = []sweepJob{
 	{
 		name: "quick",
@@ -98,7 +98,7 @@ var sweepJobs = []sweepJob{
 			if err := task.SetMessage(ctx, "at a"); err != nil {
 				return nil, err
 			}
-			time.Sleep(150 * time.Millisecond) // so that this is stored
+			time.Sleep(150 * time.Millisecond) // until the message is stored
 			return nil, task.SetMetadata(ctx, "second")
 		},
 		want: task.Operation{State: task.StateDone, Progress: 100, Metadata: "second"},
@@ -140,21 +140,21 @@ type sweepJob struct {
 	cancel bool
 	opts   []task.SubmitOption
 	fn     task.Func
-	want   task.Operation // as it ends; the other fields don't matter
+	want   task.Operation // the final state; only these fields matter
 }
 
 // A sweepRun is one run of the scenario.
 type sweepRun struct {
 	t     *testing.T
 	open  func() task.Persistence
-	db    task.Persistence // to look at, without faults
+	db    task.Persistence // without faults, for the checks
 	fault func(tasktest.Call) error
 	log   testkit.Log // of the managers
 	ops   []*sweepOp
 
 	calls    atomic.Int64 // of the store by managers
 	faults   atomic.Int64 // how many of them failed
-	surfaced atomic.Bool  // one of them, by an error that a caller got
+	surfaced atomic.Bool  // a caller got one of them as an error
 }
 
 // A sweepOp is an operation that the scenario submits.
@@ -199,8 +199,8 @@ func sweep(s *sweepRun) {
 	}
 }
 
-// restart leaves operations in some states, as a process does that dies, and
-// opens the store again.
+// restart leaves operations in some states, as a dead process does, and opens the store
+// again.
 func (s *sweepRun) restart(name string) {
 	for _, state := range []task.State{task.StatePending, task.StateRunning, task.StateDone} {
 		id := fmt.Sprintf("left before the %s manager, %s", name, state)
@@ -216,7 +216,7 @@ func (s *sweepRun) close() {
 	}
 }
 
-// faulty returns the store with the fault. Calls are counted over restarts.
+// faulty returns the store with the fault. Calls are counted across restarts.
 func (s *sweepRun) faulty() task.Persistence { return s.inject(s.db) }
 
 func (s *sweepRun) inject(db task.Persistence) task.Persistence {
@@ -233,7 +233,7 @@ func (s *sweepRun) inject(db task.Persistence) task.Persistence {
 	})
 }
 
-// saw records an error that a caller got, which must be the injected one.
+// saw records an error that a caller got. It must be the injected one.
 func (s *sweepRun) saw(call string, err error) {
 	if err == nil {
 		return
@@ -266,7 +266,7 @@ func (s *sweepRun) use(m *task.Manager) {
 	before := s.unfinished()
 	var waits sync.WaitGroup
 	ops := s.submit(m, &waits)
-	synctest.Wait() // until all that can start has started
+	synctest.Wait() // until every operation that can start has started
 	for _, op := range ops {
 		if op.cancel && op.id != "" {
 			if err := m.Cancel(op.id); err != nil {
@@ -277,7 +277,7 @@ func (s *sweepRun) use(m *task.Manager) {
 	synctest.Wait()
 	_, err := m.List(100, 0)
 	s.saw("List", err)
-	time.Sleep(200 * time.Millisecond) // all functions have returned but those that wait for Close
+	time.Sleep(200 * time.Millisecond) // until only functions that wait for Close still run
 
 	began := time.Now()
 	closed := m.Close()
@@ -398,7 +398,7 @@ func (s *sweepRun) settled() {
 		}
 		delete(stored, op.id)
 	}
-	// The rest was left by other code, or is stored although Submit returned an
+	// The others were saved by other code, or are stored although Submit returned an
 	// error.
 	for id, row := range stored {
 		ok := row.State == task.StateFailed && (row.Error == testkit.RestartText || strings.Contains(row.Error, "Submit failed"))

@@ -18,8 +18,8 @@ func (p *manager) Pid(_ string, pid *int) error {
 	return nil
 }
 
-// Insist has operations ignore their cancellation, and PENDING ones wait behind
-// them. It returns the IDs of one that runs and of one that waits.
+// Insist submits operations that ignore their cancellation, and PENDING ones behind
+// them. It returns the IDs of a running and of a waiting one.
 func (p *manager) Insist(_ string, ids *[2]string) error {
 	for i := range ids {
 		op, err := p.m.Submit("insists", func(context.Context, func(int)) (any, error) { select {} }, task.WithLock("pool"))
@@ -31,7 +31,7 @@ func (p *manager) Insist(_ string, ids *[2]string) error {
 	return nil
 }
 
-// TestCancel cancels what another process runs.
+// TestCancel cancels an operation of another process.
 func TestCancel(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -58,7 +58,7 @@ func TestCancel(t *testing.T) {
 			t.Errorf("Cancel of a finished one: %v", err)
 		}
 	}
-	if slow > 2 { // a busy machine may delay some
+	if slow > 2 { // a busy machine may delay a few
 		t.Errorf("%d of 5 took more than 200 ms", slow)
 	}
 	var ids [2]string
@@ -70,8 +70,8 @@ func TestCancel(t *testing.T) {
 	p.Kill()
 }
 
-// TestCancelUnheard: a process that dies before it has heard the request, or
-// before its function has, leaves an operation that is FAILED.
+// TestCancelUnheard: if a process dies before it has read the cancel request, or before
+// its function has reacted, the operation becomes FAILED.
 func TestCancelUnheard(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -103,7 +103,7 @@ func TestCancelUnheard(t *testing.T) {
 	}
 }
 
-// TestWatchAll watches what other processes run, until one dies.
+// TestWatchAll watches the operations of other processes, until one dies.
 func TestWatchAll(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -124,7 +124,7 @@ func TestWatchAll(t *testing.T) {
 	for op, err := range changes {
 		testkit.Must(t, err)
 		if told[op.ID] = append(told[op.ID], op.State); op.State.Finished() && len(told) == len(ends)+len(work) {
-			time.AfterFunc(500*time.Millisecond, stop) // in which nothing may be told twice
+			time.AfterFunc(500*time.Millisecond, stop) // nothing may be yielded twice
 		}
 	}
 	check := func(id string, want task.State) {

@@ -14,9 +14,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// TestIdle: two idle managers on one database do nothing, also after they have
-// run, waited and watched. TASK_IDLE says for how
-// long, a second or more by default.
+// TestIdle: two idle managers on one database do nothing, even after they have run,
+// waited and watched. TASK_IDLE sets for how long, a second or more by default.
 func TestIdle(t *testing.T) {
 	testos.Parallel(t)
 	length := time.Duration(testos.Size(1000, 3000)) * time.Millisecond
@@ -27,10 +26,10 @@ func TestIdle(t *testing.T) {
 	procs := []*testkit.Process{start(t, path), start(t, path)}
 	pids := testkit.CallAll[int](t, procs, "Pid", "")
 	works := testkit.CallAll[[]task.Operation](t, procs, "Submit", work)
-	for i, p := range procs { // each ends those of the other
+	for i, p := range procs { // each ends the other's operations
 		p.Call("CancelAll", works[1-i][:len(ends)], new(string))
 	}
-	time.Sleep(2 * time.Second) // for what is left of the runtime's own work
+	time.Sleep(2 * time.Second) // until the runtime has finished its own work
 	before := []usage{usageOf(t, pids[0]), usageOf(t, pids[1])}
 	time.Sleep(length)
 	for i, pid := range pids {
@@ -44,7 +43,7 @@ func TestIdle(t *testing.T) {
 	}
 }
 
-// CancelAll cancels operations of any process, and waits for their ends.
+// CancelAll cancels operations of any process, and waits until they have finished.
 func (p *manager) CancelAll(ops []task.Operation, _ *string) error {
 	for _, op := range ops {
 		if err := p.m.Cancel(op.ID); err != nil {
@@ -60,8 +59,8 @@ func (p *manager) CancelAll(ops []task.Operation, _ *string) error {
 // A usage is what a process has used so far.
 type usage struct {
 	ticks    int // of CPU time, 100 a second
-	calls    int // of read and write and their like
-	switches int // voluntary context switches of its threads: each call that waits is one
+	calls    int // system calls such as read and write
+	switches int // voluntary context switches of its threads: one for each call that waits
 }
 
 func usageOf(t *testing.T, pid int) (u usage) {

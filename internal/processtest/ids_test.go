@@ -25,7 +25,7 @@ func journal(path, line string) task.Func {
 	}
 }
 
-// runs returns how often each line is in a journal.
+// runs returns how often each line occurs in a journal.
 func runs(t *testing.T, path string) map[string]int {
 	t.Helper()
 	raw, err := os.ReadFile(path)
@@ -39,11 +39,11 @@ func runs(t *testing.T, path string) map[string]int {
 	return n
 }
 
-// A submission is a Submit with an ID whose function adds that to a journal.
+// A submission is a Submit with an ID whose function adds the ID to a journal.
 type submission = struct{ ID, Journal string }
 
-// SubmitID submits, and returns whether the operation is this process's, once it
-// has finished.
+// SubmitID submits, and returns after the operation has finished. It reports whether
+// this process has run it.
 func (p *manager) SubmitID(s submission, won *bool) error {
 	op, err := p.m.Submit("by ID", journal(s.Journal, s.ID), task.WithID(s.ID))
 	if *won = err == nil; err != nil && !errors.Is(err, task.ErrExists) {
@@ -59,8 +59,8 @@ func (p *manager) SubmitID(s submission, won *bool) error {
 	return err
 }
 
-// TestSameID: two processes submit the same ID at the same time. One of them
-// runs it, and both see its end.
+// TestSameID: two processes submit the same ID at the same time. One of them runs it,
+// and both see its final state.
 func TestSameID(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.FastPath(t)
@@ -96,7 +96,7 @@ func TestSameID(t *testing.T) {
 	t.Logf("wins: %v", wins)
 }
 
-// SubmitMany begins to submit IDs one after the other, without an end.
+// SubmitMany submits IDs one after the other in the background, without an end.
 func (p *manager) SubmitMany(s submission, _ *int) error {
 	go func() {
 		for i := 0; ; i++ {
@@ -111,8 +111,8 @@ func (p *manager) SubmitMany(s submission, _ *int) error {
 }
 
 // TestKilledBetweenCommitAndAnswer kills processes that submit as fast as they can.
-// However far a Submit has come, the next process does not run it again, and
-// runs what has not been stored.
+// However far a Submit has come, the next process does not run a stored operation
+// again, and runs those that were not stored.
 func TestKilledBetweenCommitAndAnswer(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.FastPath(t)
@@ -124,7 +124,7 @@ func TestKilledBetweenCommitAndAnswer(t *testing.T) {
 		testkit.Must(t, testkit.Until(func() bool { return len(runs(t, log)) > before+20 }))
 		p.Kill()
 	}
-	p := start(t, path) // recovers what the last one has left
+	p := start(t, path) // recovers the operations of the last one
 	p.Call("Close", "", new(string))
 	p.End()
 	ran := runs(t, log)

@@ -14,8 +14,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// work is what the processes of a test do: three operations that keep running,
-// and one for each final state.
+// work lists the operations of a test's processes: three that keep running, and one for
+// each final state.
 var work = []task.Operation{
 	{Name: "scrub", Progress: 40, Metadata: "tank"},
 	{Name: "send", Progress: 99, Metadata: "tank@monday"},
@@ -25,14 +25,14 @@ var work = []task.Operation{
 	{Name: "cancelled", Progress: 5, Metadata: "by hand", State: task.StateCancelled},
 }
 
-// ends is how the three that keep running are to end.
+// ends lists how the three running operations are to end.
 var ends = []task.Operation{
 	{State: task.StateDone, Progress: 100, Result: "sent"},
 	{State: task.StateFailed, Progress: 99, Error: "disk full"},
 	{State: task.StateCancelled, Error: task.ErrCancelled.Error()},
 }
 
-// wantSame compares two operations, their times apart.
+// wantSame compares two operations, apart from their times.
 func wantSame(t *testing.T, got *task.Operation, want task.Operation) {
 	t.Helper()
 	if got.ID != want.ID || got.State != want.State || got.Progress != want.Progress || got.Result != want.Result || got.Error != want.Error {
@@ -120,7 +120,7 @@ func TestOwnerFilesDoNotPileUp(t *testing.T) {
 	wantOwnerFiles(t, path, 1)
 }
 
-// TestStartedAtOnce has several processes recover at the same time.
+// TestStartedAtOnce makes several processes recover at the same time.
 func TestStartedAtOnce(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -154,7 +154,7 @@ func TestStartedAtOnce(t *testing.T) {
 	before.WantFailed(t, testkit.Stored(t, store), slices.Collect(maps.Keys(before))...)
 }
 
-// TestNewFile has several processes create the database at the same time.
+// TestNewFile makes several processes create the database at the same time.
 func TestNewFile(t *testing.T) {
 	testos.Parallel(t)
 	for round := range 3 {
@@ -186,8 +186,8 @@ func TestNewFile(t *testing.T) {
 	}
 }
 
-// TestWait waits in this process for an operation that another one runs, and has
-// various things happen to it meanwhile.
+// TestWait waits in this process for an operation of another one, to which various
+// things happen meanwhile.
 func TestWait(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -219,8 +219,8 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// waitWhile waits for an operation of another process while something happens
-// to it, or while the context ends if that is nil.
+// waitWhile waits for an operation of another process and calls meanwhile. If meanwhile
+// is nil, the context is done instead.
 func waitWhile(t *testing.T, path string, meanwhile func(*testkit.Process, task.Operation), want task.Operation, wantErr error) {
 	t.Helper()
 	p := start(t, path)
@@ -270,7 +270,7 @@ func waitWhile(t *testing.T, path string, meanwhile func(*testkit.Process, task.
 	}
 }
 
-// TestOthers shows what a manager says of operations of another process.
+// TestOthers checks what a manager reports about operations of another process.
 func TestOthers(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)

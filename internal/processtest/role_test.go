@@ -24,12 +24,12 @@ type manager struct {
 	m     *task.Manager
 
 	mu     sync.Mutex                     // guards what follows
-	orders map[string]chan task.Operation // by ID: what the function is to do next
+	orders map[string]chan task.Operation // by ID: orders for the function
 }
 
-// opened is what New has left for its process to see.
+// opened is the result of New in a process.
 type opened = struct {
-	Recovered  []string // IDs that were logged
+	Recovered  []string // logged IDs
 	N          int      // how many operations New has recovered
 	Unfinished int      // how many are not finished
 }
@@ -52,9 +52,9 @@ func (p *manager) Open(path string, found *opened) (err error) {
 	return err
 }
 
-// Submit submits operations with those names, metadata and progress, which run
-// until the test ends them. It returns them once all of that is stored. Those
-// that want a final state have then reached it.
+// Submit submits operations with those names, metadata and progress, which run until
+// the test ends them. It returns them once all of that is stored. Those that want a
+// final state have reached it by then.
 func (p *manager) Submit(wants []task.Operation, got *[]task.Operation) error {
 	ids := make([]string, len(wants))
 	for i, want := range wants {
@@ -101,7 +101,7 @@ func (p *manager) Submit(wants []task.Operation, got *[]task.Operation) error {
 	return nil
 }
 
-// stored returns a running operation once its row shows what want says.
+// stored returns a running operation once its row shows the wanted values.
 func (p *manager) stored(id string, want task.Operation) (op *task.Operation, err error) {
 	late := testkit.Until(func() bool {
 		op, err = p.store.Get(id)
@@ -112,7 +112,7 @@ func (p *manager) stored(id string, want task.Operation) (op *task.Operation, er
 	return op, cmp.Or(err, late)
 }
 
-// Report has an operation report progress, and returns it once that is stored.
+// Report makes an operation report progress, and returns it once that is stored.
 func (p *manager) Report(want task.Operation, got *task.Operation) error {
 	p.order(want)
 	op, err := p.stored(want.ID, want)
@@ -128,7 +128,7 @@ func (p *manager) order(want task.Operation) {
 	p.orders[want.ID] <- want
 }
 
-// End ends an operation in the way that want says, and returns it.
+// End ends an operation in the wanted way, and returns it.
 func (p *manager) End(want task.Operation, got *task.Operation) error {
 	if want.State == task.StateCancelled {
 		if err := p.m.Cancel(want.ID); err != nil {

@@ -19,19 +19,19 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// resuming is a function of WithResume that resumes all with fn.
+// resuming is a WithResume function that resumes every operation with fn.
 func resuming(fn task.Func, opts ...task.SubmitOption) task.Option {
 	return task.WithResume(func(*task.Operation) (task.Func, []task.SubmitOption) { return fn, opts })
 }
 
-// orphan returns an operation that runs, as a dead process leaves it.
+// orphan returns a running operation of a dead process.
 func orphan(id string) *task.Operation {
 	at := time.Now().UTC().Add(-time.Hour).Truncate(time.Microsecond)
 	return &task.Operation{ID: id, Name: "left " + id, State: task.StateRunning, Progress: 60, Message: "half done",
 		Metadata: map[string]any{"place": id}, CreatedAt: at, StartedAt: at.Add(time.Second), UpdatedAt: at.Add(2 * time.Second)}
 }
 
-// leaveOrphans has a dead process leave operations in a database.
+// leaveOrphans stores operations of a dead process in a database.
 func leaveOrphans(t *testing.T, path string, ops ...*task.Operation) {
 	t.Helper()
 	dead := testkit.OpenSQLite(t, path)
@@ -41,7 +41,7 @@ func leaveOrphans(t *testing.T, path string, ops ...*task.Operation) {
 	testkit.Must(t, dead.Close())
 }
 
-// orphanStores open stores in which a dead process has left operations.
+// orphanStores lists functions that open stores with operations of a dead process.
 var orphanStores = map[string]func(t *testing.T, ops ...*task.Operation) task.Persistence{
 	"SQLite": func(t *testing.T, ops ...*task.Operation) task.Persistence {
 		path := testkit.Path(t)
@@ -126,7 +126,7 @@ func TestResume(t *testing.T) {
 	})
 }
 
-// TestResumeRefused has the function of WithResume, or an option, fail.
+// TestResumeRefused: the function of WithResume, or an option, fails.
 func TestResumeRefused(t *testing.T) {
 	testos.Parallel(t)
 	for name, f := range map[string]func() (task.Func, []task.SubmitOption){
@@ -173,8 +173,8 @@ func TestResumeRefused(t *testing.T) {
 	}
 }
 
-// Of orphans that other code has made, with IDs that no query finds again, none is
-// resumed: all are FAILED, and hold up no other.
+// Orphans of other code, with IDs that no query finds again, are not resumed: all are
+// FAILED, and delay no others.
 func TestResumeOddIDs(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -196,8 +196,8 @@ func TestResumeOddIDs(t *testing.T) {
 	}
 }
 
-// TestResumeOrder has operations resumed in the order of their submission,
-// whoever has left them, and those of one key one at a time.
+// TestResumeOrder: operations are resumed in order of submission, whichever process has
+// left them, and those of one key one at a time.
 func TestResumeOrder(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -205,7 +205,7 @@ func TestResumeOrder(t *testing.T) {
 	for i := range 20 {
 		op := orphan(fmt.Sprintf("%02d", 19-i))
 		op.CreatedAt = op.CreatedAt.Add(-time.Duration(i) * time.Minute)
-		leaveOrphans(t, path, op) // each of another owner
+		leaveOrphans(t, path, op) // each of a different owner
 		want = append(want, op.ID)
 	}
 	slices.Sort(want)
@@ -232,8 +232,8 @@ func TestResumeOrder(t *testing.T) {
 	}
 }
 
-// TestResumeHoldsKey: what is submitted later waits for a resumed operation that
-// has its key.
+// TestResumeHoldsKey: operations submitted later wait for a resumed operation with the
+// same key.
 func TestResumeHoldsKey(t *testing.T) {
 	testos.Parallel(t)
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {
@@ -253,7 +253,7 @@ func TestResumeHoldsKey(t *testing.T) {
 	})
 }
 
-// TestResumeRace has two stores recover the same file at the same time.
+// TestResumeRace: two stores recover the same file at the same time.
 func TestResumeRace(t *testing.T) {
 	testos.Parallel(t)
 	const n = 20
@@ -297,7 +297,7 @@ func TestResumeRace(t *testing.T) {
 	}
 }
 
-// TestResumeMany resumes more than one transaction takes over.
+// TestResumeMany resumes more operations than one transaction takes over.
 func TestResumeMany(t *testing.T) {
 	testos.Parallel(t)
 	const n = 5000
@@ -349,8 +349,8 @@ func TestResumeAfterCrash(t *testing.T) {
 	}
 }
 
-// TestResumeOvertaken has the operation change while the function of WithResume
-// is asked.
+// TestResumeOvertaken: the operation changes while the function of WithResume is
+// running.
 func TestResumeOvertaken(t *testing.T) {
 	testos.Parallel(t)
 	for name, tt := range map[string]struct {
@@ -378,8 +378,8 @@ func TestResumeOvertaken(t *testing.T) {
 	}
 }
 
-// TestResumeBlocked: a function of WithResume that blocks in the background holds
-// up nothing but Close, after which nothing is resumed.
+// TestResumeBlocked: a function of WithResume that blocks in the background delays only
+// Close, after which nothing is resumed.
 func TestResumeBlocked(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -432,7 +432,7 @@ func TestResumeBlocked(t *testing.T) {
 }
 
 // TestResumeByWaiting: a manager that waits for an operation when its process dies
-// resumes it; each final state is shown once.
+// resumes it. Each final state is shown once.
 func TestResumeByWaiting(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -493,8 +493,8 @@ func TestResumeLater(t *testing.T) {
 	}
 }
 
-// TestResumeFails has New fail halfway: what was taken over is left to the next
-// start.
+// TestResumeFails: New fails halfway. Operations that it has taken over are left to the
+// next start.
 func TestResumeFails(t *testing.T) {
 	testos.Parallel(t)
 	memory := task.NewMemoryStore()
@@ -519,8 +519,8 @@ func TestResumeFails(t *testing.T) {
 	}
 }
 
-// TestResumeNotOwn: a manager whose store passes for dead does not resume what it
-// runs itself.
+// TestResumeNotOwn: a manager whose store counts as dead does not resume its own
+// running operations.
 func TestResumeNotOwn(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -540,11 +540,11 @@ func TestResumeNotOwn(t *testing.T) {
 	testkit.Must(t, dead.Close())
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	m.Wait(ctx, another.ID) // has the dead looked at
+	m.Wait(ctx, another.ID) // makes the manager look for dead owners
 	testkit.Must(t, testkit.Until(func() bool { got, err := living.Get(op.ID); return err == nil && got.State == task.StateFailed }))
 }
 
-// TestDrainWithResume: what has not started is left to the next start.
+// TestDrainWithResume: operations that have not started are left to the next start.
 func TestDrainWithResume(t *testing.T) {
 	testos.Parallel(t)
 	for _, drain := range []bool{true, false} {
@@ -583,7 +583,8 @@ func TestDrainWithResume(t *testing.T) {
 	}
 }
 
-// TestDrainDuringSubmit: what is being stored when Drain is called is left, too.
+// TestDrainDuringSubmit: an operation that is being stored when Drain is called is
+// left, too.
 func TestDrainDuringSubmit(t *testing.T) {
 	testos.Parallel(t)
 	db := testkit.NewFake(nil)
@@ -681,7 +682,7 @@ func TestSetMessageUnchanged(t *testing.T) {
 	})
 }
 
-// TestSetMessageHanging: a store that hangs does not hold up SetMessage.
+// TestSetMessageHanging: a store that hangs does not delay SetMessage.
 func TestSetMessageHanging(t *testing.T) {
 	testos.Parallel(t)
 	db := testkit.NewFake(nil)
@@ -711,7 +712,7 @@ func TestSetMessageHanging(t *testing.T) {
 	}
 }
 
-// TestWaitsFor looks at operations that wait for a key, and for a slot.
+// TestWaitsFor checks operations that wait for a key, and for a slot.
 func TestWaitsFor(t *testing.T) {
 	testos.Parallel(t)
 	testkit.EachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {
@@ -775,7 +776,7 @@ func TestWaitsForSlot(t *testing.T) {
 	}
 }
 
-// TestResumeUnique: the unique keys of resumed operations count.
+// TestResumeUnique: unique keys of resumed operations are enforced.
 func TestResumeUnique(t *testing.T) {
 	testos.Parallel(t)
 	eachOrphanStore(t, func(t *testing.T, open func(ops ...*task.Operation) task.Persistence) {

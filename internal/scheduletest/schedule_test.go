@@ -19,50 +19,50 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// A schedule is one run of a scenario, in one of its many orders. An event is
-// something that may happen next: a call that a goroutine is about to make, a
-// step of the store, the end of a function. Whenever all goroutines are blocked,
-// one event is picked and happens.
+// A schedule is one run of a scenario, in one of its many orders. An event is something
+// that may happen next: a call that a goroutine is about to make, a step of the store,
+// or the end of a function. Whenever all goroutines are blocked, the schedule picks one
+// event to happen.
 type schedule struct {
 	t      *testing.T
 	pick   func(n int) int
-	db     task.Persistence // the store itself, to look at without waiting
+	db     task.Persistence // the store itself, for reads without waiting
 	gets   bool             // Get waits to be picked
-	lists  bool             // List does
+	lists  bool             // List waits to be picked
 	faults int              // how many writes may still fail
 	limit  int              // how many functions of one manager may run; 0 for any number
 
 	mu     sync.Mutex // guards what follows
 	events []event
 	busy   int  // goroutines of goes and functions that have not ended
-	free   bool // the store does not wait: before and after run
+	free   bool // the store does not wait: set before and after run
 	trace  []string
 	ops    map[string]*scheduled // by name
 
 	managers map[*task.Manager]bool // whether they are closed
 
-	check func() // if not nil: checks the result of the scenario, once all are closed
+	check func() // if not nil: checks the result of the scenario, once all managers are closed
 }
 
-// An event lets one goroutine go on.
+// An event lets one goroutine continue.
 type event struct {
 	name string
-	turn chan int // shared by the ways in which that goroutine can go on
+	turn chan int // shared by the ways in which that goroutine can continue
 	way  int
 }
 
-// A scheduled operation is one that the schedule watches.
+// A scheduled is an operation that the schedule observes.
 type scheduled struct {
 	name string
 	m    *task.Manager
 	id   string
 
 	asked   bool  // Submit was called
-	refused error // what it returned
+	refused error // the error of Submit
 
 	calls  int
 	ended  bool  // the function has returned
-	err    error // what it returned
+	err    error // the error of the function
 	ctx    context.Context
 	update func(int)
 	saved  int // how often its row was stored
@@ -73,9 +73,9 @@ type scheduled struct {
 // scheduleFactor explores more orders: go test ./internal/scheduletest -args -schedules 100
 var scheduleFactor = flag.Int("schedules", 1, "how many times the usual number of orders to explore")
 
-// explore runs a scenario in many orders. A quarter are enumerated: each differs
-// from the one before as late as possible, until there are no more. The others
-// are random, but the same each time.
+// explore runs a scenario in many orders. A quarter of them are enumerated: each
+// differs from the previous one as late as possible, until none is left. The others are
+// random, but the same in every test run.
 func explore(t *testing.T, runs int, scenario func(s *schedule)) {
 	runs *= *scheduleFactor
 	var prefix []int
@@ -125,7 +125,7 @@ func explore(t *testing.T, runs int, scenario func(s *schedule)) {
 	}
 }
 
-// wait waits until it is picked to go on, in one of several ways.
+// wait waits until it is picked to continue, in one of several ways.
 func (s *schedule) wait(ways ...string) int {
 	s.mu.Lock()
 	free := s.free
@@ -136,7 +136,7 @@ func (s *schedule) wait(ways ...string) int {
 	return s.queue(ways...)
 }
 
-// queue is wait that also waits while the store does not.
+// queue is wait, but it waits even while the store does not.
 func (s *schedule) queue(ways ...string) int {
 	s.mu.Lock()
 	turn := make(chan int, 1)
@@ -163,7 +163,7 @@ func (s *schedule) add(n int) {
 	s.busy += n
 }
 
-// run has one event happen after the other until there is none left.
+// run lets events happen one after the other until none is left.
 func (s *schedule) run() {
 	s.mu.Lock()
 	s.free = false
@@ -186,7 +186,7 @@ func (s *schedule) run() {
 	}
 }
 
-// next takes out the event that is to happen.
+// next removes and returns the event that is to happen.
 func (s *schedule) next() (picked *event, busy bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -268,7 +268,7 @@ func (s *schedule) checkOp(op *scheduled) {
 	}
 }
 
-// stored returns what is stored under a name, nil if nothing is.
+// stored returns the operation stored under a name, or nil.
 func (s *schedule) stored(name string) (*task.Operation, error) {
 	rows, err := s.db.List(100, 0)
 	for _, row := range rows {
@@ -279,8 +279,8 @@ func (s *schedule) stored(name string) (*task.Operation, error) {
 	return nil, err
 }
 
-// tell records a snapshot that a manager has returned. Once one is finished, all
-// later ones must be the same.
+// tell records a snapshot that a manager has returned. After a finished one, all later
+// ones must be the same.
 func (s *schedule) tell(op *scheduled, got *task.Operation) {
 	row, err := s.stored(op.name)
 	if err != nil || row == nil {
@@ -297,13 +297,13 @@ func (s *schedule) tell(op *scheduled, got *task.Operation) {
 	}
 }
 
-// memory makes a memory store the one of the scenario.
+// memory gives the scenario a memory store.
 func (s *schedule) memory() *testkit.Fake {
 	s.db = task.NewMemoryStore()
 	return s.gate(s.db)
 }
 
-// manager returns a manager that the end of the scenario closes.
+// manager returns a manager, which is closed at the end of the scenario.
 func (s *schedule) manager(db task.Persistence, opts ...task.Option) *task.Manager {
 	m, err := task.New(db, append([]task.Option{testkit.Quiet}, opts...)...)
 	if err != nil {
@@ -316,8 +316,7 @@ func (s *schedule) manager(db task.Persistence, opts ...task.Option) *task.Manag
 	return m
 }
 
-// submit submits an operation when it is picked to. If that succeeds, it calls
-// next.
+// submit submits an operation when it is picked. If that succeeds, it calls next.
 func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(*scheduled), opts ...task.SubmitOption) {
 	op := &scheduled{name: name, m: m}
 	s.mu.Lock()
@@ -349,8 +348,7 @@ func (s *schedule) submit(m *task.Manager, name string, fn task.Func, next func(
 	})
 }
 
-// watched returns a function that records its calls, and that ends when it is
-// picked to.
+// watched returns a function that records its calls, and that ends when it is picked.
 func (s *schedule) watched(op *scheduled, fn task.Func) task.Func {
 	return func(ctx context.Context, update func(int)) (any, error) {
 		s.add(1)
@@ -394,7 +392,7 @@ func (s *schedule) waits(op *scheduled, m *task.Manager, n int) {
 	}
 }
 
-// look reads an operation. Once it was shown as finished, it is.
+// look reads an operation. Once the operation was shown as finished, it stays so.
 func (s *schedule) look(op *scheduled, m *task.Manager) {
 	finished := s.isTold(op)
 	got, ok := m.Get(op.id)
@@ -406,7 +404,7 @@ func (s *schedule) look(op *scheduled, m *task.Manager) {
 
 	finished = s.isTold(op)
 	page, err := m.List(1000, 0)
-	if !s.gets { // List returns what holds when it returns
+	if !s.gets { // List returns the state at its return
 		finished = s.isTold(op)
 	}
 	i := slices.IndexFunc(page, func(listed *task.Operation) bool { return listed.ID == op.id })
@@ -436,7 +434,7 @@ func (s *schedule) cancel(op *scheduled, m *task.Manager) {
 	s.tell(op, after)
 }
 
-// close closes a manager when it is picked to.
+// close closes a manager when it is picked.
 func (s *schedule) close(m *task.Manager) {
 	s.goes("close", func() {
 		if err := m.Close(); err != nil {
@@ -460,15 +458,15 @@ func (s *schedule) closed(m *task.Manager) {
 	}
 }
 
-// yields is a Func that returns the cause of a cancellation, if there was one.
+// yields is a Func that returns the cause of its cancellation, if it was cancelled.
 func yields(ctx context.Context, _ func(int)) (any, error) { return "made it", context.Cause(ctx) }
 
 // insists is a Func that always succeeds.
 func insists(context.Context, func(int)) (any, error) { return "made it", nil }
 
-// gate returns a store that waits to be picked before each write and after it,
-// and before and after reads if the scenario says so. A write may fail, or be
-// stored and seem to have failed.
+// gate returns a store that waits to be picked before and after each write, and also
+// before and after reads if the scenario says so. A write may fail, or be stored
+// although it seems to have failed.
 func (s *schedule) gate(db task.Persistence) *testkit.Fake {
 	gate := testkit.NewFake(db)
 	gate.Before(s.before)
@@ -476,7 +474,7 @@ func (s *schedule) gate(db task.Persistence) *testkit.Fake {
 	return gate
 }
 
-// The ways of a write.
+// The ways in which a write can go.
 const (
 	succeeds = iota
 	fails
@@ -531,7 +529,7 @@ func (s *schedule) after(c *testkit.Call) {
 	}
 }
 
-// gated reports whether a call is a read that waits.
+// gated reports whether a call is a read that must wait.
 func (s *schedule) gated(c *testkit.Call) bool {
 	switch c.Method {
 	case "Get":
@@ -601,8 +599,8 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestUnique: Submits of one unique key, or of one ID, against each other, with
-// writes that fail, and against Close.
+// TestUnique: Submits of one unique key, or of one ID, against each other, with writes
+// that fail, and against Close.
 func TestUnique(t *testing.T) {
 	for name, opt := range map[string]task.SubmitOption{"key": task.WithUnique("k"), "ID": task.WithID("x")} {
 		for faults := range 2 {
@@ -677,8 +675,8 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-// TestEviction: reads against the moment in which an operation leaves
-// the manager's memory, because its final state is stored.
+// TestEviction: reads at the moment when an operation leaves the manager's memory,
+// because its final state is stored.
 func TestEviction(t *testing.T) {
 	for name, lists := range map[string]bool{"Get": false, "List": true} {
 		t.Run(name, func(t *testing.T) {
@@ -696,8 +694,8 @@ func TestEviction(t *testing.T) {
 	}
 }
 
-// TestTwoManagers: two managers on one store, of which one closes, and
-// a third that joins them and recovers.
+// TestTwoManagers: two managers on one store. One of them closes, and a third one joins
+// them and recovers.
 func TestTwoManagers(t *testing.T) {
 	for name, test := range map[string]struct {
 		runs int
@@ -735,8 +733,8 @@ func TestTwoManagers(t *testing.T) {
 	}
 }
 
-// TestRecovery: two managers recover the same operations at the same
-// time, while one of them closes and a third keeps running.
+// TestRecovery: two managers recover the same operations at the same time, while one of
+// them closes and a third one keeps running.
 func TestRecovery(t *testing.T) {
 	explore(t, 300, func(s *schedule) {
 		db := s.memory()
@@ -766,7 +764,7 @@ func TestRecovery(t *testing.T) {
 }
 
 // TestResume: two managers resume the same operations at the same time, while one of
-// them closes. Each is resumed once, or failed by the Close.
+// them closes. Each operation is resumed once, or failed by the Close.
 func TestResume(t *testing.T) {
 	explore(t, 300, func(s *schedule) {
 		db := s.memory()
@@ -798,8 +796,8 @@ func TestResume(t *testing.T) {
 	})
 }
 
-// TestLate: goroutines that a function has left behind report progress
-// and metadata, before its return, after it, and after the final state is stored.
+// TestLate: goroutines that outlive their function report progress and metadata, before
+// its return, after it, and after the final state is stored.
 func TestLate(t *testing.T) {
 	explore(t, 300, func(s *schedule) {
 		m := s.manager(s.memory())
@@ -840,8 +838,8 @@ func TestLate(t *testing.T) {
 	})
 }
 
-// TestCloseClose: Close against Close and Shutdown. Later calls wait for
-// a mutex, which synctest does not count as blocked, so this one uses real time.
+// TestCloseClose: Close against Close and Shutdown. This test uses real time, because
+// later calls wait for a mutex, which synctest does not count as blocked.
 func TestCloseClose(t *testing.T) {
 	events := []string{"close", "close", "shutdown", "end", "store"}
 	permute(events, func(order []string) {

@@ -28,9 +28,9 @@ func attach(t *testing.T, path string) *task.SQLiteStore {
 	return store
 }
 
-// A manager on an attached store sees what another one runs, and leaves no trace
-// of its own: not in the directory, the schema or the rows, and not even of
-// operations whose process is dead.
+// A manager on an attached store sees the operations of another one and leaves no trace
+// of its own, neither in the directory, the schema and the rows, nor in operations
+// whose process is dead.
 func TestAttachSQLite(t *testing.T) {
 	path := testkit.Path(t)
 	own := testkit.OpenSQLite(t, path)
@@ -95,8 +95,8 @@ func endBeside(t *testing.T, beside *task.Manager, id string, release func()) {
 	}
 }
 
-// A wait for an operation of a dead process goes on, because an attached store
-// recovers nothing.
+// Wait for an operation of a dead process continues, because an attached store recovers
+// nothing.
 func TestAttachSQLiteNeverRecovers(t *testing.T) {
 	testos.Parallel(t)
 	path := testkit.Path(t)
@@ -104,7 +104,7 @@ func TestAttachSQLiteNeverRecovers(t *testing.T) {
 	testkit.Fill(t, path, 1, "dead", "-1 hour")
 	m := testkit.NewManager(t, attach(t, path))
 	rows := testkit.Stored(t, own)
-	ctx, cancel := context.WithTimeout(t.Context(), 2500*time.Millisecond) // in which owners are looked at twice
+	ctx, cancel := context.WithTimeout(t.Context(), 2500*time.Millisecond) // long enough to examine owners twice
 	defer cancel()
 	if op, err := m.Wait(ctx, "dead-00001"); err != ctx.Err() || op.State.Finished() {
 		t.Errorf("Wait: %+v, %v", op, err)
@@ -114,7 +114,7 @@ func TestAttachSQLiteNeverRecovers(t *testing.T) {
 	}
 }
 
-// An attachMaker makes what is at a path.
+// An attachMaker creates what is at a path.
 type attachMaker func(t *testing.T, path string)
 
 func attachCurrent(stmt string) attachMaker {
@@ -132,7 +132,7 @@ func attachFile(text string) attachMaker {
 	return func(t *testing.T, path string) { testkit.Must(t, os.WriteFile(path, []byte(text), 0o600)) }
 }
 
-// What can't be attached to is left as it is, and the error says what to do.
+// AttachSQLite leaves an unsuitable path unchanged, and the error says what to do.
 func TestAttachSQLiteRefuses(t *testing.T) {
 	const spec = `CREATE TABLE tasks (id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, progress INTEGER DEFAULT 0,
 		metadata TEXT, result TEXT, error TEXT, created_at DATETIME DEFAULT CURRENT_TIMESTAMP, updated_at DATETIME DEFAULT CURRENT_TIMESTAMP)`
@@ -175,7 +175,7 @@ func TestAttachSQLiteRefuses(t *testing.T) {
 	}
 }
 
-// The columns of a newer version don't disturb.
+// Columns of a newer version do no harm.
 func TestAttachSQLiteNewer(t *testing.T) {
 	path := testkit.Path(t)
 	op := testkit.Submit(t, testkit.NewManager(t, testkit.OpenSQLite(t, path)), testkit.Nothing)

@@ -24,17 +24,17 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// The fuzz targets. As ordinary tests they run what f.Add and testdata/fuzz
-// give them. To look for more:
+// The fuzz targets. As ordinary tests they run the inputs of f.Add and testdata/fuzz.
+// To fuzz:
 //
 //	go test -run - -fuzz FuzzRow -fuzztime 10m ./internal/sqlitetest
 
-// fuzzColumns are those that FuzzRow fills, in the order of its arguments.
+// fuzzColumns lists the columns that FuzzRow fills, in the order of its arguments.
 var fuzzColumns = []string{"id", "name", "state", "progress", "metadata", "result", "error",
 	"created_at", "updated_at", "started_at", "owner"}
 
-// The storage classes of a cell, as FuzzRow's classes has them: four bits for
-// each column, from the right.
+// The storage classes of a cell in FuzzRow's argument classes: four bits per column,
+// from the right.
 const (
 	fuzzText = iota
 	fuzzBlob
@@ -44,14 +44,14 @@ const (
 	fuzzClasses
 )
 
-// Owners that FuzzRow can't know by name.
+// Owners whose IDs FuzzRow can't know.
 const (
 	fuzzOwnerLives = "the one that lives"
 	fuzzOwnerSelf  = "the one that reads"
 )
 
-// FuzzRow reads a row that other code has written, every cell of it arbitrary:
-// it spoils nothing but itself.
+// FuzzRow reads a row that other code has written, with arbitrary cells. The row must
+// affect nothing but itself.
 func FuzzRow(f *testing.F) {
 	for _, r := range fuzzSeeds() {
 		c := r.cells
@@ -66,13 +66,13 @@ func FuzzRow(f *testing.F) {
 	})
 }
 
-// A fuzzRow is what FuzzRow writes: see fuzzColumns and the storage classes.
+// A fuzzRow is a row that FuzzRow writes: see fuzzColumns and the storage classes.
 type fuzzRow struct {
 	classes uint64
 	cells   [11]string
 }
 
-// fuzzSeeds returns rows that spoil one cell, and some that spoil all.
+// fuzzSeeds returns rows with one bad cell, and some in which all are bad.
 func fuzzSeeds() []fuzzRow {
 	good := fuzzRow{0, [11]string{"bad", "other code", "RUNNING", "42", `{"a":1}`, `[2]`, "oops",
 		"2024-05-06 07:08:09.123456", "2024-05-06 07:08:09.123456", "2024-05-06 07:08:09.123456", fuzzDead}}
@@ -114,17 +114,17 @@ func fuzzSeeds() []fuzzRow {
 	return seeds
 }
 
-// fuzzDead is the ID of an owner that never was.
+// fuzzDead is the ID of an owner that never existed.
 const fuzzDead = "11111111-2222-4333-8444-555555555555"
 
-// A fuzzRowDB is the database of FuzzRow, cleared and filled again for each
-// row: to make one anew would take longer than all the rest.
+// A fuzzRowDB is the database of FuzzRow. It is cleared and refilled for each row,
+// because creating a new one would take longer than everything else.
 type fuzzRowDB struct {
 	dir     string
-	raw     *sql.DB           // of other code
-	living  *task.SQLiteStore // of another process, as it were
+	raw     *sql.DB           // for other code
+	living  *task.SQLiteStore // plays another live process
 	livesAs string            // the ID of living
-	reader  *task.SQLiteStore // of the manager that is to stand what it reads
+	reader  *task.SQLiteStore // of the manager under test
 	readsAs string
 }
 
@@ -140,7 +140,7 @@ func newFuzzRowDB(f *testing.F) *fuzzRowDB {
 	d.raw = raw
 	d.livesAs = d.ownerOf(f, d.living)
 	d.readsAs = d.ownerOf(f, d.reader)
-	// Whatever an owner might be taken for.
+	// Anything that an owner might be mistaken for.
 	for _, dir := range []string{path + "-owner-", path + "-owner-.."} {
 		testkit.Must(f, os.Mkdir(dir, 0o700))
 		testkit.Must(f, os.WriteFile(filepath.Join(dir, "canary"), nil, 0o600))
@@ -165,7 +165,7 @@ func (d *fuzzRowDB) check(t *testing.T, classes uint64, cells [][]byte) {
 	}
 	neighbours := d.fill(t)
 	if !d.insert(t, classes, cells) {
-		return // SQLite would not have it
+		return // SQLite has refused the row
 	}
 	before := d.dump(t)
 	files := fuzzTree(t, d.dir)
@@ -205,13 +205,13 @@ func (d *fuzzRowDB) check(t *testing.T, classes uint64, cells [][]byte) {
 	}
 }
 
-// changed checks that recovery has changed nothing but the orphan and, if it is
-// one as well, the row itself.
+// changed checks that recovery has changed only the orphan and, if it is an orphan too,
+// the bad row.
 func (d *fuzzRowDB) changed(t *testing.T, before []map[string]string, recovered bool) {
 	t.Helper()
 	for i, row := range d.dump(t) {
 		for column, cell := range row {
-			own := i == 3 && recovered || row["id"] == before[2]["id"] // the row itself, and the orphan
+			own := i == 3 && recovered || row["id"] == before[2]["id"] // the bad row and the orphan
 			if own && slices.Contains([]string{"state", "error", "updated_at"}, column) {
 				continue
 			}
@@ -222,8 +222,8 @@ func (d *fuzzRowDB) changed(t *testing.T, before []map[string]string, recovered 
 	}
 }
 
-// fill writes the neighbours: a finished row, one of an owner that lives, and
-// an orphan. It returns them as they are to be read.
+// fill writes the neighbours: a finished row, one of a live owner, and an orphan. It
+// returns them as they should be read.
 func (d *fuzzRowDB) fill(t *testing.T) map[string]*task.Operation {
 	_, err := d.raw.Exec(`DELETE FROM tasks`)
 	testkit.Must(t, err)
@@ -254,7 +254,7 @@ func (d *fuzzRowDB) insert(t *testing.T, classes uint64, cells [][]byte) bool {
 	for i, cell := range cells {
 		class := classes >> (4 * i) & 0xf
 		if column := fuzzColumns[i]; class%fuzzClasses == fuzzBlob && (column == "id" || column == "state") {
-			class = fuzzText // nobody writes these as bytes
+			class = fuzzText // no program writes these as bytes
 		}
 		exprs[i], args[i] = fuzzCell(class, cell)
 	}
@@ -283,7 +283,7 @@ func fuzzCell(class uint64, cell []byte) (expr string, arg any) {
 	}
 }
 
-// dump returns all cells with their classes, byte for byte.
+// dump returns all cells with their storage classes, byte for byte.
 func (d *fuzzRowDB) dump(t *testing.T) (rows []map[string]string) {
 	var exprs []string
 	for _, c := range fuzzColumns {
@@ -316,8 +316,8 @@ func (d *fuzzRowDB) cell(t *testing.T, column string) string {
 	return text.String
 }
 
-// list checks the neighbours as a store or a manager shows them, and returns
-// the bad one.
+// list checks the neighbours in a list of a store or a manager, and returns the bad
+// row.
 func (d *fuzzRowDB) list(t *testing.T, from fuzzReader, neighbours map[string]*task.Operation, recovered bool) *task.Operation {
 	t.Helper()
 	ops, err := from.List(10, 0)
@@ -351,7 +351,7 @@ type fuzzReader interface {
 	Get(id string) (*task.Operation, error)
 }
 
-// A fuzzManager is a manager whose Get and List have the form of a store's.
+// A fuzzManager is a manager whose Get and List have the signatures of a store.
 type fuzzManager struct{ m *task.Manager }
 
 func (f fuzzManager) List(limit, offset int) ([]*task.Operation, error) {
@@ -365,7 +365,7 @@ func (f fuzzManager) Get(id string) (*task.Operation, error) {
 	return nil, task.ErrNotFound
 }
 
-// plausible checks what holds for whatever is read from a store.
+// plausible checks what must hold for any operation that is read from a store.
 func (d *fuzzRowDB) plausible(t *testing.T, op *task.Operation) {
 	t.Helper()
 	if !utf8.ValidString(op.Name) || !utf8.ValidString(op.Error) {
@@ -384,7 +384,7 @@ func (d *fuzzRowDB) plausible(t *testing.T, op *task.Operation) {
 	}
 }
 
-// encodes checks that a client can read what a manager gives.
+// encodes checks that a client can decode what a manager returns.
 func (d *fuzzRowDB) encodes(t *testing.T, op *task.Operation) {
 	t.Helper()
 	raw, err := json.Marshal(op)
@@ -397,7 +397,7 @@ func (d *fuzzRowDB) encodes(t *testing.T, op *task.Operation) {
 	}
 }
 
-// told checks that a cell which makes sense is read as what it says.
+// told checks that a valid cell is read as its value.
 func (d *fuzzRowDB) told(t *testing.T, op *task.Operation, classes uint64, cells [][]byte) {
 	t.Helper()
 	for i, column := range fuzzColumns {
@@ -426,7 +426,7 @@ func (d *fuzzRowDB) told(t *testing.T, op *task.Operation, classes uint64, cells
 	}
 }
 
-// asked asks a manager for what it did not run.
+// asked calls a manager for an operation that it did not run.
 func (d *fuzzRowDB) asked(t *testing.T, m *task.Manager, op *task.Operation) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -442,7 +442,7 @@ func (d *fuzzRowDB) asked(t *testing.T, m *task.Manager, op *task.Operation) {
 	}
 }
 
-// fuzzTree lists what is below a directory.
+// fuzzTree lists everything below a directory.
 func fuzzTree(t testing.TB, dir string) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
@@ -455,8 +455,8 @@ func fuzzTree(t testing.TB, dir string) (names []string) {
 	return names
 }
 
-// FuzzPath opens databases at arbitrary paths: there, and nowhere else, or not
-// at all.
+// FuzzPath opens databases at arbitrary paths. Each is opened at that path and nowhere
+// else, or not at all.
 func FuzzPath(f *testing.F) {
 	for _, path := range []string{"plain.db", "", ".", "..", "a/..", "a/../b", "./a", "a//b", "a/", "a/.", " ", "  a  ", "a\nb", "a\tb", "a\x00b", "\xff\xfe", "a?b", "a?mode=memory",
 		"a?mode=ro&cache=shared", "a#b", "a%b", "a%41", "%00", "%2e%2e%2fx", "a&b=c", "a+b", "a;b", "'", "\"", "`", "\\", "*", "~", "-", "|", "file:a", "file:a?mode=memory",
@@ -478,15 +478,14 @@ func FuzzPath(f *testing.F) {
 	})
 }
 
-// How FuzzPath opens a path.
+// The ways in which FuzzPath opens a path.
 const (
-	fuzzRelative   = 1 << iota // with the directory of the test as the working one
-	fuzzWithParent             // whose parent directory is there
+	fuzzRelative   = 1 << iota // the test's directory is the working directory
+	fuzzWithParent             // the parent directory exists
 	fuzzPathModes  = 1 << iota
 )
 
-// fuzzLocal reports whether a path stays in its directory, however it may be
-// misread.
+// fuzzLocal reports whether a path stays in its directory, however it may be misread.
 func fuzzLocal(path string) bool {
 	for _, p := range []string{path, strings.ReplaceAll(path, "\\", "/"), strings.Replace(path, "\x00", "", 1)} {
 		if p = strings.TrimPrefix(strings.ToLower(strings.TrimSpace(p)), "file:"); p == "" {
@@ -504,7 +503,7 @@ func fuzzPath(t *testing.T, path string, mode byte) {
 	dir := filepath.Join(root, "in", "here")
 	testkit.Must(t, os.MkdirAll(dir, 0o700))
 	t.Chdir(dir)
-	want := filepath.Join(dir, path) // what a path means, no matter what it looks like
+	want := filepath.Join(dir, path) // the meaning of the path, whatever it looks like
 	if mode&fuzzRelative == 0 {
 		path = dir + string(filepath.Separator) + path
 	}
@@ -549,7 +548,8 @@ func fuzzPath(t *testing.T, path string, mode byte) {
 	}
 }
 
-// fuzzModes checks that all the files of an open database are its owner's only.
+// fuzzModes checks that all files of an open database are accessible only to their
+// owner.
 func fuzzModes(t *testing.T, path string) {
 	t.Helper()
 	if _, err := os.Stat(path); err != nil {
@@ -569,7 +569,7 @@ func fuzzModes(t *testing.T, path string) {
 	}
 }
 
-// fuzzPathMustOpen checks that a path was refused for a reason.
+// fuzzPathMustOpen checks that there was a reason to refuse a path.
 func fuzzPathMustOpen(t *testing.T, path, want string, why error) {
 	t.Helper()
 	parent, err := os.Stat(filepath.Dir(want))
@@ -579,7 +579,7 @@ func fuzzPathMustOpen(t *testing.T, path, want string, why error) {
 	case len(filepath.Base(want)) > 255-len("-owner-"+fuzzDead), len(want) > 400:
 	default:
 		if _, err := os.Stat(want); err == nil {
-			return // a directory is there
+			return // the path is a directory
 		}
 		t.Errorf("%q was refused: %v", path, why)
 	}

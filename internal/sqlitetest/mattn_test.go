@@ -10,8 +10,7 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// open opens a database with go-sqlite3, whose parameters are called like the
-// pragmas.
+// open opens a database with go-sqlite3, whose parameters are named after the pragmas.
 func open(t testing.TB, path string, pragmas ...string) *sql.DB {
 	t.Helper()
 	params := strings.NewReplacer("(", "=", ")", "").Replace(strings.Join(pragmas, "&_"))

@@ -14,8 +14,8 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// What the package executed before the columns message, cancel_cause and
-// cancel_requested_at came: commit c3838a9.
+// The statements of the package before the columns message, cancel_cause and
+// cancel_requested_at were added: commit c3838a9.
 var (
 	olderSchema = []string{`
 CREATE TABLE IF NOT EXISTS tasks (
@@ -45,8 +45,8 @@ CREATE TABLE IF NOT EXISTS tasks (
 	olderRecover = `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ? WHERE rowid = ?`
 )
 
-// An older is a process with an older version of the package: a connection, and
-// the file that says that it is alive.
+// An older is a process with an older version of the package: a connection, and the
+// file that shows that it is alive.
 type older struct {
 	t     *testing.T
 	db    *sql.DB
@@ -59,7 +59,7 @@ func newOlder(t *testing.T, path string) *older {
 	testkit.Must(t, err)
 	t.Cleanup(func() { db.Close() })
 	o := &older{t: t, db: db}
-	for _, stmt := range olderSchema { // as it opens a file of any version
+	for _, stmt := range olderSchema { // which it executes for a file of any version
 		o.exec(stmt)
 	}
 	return o
@@ -73,7 +73,7 @@ func (o *older) exec(stmt string, args ...any) {
 
 const olderTime = "2026-01-02 03:04:05.000006"
 
-// cells are those of an update.
+// cells returns the parameters of an update.
 func (o *older) cells(state task.State, progress int, id string) []any {
 	return []any{string(state), progress, `"tank"`, nil, nil, olderTime, olderTime, id}
 }
@@ -84,7 +84,7 @@ func (o *older) insert(state task.State) (id string) {
 	return id
 }
 
-// TestOlderFile takes over a database of an older version.
+// TestOlderFile opens a database of an older version.
 func TestOlderFile(t *testing.T) {
 	path := testkit.Path(t)
 	o := newOlder(t, path)
@@ -103,15 +103,15 @@ func TestOlderFile(t *testing.T) {
 	testkit.Wait(t, m, op.ID)
 }
 
-// TestOlderBeside: an older version goes on working on a file that a newer one has
-// opened, beside a manager that sees, waits for and watches what it runs. It hears no cancel
-// requests.
+// TestOlderBeside: an older version continues to work on a file that a newer one has
+// opened, beside a manager that sees, waits for and watches its operations. The older
+// version does not receive cancel requests.
 func TestOlderBeside(t *testing.T) {
 	path := testkit.Path(t)
 	store := testkit.OpenSQLite(t, path)
 	m := testkit.NewManager(t, store)
 	o := newOlder(t, path)
-	o.owner = testkit.OpenSQLite(t, path).Owner() // which holds the file of a living process
+	o.owner = testkit.OpenSQLite(t, path).Owner() // the ID of a live process, whose file the store holds
 	fn, started, release := testkit.Blocker(nil)
 	own := testkit.Submit(t, m, fn)
 	<-started

@@ -15,13 +15,13 @@ import (
 // A Call is one call of a method of a [Fake].
 type Call struct {
 	Method        string // the method's name
-	N             int    // how many calls of the same method came before
+	N             int    // number of earlier calls of the same method
 	ID            string // of the operation, for Get, Save, Update and RequestCancel
 	Saves         []*task.Operation
 	Updates       []*task.Operation
 	Limit, Offset int // of List and ListFiltered
 
-	// The answer, for the hook that is called after the store.
+	// The answer, for the hook that runs after the store.
 	Ops  []*task.Operation // what Get, List and ListFiltered return, or Recover yields
 	Errs []error           // what WriteBatch returns
 	Err  error             // what the other methods return or yield
@@ -29,16 +29,16 @@ type Call struct {
 	Tag int // for hooks to use
 }
 
-// Finished reports whether c is to store a final state.
+// Finished reports whether c stores a final state.
 func (c *Call) Finished() bool {
 	return slices.ContainsFunc(slices.Concat(c.Saves, c.Updates), func(op *task.Operation) bool { return op.State.Finished() })
 }
 
-// A Fake is a store in front of another one that lets a test decide what
-// becomes of each call. It has all abilities: without a BatchWriter behind it,
-// WriteBatch calls its own Save and Update in turn, hooks included. Without
-// another ability behind it, the method returns an error that wraps
-// [errors.ErrUnsupported]. Use [Bare] to hide them all.
+// A Fake is a store in front of another one that lets a test control each call. It has
+// all abilities. If the store behind it is not a BatchWriter, WriteBatch calls the
+// Fake's own Save and Update in turn, hooks included. If another ability is missing,
+// its method returns an error that wraps [errors.ErrUnsupported]. Use [Bare] to hide
+// all abilities.
 type Fake struct {
 	mu     sync.Mutex // guards what follows
 	db     task.Persistence
@@ -55,31 +55,31 @@ func NewFake(db task.Persistence) *Fake {
 	return &Fake{db: db, calls: make(map[string]int)}
 }
 
-// Before has hook called before each call reaches the store. It may change the
-// call and take its time. If it returns an error, the store is not called, and
-// the caller gets that error.
+// Before makes the Fake call hook before each call reaches the store. The hook may
+// change the call and take its time. If it returns an error, the store is not called,
+// and the caller gets that error.
 func (f *Fake) Before(hook func(*Call) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.before = hook
 }
 
-// After has hook called after each call of the store, and after each operation
-// that Recover yields. It may change the answer.
+// After makes the Fake call hook after each call of the store, and after each operation
+// that Recover yields. The hook may change the answer.
 func (f *Fake) After(hook func(*Call)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.after = hook
 }
 
-// Swap has the next calls go to db.
+// Swap sends the next calls to db.
 func (f *Fake) Swap(db task.Persistence) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.db = db
 }
 
-// Count returns how many calls of a method there were.
+// Count returns the number of calls of a method.
 func (f *Fake) Count(method string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -102,8 +102,8 @@ func FailFinals(c *Call) error {
 	return nil
 }
 
-// enter begins a call. Unless err is set, it goes on with db, and ends with
-// after.
+// enter begins a call. Unless err is set, the caller continues with db, and calls after
+// at the end.
 func (f *Fake) enter(c *Call) (db task.Persistence, after func(*Call), err error) {
 	f.mu.Lock()
 	before := f.before
@@ -132,7 +132,7 @@ func (f *Fake) do(c *Call, call func(db task.Persistence)) *Call {
 	return c
 }
 
-// Owner returns the Owner of what the store saves, "" if it has none.
+// Owner returns the Owner of operations that the store saves, or "" if it has none.
 func (f *Fake) Owner() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()

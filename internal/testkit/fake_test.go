@@ -14,8 +14,7 @@ import (
 
 func TestMain(m *testing.M) { testkit.Main(m, nil) }
 
-// TestFakeKeepsContract: without hooks a fake does what the store behind it
-// does.
+// TestFakeKeepsContract: without hooks, a fake behaves like the store behind it.
 func TestFakeKeepsContract(t *testing.T) {
 	stores := make(map[string]*task.MemoryStore) // by directory
 	tasktest.TestPersistence(t, func(dir string) (task.Persistence, error) {
@@ -65,7 +64,7 @@ func TestFakeFails(t *testing.T) {
 			}
 			want := 1
 			if method == "Save" || method == "Update" {
-				want = 2 // the second one by WriteBatch
+				want = 2 // the second one through WriteBatch
 			}
 			if n := f.Count(method); n != want {
 				t.Errorf("%d calls of %s, want %d", n, method, want)

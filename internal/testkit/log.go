@@ -12,13 +12,13 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A Log is a slog.Handler that keeps what managers log.
+// A Log is a slog.Handler that keeps the records of managers.
 type Log struct {
 	mu      sync.Mutex // guards records
 	records []slog.Record
 }
 
-// Option has a manager log to l.
+// Option makes a manager log to l.
 func (l *Log) Option() task.Option { return task.WithLogger(slog.New(l)) }
 
 // Enabled implements [slog.Handler].
@@ -38,8 +38,7 @@ func (l *Log) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// Values returns the values that an attribute has in the records with a
-// message.
+// Values returns the values of an attribute in all records with a message.
 func (l *Log) Values(message, key string) (values []slog.Value) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -85,9 +84,8 @@ func (l *Log) String() string {
 	return b.String()
 }
 
-// Recovered returns the IDs of the operations that were logged as interrupted,
-// sorted, and how many there were in all: after the first 100 only a sum is
-// logged.
+// Recovered returns the IDs of the operations that were logged as interrupted, sorted,
+// and the total number: only the first 100 are logged individually.
 func (l *Log) Recovered() (ids []string, n int) {
 	for _, id := range l.Values("task: operation interrupted", "id") {
 		ids = append(ids, id.String())
@@ -102,7 +100,7 @@ func (l *Log) Recovered() (ids []string, n int) {
 // WantRecovered checks which operations were logged as interrupted.
 func (l *Log) WantRecovered(t testing.TB, want ...string) {
 	t.Helper()
-	Until(func() bool { _, n := l.Recovered(); return n >= len(want) }) // it is logged in another goroutine
+	Until(func() bool { _, n := l.Recovered(); return n >= len(want) }) // another goroutine logs it
 	got, n := l.Recovered()
 	slices.Sort(want)
 	known := func(id string) bool { _, ok := slices.BinarySearch(want, id); return ok }

@@ -9,10 +9,9 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// JSON returns an operation as JSON, or the error's text. Two operations with
-// the same JSON show the same. It leaves out the Owner, because in front of a store
-// of four methods a manager does not know what that stores, and WaitsFor, which is
-// not stored.
+// JSON returns an operation as JSON, or the error's text. Two operations with the same
+// JSON show the same. It omits the Owner, because a manager does not know the Owner
+// that a store with four methods keeps, and WaitsFor, which is not stored.
 func JSON(op *task.Operation) string {
 	c := *op
 	c.Owner, c.WaitsFor = "", ""
@@ -23,14 +22,14 @@ func JSON(op *task.Operation) string {
 	return string(raw)
 }
 
-// Same reports whether two operations show the same, their times apart.
+// Same reports whether two operations show the same, apart from their times.
 func Same(a, b task.Operation) bool {
 	a.CreatedAt, a.StartedAt, a.UpdatedAt = b.CreatedAt, b.StartedAt, b.UpdatedAt
 	return JSON(&a) == JSON(&b)
 }
 
-// WantSame checks that an operation shows what another one does, however its JSON
-// is laid out.
+// WantSame checks that an operation shows the same as another one, whatever the layout
+// of its JSON.
 func WantSame(t testing.TB, how string, op *task.Operation, want task.Operation) {
 	t.Helper()
 	if got := shown(op); !reflect.DeepEqual(got, shown(&want)) {
@@ -38,7 +37,7 @@ func WantSame(t testing.TB, how string, op *task.Operation, want task.Operation)
 	}
 }
 
-// shown returns all that an operation shows, its JSON parsed.
+// shown returns everything that an operation shows, with its JSON parsed.
 func shown(op *task.Operation) task.Operation {
 	parsed := func(v any) any {
 		if raw, ok := v.(json.RawMessage); ok {
@@ -73,7 +72,7 @@ func Received(t testing.TB, raw []byte) (op task.Operation) {
 	return op
 }
 
-// Deep returns n lists, one inside the other.
+// Deep returns n nested lists.
 func Deep(n int) any {
 	var v any = "bottom"
 	for range n {

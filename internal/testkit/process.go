@@ -12,13 +12,13 @@ import (
 	"github.com/mynt-nas/task/internal/testos"
 )
 
-// roleVar names the environment variable that has a test binary play a role
-// instead of running tests.
+// roleVar names the environment variable that makes a test binary play a role instead
+// of running tests.
 const roleVar = "TASK_TEST_ROLE"
 
-// Main is a TestMain. It does what [testos.Run] does. In a process that
-// [StartProcess] has started, it offers the methods of the object that the role's
-// function returns, as package net/rpc does.
+// Main is a TestMain. It does the work of [testos.Run]. In a process started by
+// [StartProcess], it instead serves the methods of the object that the role's function
+// returns, as package net/rpc does.
 func Main(m *testing.M, roles map[string]func() any) {
 	if role := os.Getenv(roleVar); role != "" {
 		serve(roles[role]())
@@ -27,8 +27,8 @@ func Main(m *testing.M, roles map[string]func() any) {
 	os.Exit(testos.Run(m))
 }
 
-// serve answers calls from standard input until that is closed, which it is
-// when the test ends in any way.
+// serve answers calls from standard input until that is closed, which happens when the
+// test ends, however it ends.
 func serve(role any) {
 	server := rpc.NewServer()
 	if err := server.RegisterName("role", role); err != nil {
@@ -64,7 +64,7 @@ type Process struct {
 	rpc *rpc.Client
 }
 
-// StartProcess starts a process that plays a role of [Main]. It ends with the
+// StartProcess starts a process that plays a role of [Main]. The process ends with the
 // test at the latest.
 func StartProcess(t testing.TB, role string) *Process {
 	t.Helper()
@@ -107,12 +107,12 @@ func (p *Process) Kill() {
 	p.t.Helper()
 	Must(p.t, p.cmd.Process.Kill())
 	p.in = nil
-	p.cmd.Wait() // returns an error that says that it was killed
+	p.cmd.Wait() // the error only says that it was killed
 	p.rpc.Close()
 }
 
-// End ends the process by closing its standard input. Its exit status tells
-// whether there was a data race.
+// End ends the process by closing its standard input. Its exit status shows whether
+// there was a data race.
 func (p *Process) End() {
 	if p.in == nil {
 		return
@@ -125,7 +125,7 @@ func (p *Process) End() {
 	p.rpc.Close()
 }
 
-// OwnerFiles returns how many owner files there are beside a database.
+// OwnerFiles returns the number of owner files beside a database.
 func OwnerFiles(t testing.TB, path string) int {
 	t.Helper()
 	files, err := filepath.Glob(path + "-owner-*")

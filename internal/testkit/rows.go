@@ -11,8 +11,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// Rows are the operations of a store by ID, with metadata and results as JSON,
-// so that they can be compared.
+// Rows are the operations of a store by ID, with metadata and results as JSON, for
+// comparisons.
 type Rows map[string]task.Operation
 
 // Stored returns all operations of a store.
@@ -40,7 +40,7 @@ func raw(t testing.TB, v any) json.RawMessage {
 	return raw
 }
 
-// Unfinished returns the IDs of the operations that are not finished.
+// Unfinished returns the IDs of the unfinished operations.
 func (rows Rows) Unfinished() (ids []string) {
 	for id, op := range rows {
 		if !op.State.Finished() {
@@ -50,8 +50,8 @@ func (rows Rows) Unfinished() (ids []string) {
 	return ids
 }
 
-// WantFailed checks that now differs from rows in nothing but that recovery has
-// failed the operations with those IDs.
+// WantFailed checks that now differs from rows only in the operations with those IDs,
+// which recovery has failed.
 func (rows Rows) WantFailed(t testing.TB, now Rows, failed ...string) {
 	t.Helper()
 	want := maps.Clone(rows)
@@ -73,8 +73,8 @@ func (rows Rows) WantFailed(t testing.TB, now Rows, failed ...string) {
 	}
 }
 
-// Fill adds n unfinished rows of one owner to a database. Their times are ahead
-// of now by what a modifier of SQLite's date functions says.
+// Fill adds n unfinished rows of one owner to a database. Their times differ from now
+// by a modifier of SQLite's date functions.
 func Fill(t testing.TB, path string, n int, owner any, ahead string) {
 	t.Helper()
 	Exec(t, path, `WITH RECURSIVE n(i) AS (SELECT 1 WHERE ?1 > 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)

@@ -1,7 +1,6 @@
-// Package testkit has what the tests of this module share: stores and managers
-// that are closed and checked for leaks at the end of a test, functions to
-// submit and compare operations, a fake store, a log that can be read, and child
-// processes.
+// Package testkit contains what the tests of this module share: stores and managers
+// that are closed and checked for leaks at the end of a test, functions to submit and
+// compare operations, a fake store, a readable log, and child processes.
 package testkit
 
 import (
@@ -27,10 +26,10 @@ const (
 	ShutdownText = "Task failed due to system shutdown"
 )
 
-// ErrDisk is the error that tests have a store return.
+// ErrDisk is an error for stores to return in tests.
 var ErrDisk = errors.New("disk full")
 
-// Quiet discards what a manager logs.
+// Quiet discards the log of a manager.
 var Quiet = task.WithLogger(slog.New(slog.DiscardHandler))
 
 // Must stops the test if err is not nil.
@@ -41,7 +40,7 @@ func Must(t testing.TB, err error) {
 	}
 }
 
-// Until polls cond until it holds. It returns an error after a minute.
+// Until polls cond until it is true. It returns an error after a minute.
 func Until(cond func() bool) error {
 	for deadline := time.Now().Add(time.Minute); !cond(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -51,15 +50,15 @@ func Until(cond func() bool) error {
 	return nil
 }
 
-// Path returns the path of a database that does not exist yet, in a directory
-// of the test.
+// Path returns the path of a database that does not exist yet, in a directory of the
+// test.
 func Path(t testing.TB) string {
 	t.Helper()
 	return filepath.Join(t.TempDir(), "tasks.db")
 }
 
-// FastPath is Path in a directory in memory, where the system has one: for tests
-// that open databases by the hundred and do not test durability.
+// FastPath is Path in a directory in memory, if the system has one: for tests that open
+// hundreds of databases and do not test durability.
 func FastPath(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "task-test-")
@@ -84,7 +83,7 @@ func OpenSQLite(t testing.TB, path string) *task.SQLiteStore {
 	return store
 }
 
-// Exec runs a statement on a database, on a connection of its own.
+// Exec runs a statement on a database, on its own connection.
 func Exec(t testing.TB, path, stmt string, args ...any) {
 	t.Helper()
 	db, err := sql.Open("sqlite3", path)
@@ -94,9 +93,9 @@ func Exec(t testing.TB, path, stmt string, args ...any) {
 	Must(t, err)
 }
 
-// Traces returns what a program that only looks at a database must not change: its
-// schema, its settings, and the files in its directory. It leaves out those of the
-// WAL, which SQLite itself removes when the last process closes the database.
+// Traces returns everything that a read-only program must not change in a database: its
+// schema, its settings, and the files in its directory. It omits those of the WAL,
+// which SQLite itself removes when the last process closes the database.
 func Traces(t testing.TB, path string) (all []string) {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(filepath.Dir(path), "*"))
@@ -118,12 +117,12 @@ func Traces(t testing.TB, path string) (all []string) {
 	return append(all, files...)
 }
 
-// Bare returns db without any ability but the four methods.
+// Bare returns db with only the four methods, without its abilities.
 func Bare(db task.Persistence) task.Persistence { return bare{db} }
 
 type bare struct{ task.Persistence }
 
-// Stores are the kinds of store that every behavior must be the same with.
+// Stores lists the kinds of store, all of which must behave the same.
 var Stores = map[string]func(t testing.TB) task.Persistence{
 	"memory":       func(testing.TB) task.Persistence { return task.NewMemoryStore() },
 	"four methods": func(testing.TB) task.Persistence { return Bare(task.NewMemoryStore()) },
@@ -140,8 +139,8 @@ func EachStore(t *testing.T, test func(t *testing.T, m *task.Manager, db task.Pe
 	}
 }
 
-// NewManager returns a manager that logs nothing, unless an option says
-// otherwise, and closes it at the end of the test.
+// NewManager returns a manager that logs nothing, unless an option says otherwise. It
+// is closed at the end of the test.
 func NewManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Manager {
 	t.Helper()
 	testos.CheckLeaks(t)
@@ -151,8 +150,7 @@ func NewManager(t testing.TB, db task.Persistence, opts ...task.Option) *task.Ma
 	return m
 }
 
-// NewLogged returns a manager, which must have no error to report when it is
-// closed, and its log.
+// NewLogged returns a manager and its log. Closing the manager must return no error.
 func NewLogged(t testing.TB, db task.Persistence) (*task.Manager, *Log) {
 	t.Helper()
 	l := new(Log)
@@ -165,7 +163,7 @@ func NewLogged(t testing.TB, db task.Persistence) (*task.Manager, *Log) {
 	return m, l
 }
 
-// Submit submits an operation that is called "test".
+// Submit submits an operation called "test".
 func Submit(t testing.TB, m *task.Manager, fn task.Func, opts ...task.SubmitOption) *task.Operation {
 	t.Helper()
 	op, err := m.Submit("test", fn, opts...)
@@ -190,8 +188,8 @@ func UntilCancelled(ctx context.Context, _ func(int)) (any, error) {
 	return nil, context.Cause(ctx)
 }
 
-// History submits operations with those names, one after the other. The first
-// letter of a name is that of the state in which the operation stays.
+// History submits operations with those names, one after the other. The first letter of
+// a name is that of the state in which the operation stays.
 func History(t testing.TB, m *task.Manager, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -215,7 +213,7 @@ func History(t testing.TB, m *task.Manager, names ...string) {
 	}
 }
 
-// Names returns the names of operations, with a space between them.
+// Names returns the names of operations, separated by spaces.
 func Names(ops []*task.Operation) string {
 	var names []string
 	for _, op := range ops {
@@ -224,8 +222,8 @@ func Names(ops []*task.Operation) string {
 	return strings.Join(names, " ")
 }
 
-// Blocker returns a Func that returns err once it is released, and a channel
-// that is closed when it has started.
+// Blocker returns a Func that returns err once it is released, and a channel that is
+// closed when the Func has started.
 func Blocker(err error) (fn task.Func, started chan struct{}, release func()) {
 	started = make(chan struct{})
 	released := make(chan struct{})

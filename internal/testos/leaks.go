@@ -15,14 +15,14 @@ import (
 
 var checked sync.Map // the names of the tests that CheckLeaks was called for
 
-// CheckLeaks fails the test if it leaves open files, or goroutines of this module
-// or of database/sql. Call it before registering cleanups that close things.
-// Further calls, also in subtests, do nothing. It does not work in parallel
-// tests, which see each other's goroutines and files: see [Parallel].
+// CheckLeaks fails the test if it leaves open files, or goroutines of this module or of
+// database/sql. Call it before registering cleanups that close things. Further calls,
+// even in subtests, do nothing. It does not work in parallel tests, which see each
+// other's goroutines and files: see [Parallel].
 func CheckLeaks(t testing.TB) {
 	t.Helper()
 	for name := t.Name(); name != "."; name = path.Dir(name) {
-		if _, again := checked.Load(name); again { // by this test, or by one around it
+		if _, again := checked.Load(name); again { // this test or an enclosing one has called it
 			return
 		}
 	}
@@ -47,8 +47,8 @@ func CheckLeaks(t testing.TB) {
 	})
 }
 
-// Parallel has a test run beside the others that call it first, for tests that
-// mostly wait. [CheckLeaks] does nothing in it: TestMain finds what it leaves.
+// Parallel makes a test run in parallel with others that call it, for tests that mostly
+// wait. [CheckLeaks] does nothing in such a test: TestMain finds its leaks.
 func Parallel(t *testing.T) {
 	checked.Store(t.Name(), true)
 	t.Cleanup(func() { checked.Delete(t.Name()) })
@@ -68,12 +68,12 @@ func Goroutines() (own []string) {
 }
 
 // Run runs the tests and returns the exit code, for TestMain. The tests fail if they
-// leave goroutines or open files. Of parallel tests, which mostly wait, eight run at a
+// leave goroutines or open files. Parallel tests mostly wait, so eight of them run at a
 // time unless the user says otherwise.
 //
-// All temporary directories are in memory, where that has room and may hold programs:
-// most tests would else wait for a disk to sync most of the time. If the environment
-// variable TASK_LONG is set they are not, so that the tests run on a disk, too.
+// All temporary directories are in memory if that has space and allows programs to run:
+// otherwise most tests would mostly wait for a disk to sync. If the environment
+// variable TASK_LONG is set they are not, so that the tests also run on a disk.
 func Run(m *testing.M) (code int) {
 	if os.Getenv(longVar) == "" && fits(memoryDir) {
 		os.Setenv("TMPDIR", memoryDir)
@@ -82,7 +82,7 @@ func Run(m *testing.M) (code int) {
 	if given := flag.Lookup("test.parallel"); given.Value.String() == given.DefValue {
 		flag.Set("test.parallel", "8")
 	}
-	files := openFiles() // what the caller has redirected output to may be a temporary file
+	files := openFiles() // the caller may have redirected output to a temporary file
 	if code = m.Run(); code == 0 {
 		if what := left(10*time.Second, files); what != "" {
 			fmt.Fprintf(os.Stderr, "left by tests:\n\n%s\n", what)
@@ -93,8 +93,7 @@ func Run(m *testing.M) (code int) {
 }
 
 // left returns what tests have left: the stacks of goroutines, and how many more files
-// are open than before. It waits for them to end, and returns "" as soon as there is
-// nothing.
+// are open than before. It waits until they are gone, and then returns "".
 func left(wait time.Duration, before int) string {
 	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
 		all := others()
@@ -107,8 +106,8 @@ func left(wait time.Duration, before int) string {
 	}
 }
 
-// others returns the stacks of all goroutines, except the caller's and those of
-// every test program.
+// others returns the stacks of all goroutines, except the caller's and those of every
+// test program.
 func others() (stacks []string) {
 	buf := make([]byte, 1<<16)
 	n := runtime.Stack(buf, true)
@@ -125,7 +124,7 @@ func others() (stacks []string) {
 	return stacks
 }
 
-// openFiles returns how many temporary files are open, or 0 without /proc.
+// openFiles returns the number of open temporary files, or 0 without /proc.
 func openFiles() (n int) {
 	links, _ := filepath.Glob("/proc/self/fd/*")
 	for _, link := range links {

@@ -20,11 +20,11 @@ func Dir(t testing.TB) string {
 	return dir
 }
 
-// longVar names the environment variable that has tests take long.
+// longVar names the environment variable that makes tests run long.
 const longVar = "TASK_LONG"
 
-// Size returns how much a test is to do: long if the environment variable
-// TASK_LONG is set, otherwise usual, which finds the same faults less surely.
+// Size returns how much a test should do: long if the environment variable TASK_LONG is
+// set, otherwise usual, which finds the same faults less reliably.
 func Size(usual, long int) int {
 	if os.Getenv(longVar) != "" {
 		return long

@@ -12,9 +12,9 @@ import (
 
 const nobody = 65534
 
-// Unprivileged calls f in a goroutine of its own, with the file permissions of an
-// ordinary user, even if the tests run as root. It reports whether that was
-// possible. The permissions hold in that goroutine only.
+// Unprivileged calls f in a separate goroutine with the file permissions of an ordinary
+// user, even if the tests run as root. It reports whether that was possible. The
+// permissions apply only to that goroutine.
 func Unprivileged(f func()) bool {
 	done := make(chan struct{})
 	go func() {
@@ -30,8 +30,8 @@ func Unprivileged(f func()) bool {
 	return true
 }
 
-// RunMounting runs cmd, which runs a test of this program again, in a process that
-// may mount file systems. It skips t where the system does not allow that.
+// RunMounting runs cmd, which runs a test of this program again, in a process that may
+// mount file systems. It skips t if the system does not allow that.
 func RunMounting(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -57,8 +57,8 @@ func Umask(mask int) (restore func()) {
 // Mkfifo creates a named pipe.
 func Mkfifo(path string) error { return syscall.Mkfifo(path, 0o600) }
 
-// fits reports whether a file system has room for what tests write, and may hold
-// programs.
+// fits reports whether a file system has enough space for the tests, and allows
+// programs to run.
 func fits(dir string) bool {
 	const room, noExec = 1 << 30, 8 // ST_NOEXEC of statvfs
 	var s syscall.Statfs_t

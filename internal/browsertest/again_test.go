@@ -14,8 +14,8 @@ import (
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-// TestRunAgain: the details of a finished task offer to run it again, and then show
-// the new task. An error is shown there, too.
+// TestRunAgain: the details of a finished task let the user run it again, and then show
+// the new task. They also show an error.
 func TestRunAgain(t *testing.T) {
 	m, err := task.New(nil)
 	must(t, err)
@@ -53,8 +53,9 @@ func TestRunAgain(t *testing.T) {
 	b.nothingWrong("503")
 }
 
-// TestLongMetadata: the metadata filter shows live tasks whose metadata is too long for
-// lists and events, as the server finds them, and those that finish meanwhile.
+// TestLongMetadata: the metadata filter shows the live tasks that the server finds
+// although their metadata is too long for lists and events, and those that finish
+// meanwhile.
 func TestLongMetadata(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)

@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// serve is the daemon. Its operations follow orders that come as requests.
+// serve runs the daemon. Its operations follow orders that arrive as requests.
 func serve(path, address string) error {
 	go func() { // ends with the test, however that ends
 		io.Copy(io.Discard, os.Stdin)
@@ -160,7 +160,7 @@ func (d *daemon) kill() {
 		return
 	}
 	d.cmd.Process.Kill()
-	d.cmd.Wait() // returns that it was killed
+	d.cmd.Wait() // the error only says that it was killed
 	d.in.Close()
 	d.cmd = nil
 }

@@ -42,8 +42,8 @@ func TestFinishOrder(t *testing.T) {
 	b.until(`document.querySelectorAll("#history li").length === 61 && $("older").hidden`)
 }
 
-// TestLoadedStays: what the user has loaded stays in its place, however many
-// operations finish, and the memory stays bounded.
+// TestLoadedStays: rows that the user has loaded stay in place, however many operations
+// finish, and memory stays bounded.
 func TestLoadedStays(t *testing.T) {
 	s := newSite(t, nil, past(200, "old")...)
 	b := newTab(t)
@@ -71,13 +71,13 @@ func TestLoadedStays(t *testing.T) {
 	b.do(chromedp.Evaluate(`$("newer").click()`, nil))
 	b.until(`document.querySelectorAll("li").length === 50 && $("newer").hidden`)
 
-	// At the top of the unfiltered list, the oldest ones leave.
+	// At the top of the unfiltered list, the page drops the oldest rows.
 	finish(2000, 3200)
 	b.until(`$("history").firstChild.dataset.id === "new-3199" && document.querySelectorAll("li").length < 600`)
 }
 
-// TestEightTabs: all tabs of a browser share one stream, also when the tab that
-// reads it is closed.
+// TestEightTabs: all tabs of a browser share one stream, even after the tab that reads
+// it is closed.
 func TestEightTabs(t *testing.T) {
 	var mu sync.Mutex
 	open, most := 0, 0
@@ -125,10 +125,10 @@ func TestEightTabs(t *testing.T) {
 	}
 }
 
-// TestListStates: while the list is under way, the page says so; an error is not
+// TestListStates: while the list is loading, the page says so. An error is not shown as
 // an empty list, and disappears when the list can be loaded.
 func TestListStates(t *testing.T) {
-	var does atomic.Value // what the server does with requests for the list
+	var does atomic.Value // how the server responds to requests for the list
 	does.Store("wait")
 	release := make(chan struct{})
 	s := newSite(t, func(h http.Handler) http.Handler {
@@ -174,18 +174,18 @@ func TestListStates(t *testing.T) {
 	b.nothingWrong("502")
 }
 
-// A holder passes nothing of a stream on, like a proxy that buffers.
+// A holder holds back all of a stream, like a proxy that buffers.
 type holder struct{ http.ResponseWriter }
 
 func (h holder) Write(p []byte) (int, error) { return len(p), nil }
 func (h holder) WriteHeader(int)             {}
 func (h holder) FlushError() error           { return nil }
 
-// A hider hides Flush, like many a middleware.
+// A hider hides Flush, as many middlewares do.
 type hider struct{ http.ResponseWriter }
 
-// TestNoEvents: where no events arrive, the page shows the list at once, says that
-// there are no live updates, and polls.
+// TestNoEvents: if no events arrive, the page shows the list at once, says that there
+// are no live updates, and polls.
 func TestNoEvents(t *testing.T) {
 	for name, wrap := range map[string]func(http.ResponseWriter) http.ResponseWriter{
 		"buffered":     func(w http.ResponseWriter) http.ResponseWriter { return holder{w} },
@@ -215,8 +215,8 @@ func TestNoEvents(t *testing.T) {
 	}
 }
 
-// TestStoppedDaemon: without news the page does not claim to be live, does not
-// count on, and offers nothing that can't work.
+// TestStoppedDaemon: while the daemon is stopped, the page does not claim to be live,
+// stops its clocks, and offers no actions that can't work.
 func TestStoppedDaemon(t *testing.T) {
 	d := newDaemon(t)
 	b := newTab(t)
@@ -239,7 +239,7 @@ func TestStoppedDaemon(t *testing.T) {
 	b.until(row(id) + `.querySelector(".cancel").ariaDisabled !== "true"`)
 }
 
-// TestInterrupted: nobody knows how long an interrupted operation ran.
+// TestInterrupted: the running time of an interrupted operation is unknown.
 func TestInterrupted(t *testing.T) {
 	op := past(1, "Scrub tank")[0]
 	op.State, op.Progress, op.Error = task.StateFailed, 40, "Task failed due to system restart"
@@ -254,8 +254,8 @@ func TestInterrupted(t *testing.T) {
 	b.until(`$("detail").open && $("detail-list").innerText.includes("Started") && !$("detail-list").innerText.includes("Duration")`)
 }
 
-// TestCancelling: a requested cancel is shown from the server's state, also after a
-// reload.
+// TestCancelling: the page shows a requested cancel according to the server, also after
+// a reload.
 func TestCancelling(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)
@@ -276,7 +276,7 @@ func TestCancelling(t *testing.T) {
 	}
 }
 
-// TestStrangeEntries: an entry that can't be shown says so, and hides nothing else.
+// TestStrangeEntries: an entry that can't be shown says so, and hides no others.
 func TestStrangeEntries(t *testing.T) {
 	deep := json.RawMessage(strings.Repeat("[", 4000) + strings.Repeat("]", 4000))
 	big := json.RawMessage(`"` + strings.Repeat("x", 5<<20) + `"`)
@@ -330,7 +330,7 @@ func TestKeyboardScroll(t *testing.T) {
 	b.until(`document.activeElement.matches(".json[tabindex=\"0\"]") && document.activeElement.scrollTop > 0`)
 }
 
-// TestZoom: at 400 % zoom of a screen of 1280 by 1024 pixels, everything can be
+// TestZoom: at 400 % zoom on a screen of 1280 by 1024 pixels, everything can be
 // reached, and nothing scrolls sideways.
 func TestZoom(t *testing.T) {
 	s := newSite(t, nil, past(3, strings.Repeat("verylongname", 10))...)
@@ -391,7 +391,7 @@ func TestDoubleClick(t *testing.T) {
 	b.do(chromedp.MouseClickXY(x, y))
 	b.until(`$("confirm").open`)
 	b.do(chromedp.MouseClickXY(x, y, chromedp.ClickCount(2)))
-	time.Sleep(300 * time.Millisecond) // for a request that must not come
+	time.Sleep(300 * time.Millisecond) // time for a request that must not come
 	if n := cancels.Load(); n != 0 || !eval[bool](b, `$("confirm").open`) {
 		t.Errorf("a double click made %d cancels", n)
 	}

@@ -17,7 +17,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestWhatATaskDoes: message, time left, what a task waits for, and who runs it.
+// TestWhatATaskDoes: the page shows a task's message, the time left, what it waits for,
+// and who runs it.
 func TestWhatATaskDoes(t *testing.T) {
 	s := newSite(t, nil, past(5, "Scrub")...)
 	b := newTab(t)
@@ -37,7 +38,7 @@ func TestWhatATaskDoes(t *testing.T) {
 	b.closeDetail()
 	b.nothingWrong("404")
 
-	// The time left: only when several reports agree, and not when they do not.
+	// The time left is shown only if several reports agree.
 	start := time.Now().UTC().Add(-100 * time.Second)
 	report := func(id string, after time.Duration, progress int) {
 		b.event("operation", operation(id, map[string]any{"progress": progress, "started_at": start, "updated_at": start.Add(after)}))
@@ -59,8 +60,8 @@ func TestWhatATaskDoes(t *testing.T) {
 	}
 }
 
-// TestUsually: before the progress says it, the page shows what earlier tasks of
-// that name took.
+// TestUsually: before the progress allows an estimate, the page shows how long earlier
+// tasks of that name took.
 func TestUsually(t *testing.T) {
 	earlier := past(5, "Scrub")
 	for i, op := range earlier {
@@ -75,7 +76,8 @@ func TestUsually(t *testing.T) {
 	b.show("now", "RUNNING", "usually takes 4 h")
 }
 
-// TestCounts: how many tasks run, wait, and have failed since the user looked last.
+// TestCounts: the page counts the tasks that run, wait, and have failed since the user
+// last looked.
 func TestCounts(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)
@@ -93,7 +95,7 @@ func TestCounts(t *testing.T) {
 	b.until(`$("counts").innerText === "3 running · 1 waiting" && $("failures").hidden`)
 
 	b.do(chromedp.Navigate("about:blank")) // the user leaves
-	time.Sleep(2 * time.Second)            // the page knows the server's time but for its latency
+	time.Sleep(2 * time.Second)            // the page knows the server's time only to within the latency
 	fails, end := s.start("fails")
 	end(nil, errors.New("no"))
 	b.open(s.url)
@@ -192,8 +194,7 @@ func TestCopyAndDownload(t *testing.T) {
 	}
 }
 
-// TestCancelAll: one confirmation counts all tasks that match, and cancels exactly
-// those.
+// TestCancelAll: one confirmation counts all matching tasks, and cancels exactly those.
 func TestCancelAll(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)
@@ -242,8 +243,8 @@ func TestCancelAllFails(t *testing.T) {
 	b.nothingWrong("502")
 }
 
-// TestNotifications: a hidden page notifies of what has finished, if the user has
-// asked for it.
+// TestNotifications: a hidden page shows notifications of finished tasks if the user
+// has enabled them.
 func TestNotifications(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)

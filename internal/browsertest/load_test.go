@@ -48,8 +48,8 @@ func (b *tab) heap() (used float64) {
 	return used
 }
 
-// TestManyReports: 200 running operations that report 20 times a second take at
-// most a quarter of a core in the tab, which draws at most four times a second.
+// TestManyReports: 200 running operations that report 20 times a second use at most a
+// quarter of a core in the tab, which draws at most four times a second.
 func TestManyReports(t *testing.T) {
 	s := newSite(t, nil)
 	ctx, stop := context.WithCancel(t.Context())
@@ -84,8 +84,8 @@ func TestManyReports(t *testing.T) {
 	}
 }
 
-// TestLongHistory: with 10,000 finished operations the first rows come quickly, and
-// loading older ones does not become slow.
+// TestLongHistory: with 10,000 finished operations, the first rows appear quickly, and
+// loading older ones stays fast.
 func TestLongHistory(t *testing.T) {
 	s := newSite(t, nil, past(10_000, "snapshot")...)
 	b := newTab(t)
@@ -110,7 +110,7 @@ func TestLongHistory(t *testing.T) {
 	}
 }
 
-// TestFlatHeap: the heap does not grow with the operations that have passed.
+// TestFlatHeap: the heap does not grow with the number of past operations.
 func TestFlatHeap(t *testing.T) {
 	s := newSite(t, nil)
 	b := newTab(t)
@@ -124,9 +124,8 @@ func TestFlatHeap(t *testing.T) {
 		return b.heap()
 	}
 	pass(0, 8000) // fills what is bounded
-	// A leak raises the smallest heap too; the largest depends on when the browser
-	// collects what is left of earlier drawings. 10,000 operations that are kept have
-	// 10 MB and more.
+	// A leak raises the smallest heap, too. The largest depends on when the browser
+	// collects earlier drawings. Keeping 10,000 operations takes at least 10 MB.
 	least := [2]float64{math.Inf(1), math.Inf(1)}
 	for i := range 20 {
 		from := 8000 + 1000*i

@@ -56,7 +56,7 @@ func (d *nasd) begin() {
 // kill ends the process with SIGKILL.
 func (d *nasd) kill() {
 	d.cmd.Process.Kill()
-	d.cmd.Wait() // returns that it was killed
+	d.cmd.Wait() // the error only says that it was killed
 }
 
 // file returns the path of a file of a pool.
@@ -194,7 +194,7 @@ func TestNasdRestarts(t *testing.T) {
 	b.create("tank")
 	huge := d.file("tank", "huge")
 	must(t, os.WriteFile(huge, nil, 0o600))
-	must(t, os.Truncate(huge, 10<<40)) // takes no space, and hours to read
+	must(t, os.Truncate(huge, 10<<40)) // takes no space, but hours to read
 	b.press("tank", "Scrub")
 	b.last("tank", "scrub", "RUNNING", "huge")
 	b.until(`document.querySelector("li[data-state=RUNNING] progress").checkVisibility()`)
@@ -204,7 +204,7 @@ func TestNasdRestarts(t *testing.T) {
 	b.until(`$("connection").dataset.is === "lost"`)
 	d.begin()
 	b.until(`$("connection").dataset.is === "live"`)
-	b.last("tank", "scrub", "RUNNING", "huge") // resumed, as is what waits for it
+	b.last("tank", "scrub", "RUNNING", "huge") // resumed, like the operation that waits for it
 	b.until(`document.querySelectorAll("li").length === 2`)
 	must(t, os.Remove(huge))
 	b.do(chromedp.Click(`//li[@data-kind="scrub"]//button[.="Cancel" and not(@disabled)]`, chromedp.BySearch))
@@ -266,8 +266,8 @@ func TestNasdRestore(t *testing.T) {
 	b.until(`[...document.querySelectorAll(".snapshots code")].every(e => e.offsetHeight < 40)`) // one line each
 }
 
-// TestNasdDelete checks that a pool is deleted once its name has been typed, and by
-// no other.
+// TestNasdDelete checks that a pool is deleted after its name has been typed, and only
+// that name.
 func TestNasdDelete(t *testing.T) {
 	b := newTab(t)
 	d := newNasd(t)
@@ -438,7 +438,7 @@ func TestNasdUpload(t *testing.T) {
 		b.last("tank", "upload", "RUNNING", "of 8.6 GB")
 		b.until(`document.querySelector("li[data-kind=upload] progress").value > 0`)
 	}
-	running(b) // before it is in the background, where browsers don't draw
+	running(b) // before the tab is in the background, where browsers don't draw
 	other := b.another()
 	other.openNasd(d)
 	running(other)

@@ -39,7 +39,7 @@ type nginx struct {
 	t       *testing.T
 	site    *site
 	address string
-	client  *http.Client // that trusts its certificate
+	client  *http.Client // trusts the certificate of nginx
 }
 
 // A setup is what a test adds to the location of docs/page.md.
@@ -102,7 +102,7 @@ func findNginx(t *testing.T) string {
 	return ""
 }
 
-// startNginx starts nginx and reports whether it listens, or else has exited.
+// startNginx starts nginx and reports whether it listens; otherwise it has exited.
 func startNginx(t *testing.T, program, dir string) bool {
 	t.Helper()
 	cmd := exec.Command(program, "-p", dir, "-c", "nginx.conf", "-e", "error.log")
@@ -115,7 +115,7 @@ func startNginx(t *testing.T, program, dir string) bool {
 		case <-exited:
 			return false
 		case <-time.After(10 * time.Millisecond):
-			if _, err := os.Stat(filepath.Join(dir, "nginx.pid")); err == nil { // which it writes once it listens
+			if _, err := os.Stat(filepath.Join(dir, "nginx.pid")); err == nil { // nginx writes it once it listens
 				return true
 			}
 		}
@@ -196,14 +196,15 @@ func (n *nginx) status(want int, method, url string, header http.Header) {
 	}
 }
 
-// use uses the page at a URL: it shows what runs, what starts later, and cancels.
+// use uses the page at a URL: it checks that the page shows running operations and
+// those that start later, and cancels one.
 func (n *nginx) use(b *tab, url, connection string) {
 	n.t.Helper()
 	first, _ := n.site.start("Scrub tank")
 	b.do(chromedp.Navigate(url))
 	b.show(first, "RUNNING", "Scrub tank")
 	b.until(`$("connection").innerText === "` + connection + `"`)
-	b.do(chromedp.Evaluate("TIMES.poll = 500", nil)) // for the tests' sake, if the page polls
+	b.do(chromedp.Evaluate("TIMES.poll = 500", nil)) // speeds up the tests if the page polls
 	next, end := n.site.start("Resilver tank")
 	b.show(next, "RUNNING", "Resilver tank")
 	end(nil, nil)
@@ -236,7 +237,7 @@ func TestNginxLive(t *testing.T) {
 	}
 }
 
-// TestNginxHeld: where nginx holds events back, the page says so and polls.
+// TestNginxHeld: if nginx holds events back, the page says so and polls.
 func TestNginxHeld(t *testing.T) {
 	n := newNginx(t, newSite(t, nil), setup{without: http11, location: http10 + ignoreHeader})
 	n.use(newTab(t), "http://"+n.address+subPath+"ui", "No live updates, refreshed every 5 s")
@@ -246,7 +247,7 @@ func TestNginxHeld(t *testing.T) {
 func TestNginxGzip(t *testing.T) {
 	n := newNginx(t, newSite(t, nil, past(50, "Scrub tank")...), setup{})
 	for path, want := range map[string]string{"": `"Scrub tank 49"`, "ui": "<title>Tasks</title>"} {
-		// With this header of its own, the client leaves the body as it is.
+		// With its own header, the client leaves the body compressed.
 		r := n.do(t.Context(), "GET", "http://"+n.address+subPath+path, http.Header{"Accept-Encoding": {"gzip"}})
 		if got := r.Header.Get("Content-Encoding"); r.StatusCode != http.StatusOK || got != "gzip" {
 			t.Fatalf("GET %q: %s, encoding %q", path, r.Status, got)
@@ -263,7 +264,7 @@ func TestNginxGzip(t *testing.T) {
 	}
 }
 
-// TestNginxGzipEvents: where nginx compresses events too, it does not hold them back.
+// TestNginxGzipEvents: if nginx compresses events, it still does not hold them back.
 func TestNginxGzipEvents(t *testing.T) {
 	s := newSite(t, nil)
 	n := newNginx(t, s, setup{without: "gzip_types application/json;", location: "gzip_types *;"})
@@ -297,8 +298,8 @@ func TestNginxWait(t *testing.T) {
 	<-ended
 }
 
-// TestNginxPassword: behind Basic authentication, the page works with the password,
-// and nothing does without.
+// TestNginxPassword: behind Basic authentication, the page works with the password, and
+// nothing works without it.
 func TestNginxPassword(t *testing.T) {
 	s := newSite(t, nil)
 	passwords := filepath.Join(t.TempDir(), "passwords")
@@ -372,8 +373,8 @@ func awaitLine(t *testing.T, lines *bufio.Scanner, text string) {
 	t.Fatalf("the stream ends before %q: %v", text, lines.Err())
 }
 
-// TestNginxHost: cancels pass the check of their origin if nginx passes the Host
-// header on, with the port, or if the origin is trusted.
+// TestNginxHost: cancels pass the origin check if nginx passes on the Host header with
+// the port, or if the origin is trusted.
 func TestNginxHost(t *testing.T) {
 	const documented = "proxy_set_header Host $http_host;"
 	trust := []taskhttp.Option{taskhttp.TrustedOrigin("http://nas.example:8080")}

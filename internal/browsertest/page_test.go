@@ -22,7 +22,7 @@ import (
 	"github.com/mynt-nas/task/internal/testkit"
 )
 
-// A tab is the tab of a browser of its own. It collects what goes wrong.
+// A tab is a tab in its own browser. It collects errors.
 type tab struct {
 	t   *testing.T
 	ctx context.Context
@@ -60,7 +60,7 @@ func findBrowser(t *testing.T) string {
 	return ""
 }
 
-// note records what goes wrong in the page.
+// note records errors in the page.
 func (b *tab) note(event any) {
 	wrong := ""
 	switch e := event.(type) {
@@ -83,7 +83,7 @@ func (b *tab) note(event any) {
 	}
 }
 
-// nothingWrong checks that nothing has gone wrong but what is expected.
+// nothingWrong checks that there were no errors except the expected ones.
 func (b *tab) nothingWrong(expected ...string) {
 	b.t.Helper()
 	b.mu.Lock()
@@ -461,8 +461,8 @@ func furnish(d *daemon) {
 	d.start("Scrub backup")
 }
 
-// newStudio returns a tab, and a function that leaves a picture of it where
-// TASK_SCREENSHOTS says.
+// newStudio returns a tab, and a function that stores a picture of it in the directory
+// TASK_SCREENSHOTS.
 func newStudio(t *testing.T, prefix string) (b *tab, shoot func(name string)) {
 	t.Helper()
 	dir := os.Getenv("TASK_SCREENSHOTS")
@@ -485,7 +485,7 @@ func (b *tab) scheme(value string) {
 	b.do(emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: value}}))
 }
 
-// TestScreenshots leaves pictures for somebody to look at.
+// TestScreenshots stores pictures for people to look at.
 func TestScreenshots(t *testing.T) {
 	b, shoot := newStudio(t, "")
 	d := newDaemon(t)

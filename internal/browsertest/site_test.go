@@ -16,16 +16,15 @@ import (
 	"github.com/mynt-nas/task/taskhttp"
 )
 
-// A site is a server in this process, for tests of what a proxy or a slow server
-// does to the page.
+// A site is a server in this process, for tests of how a proxy or a slow server affects
+// the page.
 type site struct {
 	t   *testing.T
 	m   *task.Manager
 	url string // of the page
 }
 
-// newSite serves the operations of a new database, in which those of history are
-// stored before.
+// newSite serves the operations of a new database, after storing history in it.
 func newSite(t *testing.T, wrap func(http.Handler) http.Handler, history ...*task.Operation) *site {
 	t.Helper()
 	return newSiteWith(t, nil, wrap, history...)
@@ -91,7 +90,7 @@ func (s *site) start(name string, opts ...task.SubmitOption) (id string, end fun
 	}
 }
 
-// event gives the page an event as if the server had sent it.
+// event gives the page an event, as if from the server.
 func (b *tab) event(name string, data any) {
 	b.t.Helper()
 	text, err := json.Marshal(data)

@@ -11,8 +11,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestTwoDaemons checks that two processes on one database serve the same
-// operations, and that either cancels what the other one runs.
+// TestTwoDaemons checks that two processes on one database serve the same operations,
+// and that each cancels the other's.
 func TestTwoDaemons(t *testing.T) {
 	a := newDaemon(t)
 	b := &daemon{t: t, path: a.path, address: "127.0.0.1:0"}
@@ -79,9 +79,9 @@ func (d *daemon) read(t *testing.T, path string, v any) {
 	must(t, json.NewDecoder(answer.Body).Decode(v))
 }
 
-// TestTwoDaemonsPages uses the pages of two processes on one database, in two browsers:
-// each shows what both run and who runs it, and either cancels it. When one process is killed,
-// the page of the other says so.
+// TestTwoDaemonsPages uses the pages of two processes on one database, in two browsers.
+// Each page shows the operations of both and who runs them, and cancels either's. When
+// one process is killed, the page of the other says so.
 func TestTwoDaemonsPages(t *testing.T) {
 	a := newDaemon(t)
 	b := &daemon{t: t, path: a.path, address: "127.0.0.1:0"}

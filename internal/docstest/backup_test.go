@@ -13,7 +13,7 @@ import (
 
 func backup(ctx context.Context, db *sql.DB, path string) error {
 	if _, err := db.ExecContext(ctx, "VACUUM INTO ?", path); err != nil {
-		return err // also if there is such a file
+		return err // also if the file exists
 	}
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
@@ -22,7 +22,7 @@ func backup(ctx context.Context, db *sql.DB, path string) error {
 	return errors.Join(file.Sync(), file.Close()) // SQLite does not sync it
 }
 
-// TestBackup makes a copy under a running manager and restores it the way
+// TestBackup copies the database of a running manager and restores it as
 // docs/durability.md says.
 func TestBackup(t *testing.T) {
 	dir := t.TempDir()
@@ -46,7 +46,7 @@ func TestBackup(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	os.Remove(path + "-wal") // which are there after a crash
+	os.Remove(path + "-wal") // they exist after a crash
 	os.Remove(path + "-shm")
 	if err := os.Rename(saved, path); err != nil {
 		t.Fatal(err)

@@ -27,7 +27,7 @@ func run(ctx context.Context, name string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// parentVar has the test binary be a program that runs a child process.
+// parentVar makes the test binary a program that runs a child process.
 const parentVar = "DOCSTEST_PARENT"
 
 func TestMain(m *testing.M) {
@@ -103,8 +103,8 @@ func readPID(t *testing.T, pipe string) int {
 	return pid
 }
 
-// awaitEnd waits until a process has ended. A zombie has: where nobody reaps
-// orphans it stays.
+// awaitEnd waits until a process has ended. A zombie has ended: it stays if no process
+// reaps orphans.
 func awaitEnd(t *testing.T, pid int) {
 	t.Helper()
 	for range 1000 {

@@ -22,7 +22,7 @@ import (
 
 const root = "../.."
 
-// documents returns the paths of all documents but the specification.
+// documents returns the paths of all documents except SPEC.md.
 func documents(t *testing.T) []string {
 	t.Helper()
 	docs, err := filepath.Glob(root + "/docs/*.md")
@@ -38,7 +38,7 @@ type code struct {
 	text  string
 }
 
-// blocks returns the code of a document in that language.
+// blocks returns the code blocks of a document in a language.
 func blocks(t *testing.T, file, language string) (all []code) {
 	t.Helper()
 	text := read(t, file)
@@ -58,9 +58,9 @@ func read(t *testing.T, file string) string {
 	return string(text)
 }
 
-// TestSnippets compiles every Go snippet as part of the package itself, because
-// one of the specification calls an unexported method. A snippet that declares
-// a function must also be in a test file here, and be used there.
+// TestSnippets compiles every Go snippet as part of the package itself, because a
+// snippet of SPEC.md calls an unexported method. A snippet that declares a function
+// must also be in a test file here, and be used there.
 func TestSnippets(t *testing.T) {
 	tested := testFiles(t)
 	for _, file := range append(documents(t), root+"/testdata/SPEC.md") {
@@ -96,8 +96,8 @@ func testFiles(t *testing.T) string {
 
 var declaration = regexp.MustCompile(`^func (\w+)\(`)
 
-// checkTested returns an error unless a snippet that declares a function stands
-// in the test files word for word, and is a test or is called there.
+// checkTested returns an error if a snippet declares a function and is not in the test
+// files word for word, or is neither a test nor called there.
 func checkTested(snippet, tested string) error {
 	m := declaration.FindStringSubmatch(snippet)
 	if m == nil {
@@ -135,7 +135,7 @@ func TestCheckTested(t *testing.T) {
 	}
 }
 
-// surroundings is what a snippet that is not a whole file may use.
+// surroundings declares the names that a snippet may use if it is not a whole file.
 const surroundings = `package snippet
 
 import (
@@ -193,7 +193,7 @@ func compile(t *testing.T, snippet string) {
 	config := types.Config{
 		Importer: importer.ForCompiler(fset, "gc", exports()),
 		Error: func(err error) {
-			if e := err.(types.Error); !e.Soft { // soft errors: something is unused
+			if e := err.(types.Error); !e.Soft { // soft errors are unused variables and the like
 				t.Error(e)
 			}
 		},
@@ -201,7 +201,7 @@ func compile(t *testing.T, snippet string) {
 	config.Check("github.com/mynt-nas/task", fset, []*ast.File{file}, nil)
 }
 
-// exports finds the export data of the package and of all that snippets import.
+// exports finds the export data of the package and of all imports of the snippets.
 var exports = sync.OnceValue(func() importer.Lookup {
 	list := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}")
 	for _, m := range regexp.MustCompile(`(?m)^\t"(.+)"$`).FindAllStringSubmatch(surroundings, -1) {
@@ -222,8 +222,8 @@ var exports = sync.OnceValue(func() importer.Lookup {
 	}
 })
 
-// TestFirstProgram builds and runs the program of the README, and compares its
-// output with the comment that states it.
+// TestFirstProgram builds and runs the program in the README, and compares its output
+// with the comment that states it.
 func TestFirstProgram(t *testing.T) {
 	programs := 0
 	for _, snippet := range blocks(t, root+"/README.md", "go") {
@@ -296,7 +296,7 @@ func headings(text string) []byte {
 	return b.Bytes()
 }
 
-// TestCommands checks that the packages exist which the documents say to run.
+// TestCommands checks that the packages exist that the documents say to run.
 func TestCommands(t *testing.T) {
 	command := regexp.MustCompile(`(?:cd (\w+) && )?go (?:run|test) (\./\w[\w/]*)`)
 	found := 0

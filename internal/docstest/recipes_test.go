@@ -370,8 +370,8 @@ func inSteps(steps ...func(context.Context) error) func(job) task.Func {
 	}
 }
 
-// TestResume kills a manager, as far as its store can tell, in the second of three
-// steps.
+// TestResume ends a manager in the second of three steps, in a way that its store takes
+// for a kill.
 func TestResume(t *testing.T) {
 	store := task.NewMemoryStore()
 	ran := make(map[int]int)

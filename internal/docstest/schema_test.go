@@ -12,8 +12,8 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// TestSchema checks that docs/schema.md has every statement with which a store
-// creates its table and its indexes.
+// TestSchema checks that docs/schema.md contains every statement with which a store
+// creates its table and indexes.
 func TestSchema(t *testing.T) {
 	var documented strings.Builder
 	for _, block := range blocks(t, root+"/docs/schema.md", "sql") {
@@ -36,7 +36,7 @@ func TestSchema(t *testing.T) {
 	}
 }
 
-// schema returns the statements that create what is in a database.
+// schema returns the statements that create the schema of a database.
 func schema(t *testing.T, path string) (statements []string) {
 	t.Helper()
 	db := openDB(t, path)
@@ -68,7 +68,7 @@ func openDB(t *testing.T, path string) *sql.DB {
 	return db
 }
 
-// normalize drops comments, line breaks and what SQLite itself leaves out.
+// normalize removes comments, line breaks and everything that SQLite itself removes.
 func normalize(statements string) string {
 	statements = regexp.MustCompile(`--.*`).ReplaceAllString(statements, "")
 	statements = strings.ReplaceAll(statements, "IF NOT EXISTS ", "")

@@ -1,5 +1,5 @@
-// Package hookdriver lets tests look at, and spoil, the statements that a
-// database executes.
+// Package hookdriver lets tests observe and change the statements that a database
+// executes, or make them fail.
 package hookdriver
 
 import (
@@ -10,14 +10,15 @@ import (
 	"testing"
 )
 
-// A Hook is called with every statement, which is executed when it calls run.
+// A Hook is called with every statement. The statement is executed when the hook calls
+// run.
 type Hook func(query string, run func() error) error
 
 // Run executes every statement.
 func Run(_ string, run func() error) error { return run() }
 
-// Open opens a database with the driver called "sqlite3", and returns a
-// function that sets the hook. The database is closed with the test.
+// Open opens a database with the driver called "sqlite3", and returns a function that
+// sets the hook. The database is closed at the end of the test.
 func Open(t testing.TB, dsn string) (db *sql.DB, set func(Hook)) {
 	c := &connector{dsn: dsn}
 	c.hook.Store(Hook(Run))

@@ -20,7 +20,7 @@ import (
 )
 
 func init() {
-	// The validator knows no event streams. checkEvents validates the events.
+	// The validator does not support event streams. checkEvents validates the events.
 	openapi3filter.RegisterBodyDecoder("text/event-stream", openapi3filter.PlainBodyDecoder)
 }
 
@@ -91,8 +91,8 @@ func (c *checker) ask(e exchange) {
 	}
 }
 
-// find returns what the validator needs to know about a request. A HEAD request is
-// that of the GET request.
+// find returns what the validator needs to know about a request. A HEAD request counts
+// as a GET request.
 func (c *checker) find(r *http.Request, path string) *openapi3filter.RequestValidationInput {
 	c.t.Helper()
 	r = r.Clone(r.Context())
@@ -156,7 +156,7 @@ func (c *checker) matches(schema string, data []byte) error {
 	return ref.Value.VisitJSON(v, openapi3.EnableJSONSchema2020())
 }
 
-// eventSchemas has the schemas that the description names for the data of events.
+// eventSchemas returns the schemas that the description gives for the data of events.
 var eventSchemas = map[string]string{
 	"snapshot": "Snapshot", "operation": "Task", "deleted": "Deleted", "reload": "Note", "closed": "Note",
 }
@@ -187,8 +187,8 @@ func (c *checker) checkEvents(body string) error {
 	return nil
 }
 
-// askProblem makes a request that the description answers only in its text: with
-// problem details, or without a body to OPTIONS.
+// askProblem makes a request whose response the description mentions only in its text:
+// problem details, or no body for OPTIONS.
 func (c *checker) askProblem(url, method, path string, status int, allow string) {
 	c.t.Helper()
 	r, err := http.NewRequestWithContext(c.t.Context(), method, url+path, nil)

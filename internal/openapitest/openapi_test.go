@@ -17,7 +17,8 @@ import (
 
 func TestMain(m *testing.M) { testkit.Main(m, nil) }
 
-// A store fails while broken is set, and has no unfinished operation while deleted is.
+// A store fails while broken is set. While deleted is set, it has no unfinished
+// operation.
 type store struct {
 	*task.MemoryStore
 	broken, deleted atomic.Bool
@@ -246,8 +247,8 @@ func (s *site) askClosed() {
 	s.request("POST /{id}/again", s.done, "", 503)
 }
 
-// askUnable makes requests for which a store, the program or a wrapper of the handler
-// lacks an ability.
+// askUnable makes requests that need an ability that a store, the program or a wrapper
+// of the handler lacks.
 func (s *site) askUnable() {
 	bare := testkit.Bare(task.NewMemoryStore())
 	m, other := testkit.NewManager(s.t, bare), testkit.NewManager(s.t, bare)

@@ -73,8 +73,8 @@ func readEntries(path string) ([]entry, error) {
 	}
 }
 
-// A disk is the state of one directory by the record: what is certainly on the
-// disk, and what may be.
+// A disk is the state of one directory according to the record: what is certainly on
+// the disk, and what may be.
 type disk struct {
 	fds   map[int32]*file
 	syncs map[int64]point // the syncs under way
@@ -86,7 +86,7 @@ type disk struct {
 type file struct {
 	data    []byte
 	pending []change
-	past    int // how many changes are synced
+	past    int // number of synced changes
 }
 
 // A change is a write, or a truncation if data is nil. A change of a directory is
@@ -99,7 +99,7 @@ type change struct {
 	to   *file // nil if unlinked
 }
 
-// A name leads to a file, or to none if nil.
+// A name leads to a file, or to nil if it does not exist.
 type name struct {
 	synced *file // where it certainly leads
 	latest *file // where it leads once the directory's pending changes are synced
@@ -108,7 +108,7 @@ type name struct {
 // A point is a moment in the history of a file.
 type point struct {
 	file *file
-	past int // how many changes came before
+	past int // number of earlier changes
 }
 
 func newDisk() *disk {
@@ -163,7 +163,7 @@ func (d *disk) open(e entry) {
 	}
 }
 
-// link makes a name lead to a file, or to none if nil.
+// link makes a name lead to a file, or to nothing if to is nil.
 func (d *disk) link(base string, to *file) {
 	n := d.names[base]
 	if n == nil {
@@ -218,7 +218,7 @@ func resize(data []byte, size int) []byte {
 // sector is the unit that a disk writes atomically.
 const sector = 512
 
-// A crash says how much of what was not synced survives a loss of power.
+// A crash says how much of the unsynced changes survives a loss of power.
 type crash int
 
 const (
@@ -243,7 +243,7 @@ func (d *disk) after(c crash, rng *rand.Rand) map[string][]byte {
 			continue
 		}
 		if strings.HasSuffix(base, "-shm") {
-			// It is written through a memory map, which the record doesn't show.
+			// The file is written through a memory map, which the record doesn't show.
 			files[base] = garbage(rng.IntN(3)*32<<10, rng)
 			continue
 		}
@@ -252,7 +252,7 @@ func (d *disk) after(c crash, rng *rand.Rand) map[string][]byte {
 	return files
 }
 
-// either returns a random one of the files to which a name may lead.
+// either returns at random one of the files to which a name may lead.
 func (d *disk) either(base string, rng *rand.Rand) *file {
 	may := []*file{d.names[base].synced}
 	for _, c := range d.dir.pending {

@@ -85,9 +85,9 @@ func start(t *testing.T, shim string, c config, env ...string) ([]byte, error) {
 	return cmd.Output()
 }
 
-// processes are the processes that record and are killed, one after the other, on
-// the same files: at their n-th sync while they create the database, while they
-// recover it, and later, with and without leaving unfinished operations.
+// processes lists the processes that record and are killed, one after the other, on the
+// same files: at their n-th sync while they create the database, while they recover it,
+// and later, with and without leaving unfinished operations.
 func processes() (all []config) {
 	for n := range 10 {
 		all = append(all, config{Kill: n + 1})
@@ -133,9 +133,9 @@ func recordDir(t *testing.T) string {
 	return dir
 }
 
-// TestPowerLoss checks that acknowledged operations survive a loss of power where
-// the database is synced before the acknowledgement, and that the replay detects
-// losses elsewhere.
+// TestPowerLoss checks that acknowledged operations survive a loss of power if the
+// database is synced before the acknowledgement, and that the replay detects losses
+// otherwise.
 func TestPowerLoss(t *testing.T) {
 	shim := compile(t)
 	apps := testos.Size(4, len(processes())) // processes that are killed in an application's database
@@ -143,8 +143,8 @@ func TestPowerLoss(t *testing.T) {
 		name     string
 		settings string // of an application's database; "" for OpenSQLite
 		lossless bool   // by docs/durability.md and SQLite's documentation
-		killed   int    // how many processes; fewer where syncs are rare
-		ops      int    // how many operations then; 100 cause some checkpoints
+		killed   int    // number of processes; fewer where syncs are rare
+		ops      int    // number of operations after that; 100 cause some checkpoints
 		ignore   []string
 	}{
 		// Ignoring syncs shows that the replay detects losses.

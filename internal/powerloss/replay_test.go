@@ -32,7 +32,7 @@ type report struct {
 	Problems []string // other faults, such as corruption
 }
 
-// A replay reconstructs and checks what losses of power may leave.
+// A replay reconstructs and checks directories that a loss of power may leave.
 type replay struct {
 	config
 	images chan image
@@ -157,11 +157,10 @@ func (k *acknowledged) add(data []byte) error {
 	return nil
 }
 
-// points chooses the moments at which power is lost: all moments at the
-// beginning, then mostly moments just before the end of a sync, when as much as
-// possible depends on the sync before, and some others. For each process it
-// includes the moment before its first sync after it was shown what another
-// process had left.
+// points chooses the moments at which power is lost: all moments at the beginning, then
+// mostly moments just before the end of a sync, when as much as possible depends on the
+// previous sync, and a few others. For each process it includes the moment before its
+// first sync after it has read what another process has left.
 func (r *replay) points(entries []entry, rng *rand.Rand) []int {
 	var ends, points []int
 	shown := 0 // acknowledgements of the process before its first sync; -1 after that

@@ -1,21 +1,22 @@
 // Command storm tests that crashes lose nothing that was acknowledged.
 //
-// Three processes use one database as fast as they can. Each records in its own
-// journal what was acknowledged: that an operation was submitted, and how it ended. The processes are killed with SIGKILL at random moments, together,
-// twice in quick succession or while they start, and are restarted. After each
-// kill, storm checks that everything in the journals is in the database and never
-// changes again, that nothing unfinished belongs to a dead process, and that
-// nothing of a live process was modified.
+// Three processes use one database as fast as they can. Each records in its own journal
+// what was acknowledged: that an operation was submitted, and how it ended. The
+// processes are killed with SIGKILL at random moments, together, twice in quick
+// succession or while they start, and are restarted. After each kill, storm checks that
+// everything in the journals is in the database and never changes again, that no
+// unfinished operation belongs to a dead process, and that no operation of a live
+// process was modified.
 //
 //	go run ./internal/storm -for 30s
 //	go run ./internal/storm -for 15m -kills 1000
 //
-// With -resume, the workers resume most of what dead processes have left, and storm
+// With -resume, the workers resume most of the operations of dead processes, and storm
 // checks that each operation is resumed by one process at a time.
 //
-// At the end it prints a line of figures. If it has found violations, it prints
-// them, exits with status 1 and does not delete the database and the journals. It
-// needs cgo, and a system with file locks.
+// At the end, storm prints a line of figures. If it has found violations, it prints
+// them, exits with status 1 and keeps the database and the journals. It needs cgo, and
+// a system with file locks.
 package main
 
 import (

@@ -73,8 +73,8 @@ func (rows Rows) WantFailed(t testing.TB, now Rows, failed ...string) {
 	}
 }
 
-// Fill adds n unfinished rows of one owner to a database. Their times differ from now
-// by a modifier of SQLite's date functions.
+// Fill adds n unfinished rows of one owner to a database. Their times are ahead of now
+// by ahead, a modifier of SQLite's date functions.
 func Fill(t testing.TB, path string, n int, owner any, ahead string) {
 	t.Helper()
 	Exec(t, path, `WITH RECURSIVE n(i) AS (SELECT 1 WHERE ?1 > 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)

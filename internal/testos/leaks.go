@@ -72,8 +72,9 @@ func Goroutines() (own []string) {
 // time unless the user says otherwise.
 //
 // All temporary directories are in memory if that has space and allows programs to run:
-// otherwise most tests would mostly wait for a disk to sync. If the environment
-// variable TASK_LONG is set they are not, so that the tests also run on a disk.
+// otherwise most tests would spend most of their time waiting for a disk to sync. If
+// the environment variable TASK_LONG is set they are not, so that the tests also run on
+// a disk.
 func Run(m *testing.M) (code int) {
 	if os.Getenv(longVar) == "" && fits(memoryDir) {
 		os.Setenv("TMPDIR", memoryDir)
@@ -93,7 +94,8 @@ func Run(m *testing.M) (code int) {
 }
 
 // left returns what tests have left: the stacks of goroutines, and how many more files
-// are open than before. It waits until they are gone, and then returns "".
+// are open than before. It waits up to wait for them to end, and returns "" once
+// nothing is left.
 func left(wait time.Duration, before int) string {
 	for deadline := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
 		all := others()

@@ -16,26 +16,26 @@ type Backend struct {
 	// Open opens the store of a directory.
 	Open func(dir string) (Store, error)
 
-	// Rows calls row for each operation of one snapshot of the database. It passes
-	// a function that scans, as texts: id, name, state, progress, metadata, result,
-	// error, created_at, updated_at, started_at and owner, "" for NULL, times in UTC
-	// with microseconds; and whether its cancellation was requested. It returns what
-	// is wrong with the database's structure, or "".
+	// Rows calls row for each operation of one snapshot of the database. It passes a
+	// function that scans the columns id, name, state, progress, metadata, result,
+	// error, created_at, updated_at, started_at and owner as texts, with "" for NULL and
+	// times in UTC with microseconds; and whether a cancel was requested. It returns
+	// what is wrong with the database's structure, or "".
 	Rows func(dir string, row func(scan func(dest ...any) error) error) (problem string, err error)
 
-	// Outage crashes the database's server and starts it again. Only the driver calls
-	// it.
+	// Outage crashes the database's server and restarts it. Only the driver calls it.
 	Outage func() error
 
-	// Outages says that Outage is used, so that workers accept errors of the database.
+	// Outages reports that Outage is used, so that workers accept errors of the
+	// database.
 	Outages bool
 
-	// Late says that what dead processes have left is recovered some time after their
+	// Late reports that operations of dead processes are recovered some time after the
 	// death, and not by the next New.
 	Late bool
 }
 
-// A Store is what a worker uses.
+// A Store is the store of a worker.
 type Store interface {
 	task.Persistence
 	Owner() string

@@ -1,5 +1,5 @@
-// Package engine runs a storm: workers that use one database and are killed at
-// random, and a driver that compares what they were told with what is stored.
+// Package engine runs a storm: workers that use one database and are killed at random,
+// and a driver that compares what was acknowledged to them with what is stored.
 package engine
 
 import (
@@ -13,12 +13,12 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A process identifies a worker's process, as the names of its operations do.
+// A process identifies a worker's process. The names of its operations contain it.
 type process struct{ slot, gen int }
 
 // A status is what the driver knows about a process.
 type status struct {
-	killed    bool // it may be dead
+	killed    bool // the process may be dead
 	recovered bool // a New that began after its death has returned
 }
 
@@ -27,7 +27,7 @@ type row struct {
 	id, name, state, progress, metadata, result, err string
 	created, updated, started                        string
 	owner                                            string
-	cancelling                                       bool // somebody has asked for its cancellation
+	cancelling                                       bool // a cancel was requested
 }
 
 func (r row) unfinished() bool { return r.state == "PENDING" || r.state == "RUNNING" }
@@ -42,11 +42,11 @@ type checker struct {
 	statuses map[process]*status
 
 	rows       map[string]row      // as of the last check
-	unfinished map[string]bool     // the IDs of those that were unfinished
+	unfinished map[string]bool     // IDs of the rows that were unfinished
 	owners     map[string]string   // the session of each owner, as a prefix of names
 	closed     map[string]bool     // the prefixes of the closed sessions
-	resume     bool                // the workers resume what the dead have left
-	over       bool                // the last manager, which resumes nothing, has been here
+	resume     bool                // the workers resume operations of dead processes
+	over       bool                // the last manager, which resumes nothing, has run
 	resumers   map[string][]string // by the ID of an operation: the sessions that have resumed it
 
 	acks Tally // acknowledgements
@@ -222,7 +222,7 @@ func (c *checker) checkRecovered(r row) {
 		c.violation("no worker has submitted %+v", r)
 	case c.resume && !c.over && !declined(r.id) && !r.cancelling:
 		c.violation("an interrupted operation was not resumed: %+v", r)
-	case c.resume && c.closed[session]: // it was taken over while that manager was closing
+	case c.resume && c.closed[session]: // taken over while that manager was closing
 	case !status.killed:
 		c.violation("an operation of a live process was marked as interrupted: %+v", r)
 	case c.closed[session]:
@@ -240,7 +240,7 @@ func (c *checker) checkUnfinished(r row) {
 	case !known:
 	case status == nil:
 		c.violation("no worker has submitted %+v", r)
-	case c.resume && c.closed[session] && r.state == "PENDING": // it was taken over while that manager was closing
+	case c.resume && c.closed[session] && r.state == "PENDING": // taken over while that manager was closing
 	case status.recovered:
 		c.violation("an unfinished operation belongs to a dead process: %+v", r)
 	case c.closed[session]:
@@ -251,8 +251,8 @@ func (c *checker) checkUnfinished(r row) {
 	}
 }
 
-// runs returns the process and the session that run an operation, or have left it.
-// They are not known yet if that session has begun after the journals were read.
+// runs returns the process and the session that run an operation, or have left it. They
+// are unknown if that session has begun after the journals were read.
 func (c *checker) runs(r row) (p process, session string, known bool) {
 	if !c.resume {
 		p, session = submitter(r.name)
@@ -270,7 +270,7 @@ func (c *checker) alive(session string) bool {
 	return status != nil && !status.killed && !c.closed[session]
 }
 
-// resumedBy checks that of the sessions that have resumed an operation, one is
+// resumedBy checks that at most one of the sessions that have resumed an operation is
 // alive.
 func (c *checker) resumedBy(id, session string) {
 	c.acks.Resumed++
@@ -286,8 +286,8 @@ func (c *checker) resumedBy(id, session string) {
 	}
 }
 
-// submitter returns the process and the session that have submitted the operation
-// with that name.
+// submitter returns the process and the session that have submitted the operation with
+// that name.
 func submitter(name string) (p process, session string) {
 	var n int
 	if _, err := fmt.Sscanf(name, "%d.%d.%d.", &p.slot, &p.gen, &n); err != nil {

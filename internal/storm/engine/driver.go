@@ -55,7 +55,7 @@ type child struct {
 	in     io.WriteCloser
 	stderr string
 	began  time.Time
-	after  int           // how many processes had ended when it was started
+	after  int           // number of processes that had ended when it was started
 	ready  chan struct{} // closed when its first New has returned
 	exited chan struct{} // closed when it has ended
 	err    error         // why it has ended; set before exited is closed
@@ -178,8 +178,8 @@ func (s *Storm) round() error {
 	return err
 }
 
-// again reports whether the round kills once more. Where the dead are recovered late,
-// a round takes long, and kills more.
+// again reports whether the round kills again. If recovery comes late, a round takes
+// long and kills more often.
 func (s *Storm) again() bool {
 	if s.Backend.Late {
 		return s.rng.IntN(8) > 0
@@ -187,7 +187,8 @@ func (s *Storm) again() bool {
 	return s.rng.IntN(4) == 0
 }
 
-// settle waits until what the dead have left is recovered, if that comes late.
+// settle waits until the operations of dead processes are recovered, if that comes
+// late.
 func (s *Storm) settle() error {
 	if !s.Backend.Late {
 		return nil
@@ -201,11 +202,11 @@ func (s *Storm) settle() error {
 			return err
 		}
 	}
-	s.markRecovered(len(s.dead)) // so that the next check reports what is left
+	s.markRecovered(len(s.dead)) // so that the next check reports operations that are left
 	return nil
 }
 
-// restart kills the workers in those slots, then replaces them.
+// restart kills the workers in those slots, and then replaces them.
 func (s *Storm) restart(targets []int) error {
 	for _, i := range targets {
 		s.kill(s.workers[i])
@@ -264,7 +265,7 @@ func (s *Storm) start(slot int) error {
 	return nil
 }
 
-// follow waits until a child is ready, and until it has ended.
+// follow waits until a child is ready, and then until it has ended.
 func (c *child) follow(out io.Reader) {
 	lines := bufio.NewScanner(out)
 	if lines.Scan() {
@@ -298,8 +299,7 @@ func (s *Storm) reportEnd(c *child) {
 	s.checker.violation("worker %d.%d has ended without being killed: %v", c.slot, c.gen, c.err)
 }
 
-// checkStderr reports what a worker has written to standard error: a crash, or a
-// data race.
+// checkStderr reports output of a worker to standard error: a crash, or a data race.
 func (s *Storm) checkStderr(c *child) {
 	text, err := os.ReadFile(c.stderr)
 	if err != nil || len(text) > 0 {
@@ -308,7 +308,7 @@ func (s *Storm) checkStderr(c *child) {
 }
 
 // awaitReady waits until the managers of these children are ready. From then on,
-// processes that were dead before one of them started own nothing unfinished.
+// processes that had died before one of them started own nothing unfinished.
 func (s *Storm) awaitReady(children []*child) error {
 	for _, c := range children {
 		select {
@@ -366,12 +366,12 @@ func (s *Storm) checkOwnerFiles() {
 	}
 }
 
-// end ends the storm on one database: it kills all workers, or asks them to end,
-// opens the database with one more manager, and checks what is left.
+// end ends the storm on one database: it kills all workers, or asks them to end, opens
+// the database with one more manager, and checks the result.
 func (s *Storm) end() error {
 	if s.rng.IntN(2) == 0 {
 		for _, c := range s.workers {
-			io.WriteString(c.in, "stop\n") // fails if it has died, which check reports
+			io.WriteString(c.in, "stop\n") // fails if the child has died, which check reports
 		}
 		for _, c := range s.workers {
 			select {
@@ -406,8 +406,8 @@ func (s *Storm) end() error {
 	return s.checker.check()
 }
 
-// openAndClose opens and closes a manager, or several until all that the dead have
-// left is recovered.
+// openAndClose opens and closes a manager, or several until all operations of dead
+// processes are recovered.
 func (s *Storm) openAndClose() error {
 	store, err := s.Backend.Open(s.checker.dir)
 	if err != nil {

@@ -14,21 +14,20 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A record is one acknowledgement that a worker has received, a line of its
-// journal.
+// A record is an acknowledgement that a worker has received: a line of its journal.
 type record struct {
 	Kind string          // one of the kinds below
 	Name string          `json:",omitempty"` // of the submitted operation, or the prefix of a session
 	ID   string          `json:",omitempty"` // of the operation
-	Op   *task.Operation `json:",omitempty"` // as it was shown
-	Text string          `json:",omitempty"` // what the violation is
+	Op   *task.Operation `json:",omitempty"` // as shown
+	Text string          `json:",omitempty"` // describes the violation
 }
 
 // The kinds of records.
 const (
 	submitted = "submitted" // Submit has returned an operation
 	finished  = "finished"  // an operation was shown in a final state
-	opened    = "opened"    // a session has begun, of the owner that ID has
+	opened    = "opened"    // a session has begun; ID is its owner
 	resumed   = "resumed"   // this session runs an operation that another has left
 	closed    = "closed"    // Close has returned: nothing of this session is unfinished
 	violation = "violation" // the worker itself has found a violation
@@ -97,8 +96,8 @@ type reader struct {
 	offset int64 // where the unread part begins
 }
 
-// read returns the records since the last call. An incomplete line was not
-// acknowledged.
+// read returns the records since the last call, without an incomplete line, which was
+// not acknowledged.
 func (r *reader) read() ([]record, error) {
 	f, err := os.Open(r.path)
 	if errors.Is(err, fs.ErrNotExist) { // the worker was killed before it began

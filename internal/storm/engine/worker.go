@@ -19,23 +19,23 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// workerVar names the environment variable that makes a process a worker. It
-// holds its config.
+// workerVar names the environment variable that makes a process a worker. Its value is
+// the config.
 const workerVar = "TASK_STORM_WORKER"
 
 // A config identifies a worker and its files.
 type config struct {
 	Dir    string // of the database and the journals
-	Slot   int    // its number among the workers
+	Slot   int    // the worker's number
 	Gen    int    // counts the processes in that slot
 	Seed   uint64
 	Faulty string // the store of faultyStores to use; "" for none
-	Resume bool   // resume what the dead have left
+	Resume bool   // resume operations of dead processes
 }
 
 func databasePath(dir string) string { return filepath.Join(dir, "tasks.db") }
 
-// faultyStores make stores with a fault, for tests that the checker finds the fault.
+// faultyStores lists stores with a fault, for tests that the checker finds the fault.
 var faultyStores = map[string]func(path string, store *task.SQLiteStore) task.Persistence{}
 
 const (
@@ -57,8 +57,8 @@ type worker struct {
 	stop    chan struct{} // closed when the driver asks it to end
 }
 
-// Main runs a worker and ends the process, if a storm has started the process as
-// one. Else it does nothing.
+// Main runs a worker and ends the process, if a storm has started the process as a
+// worker. Otherwise it does nothing.
 func Main(b Backend) {
 	if text := os.Getenv(workerVar); text != "" {
 		os.Exit(work(text, b))
@@ -134,7 +134,7 @@ func (w *worker) run(n int) error {
 	case <-w.stop:
 	case <-time.After(time.Duration(w.rng.Int64N(int64(maxLifetime)))):
 	}
-	if w.rng.IntN(2) == 0 { // else Close meets concurrent Submits
+	if w.rng.IntN(2) == 0 { // otherwise Close runs concurrently with Submits
 		l.quit.Store(true)
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -193,7 +193,7 @@ func (l *session) resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	}, []task.SubmitOption{task.WithLock(op.ID[len(op.ID)-1:])}
 }
 
-// ran returns the resumed jobs that have run. Of the others, another may have.
+// ran returns the resumed jobs that have run. Another worker may have the others.
 func (l *session) ran() (jobs []*job) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -205,8 +205,8 @@ func (l *session) ran() (jobs []*job) {
 	return jobs
 }
 
-// accepts reports whether an error of the database may be: nil, or any while its
-// server crashes.
+// accepts reports whether an error of the database is acceptable: nil, or any error
+// while its server crashes.
 func (l *session) accepts(err error) bool { return err == nil || l.backend.Outages }
 
 func (l *session) violation(format string, args ...any) {

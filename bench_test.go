@@ -232,7 +232,7 @@ func BenchmarkSubmitBesideSearches(b *testing.B) {
 // A besideResult is the result of besideSearches.
 type besideResult struct {
 	submits, searches     int
-	worstSubmit, worstEnd time.Duration // the longest Submit, and the longest time from the end of a context to the end of its search
+	worstSubmit, worstEnd time.Duration // the longest Submit, and the longest search after its context was done
 	failed                error
 }
 

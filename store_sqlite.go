@@ -1070,7 +1070,7 @@ func (s *SQLiteStore) orphans(owner string, at int64, resume func(op *Operation)
 		return eachRow(c, columns, sqlText(ofOwner, owner, at, recoverChunk), func(r *row) { all = append(all, orphan{row: *r}) })
 	})
 	for i := range all {
-		if all[i].id != "" { // else NULL or empty, and maybe not unique
+		if all[i].id != "" { // otherwise NULL or empty, and maybe not unique
 			_, all[i].resumed = resumes(resume, all[i].operation())
 		}
 	}
@@ -1082,7 +1082,7 @@ const (
 	whereOrphan = ` WHERE rowid = ? AND coalesce(CAST(id AS TEXT), '') = ? AND ` + ownerText + ` = ? AND ` + unfinished
 	failOrphan  = `UPDATE tasks SET state = 'FAILED', error = ?, updated_at = ?` + whereOrphan
 	takeOrphan  = `UPDATE tasks SET state = 'PENDING', owner = ?, updated_at = ?, progress = 0, message = NULL, started_at = NULL` +
-		whereOrphan + ` AND cancel_requested_at IS NULL AND typeof(id) = 'text'` // else Update would not find it
+		whereOrphan + ` AND cancel_requested_at IS NULL AND typeof(id) = 'text'` // otherwise Update would not find it
 )
 
 // settle marks operations of a dead owner as failed, or takes them over. It changes no

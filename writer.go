@@ -362,7 +362,7 @@ func (w *writer) resolve(u *record) {
 	case op.State.live():
 		u.err = fmt.Errorf("the store has it as %s, but does not update it", op.State)
 	default:
-		if op.State != u.op.State || !op.UpdatedAt.Equal(u.op.UpdatedAt) { // else an earlier write that seemed to fail has stored it
+		if op.State != u.op.State || !op.UpdatedAt.Equal(u.op.UpdatedAt) { // otherwise an earlier write that seemed to fail has stored it
 			w.log.Error("task: finished by another manager", "id", u.op.ID, "name", u.op.Name,
 				"state", u.op.State, "stored", op.State)
 		}

@@ -246,7 +246,7 @@ func TestCancel(t *testing.T) {
 	b := newTab(t)
 	b.open(d.page())
 	var ids []string
-	for i := range 4 { // of which three run
+	for i := range 4 { // three of them run
 		ids = append(ids, d.start(fmt.Sprint("task ", i)))
 	}
 	b.show(ids[0], "RUNNING", "task 0")

@@ -13,7 +13,7 @@ import (
 
 func backup(ctx context.Context, db *sql.DB, path string) error {
 	if _, err := db.ExecContext(ctx, "VACUUM INTO ?", path); err != nil {
-		return err // also if the file exists
+		return err // also if there is such a file
 	}
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {

@@ -1,3 +1,3 @@
-// Package docstest tests the documents: README.md, docs/, the changelog and the
-// specification.
+// Package docstest holds the tests of the documents: README.md, docs/, the
+// changelog and the specification.
 package docstest

@@ -1,7 +1,7 @@
-// Package processtest shows how several processes on one database affect each other:
-// each runs its own operations and sees those of all. The operations of a killed
-// process are recovered once, by the next manager or by one that waits for them.
+// Package processtest shows what several processes on one database do to each
+// other: each runs its own operations and sees those of all, and what a killed
+// one leaves is recovered once, by the next manager or by whoever waits for it.
 //
-// The test binary runs itself as a child process. The test drives the child's manager
-// call by call.
+// The test binary runs itself as a child process; the child's manager is driven
+// from the test, call by call.
 package processtest

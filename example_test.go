@@ -129,7 +129,7 @@ func ExampleManager_Wait() {
 		log.Fatal(err)
 	}
 
-	// Look at it after at most 10 milliseconds.
+	// Look at it again after 10 milliseconds at most.
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
 	op, err = manager.Wait(ctx, op.ID)
@@ -152,7 +152,7 @@ func ExampleNew_recovery() {
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "tasks.db")
 
-	// This is what a program leaves that crashes in the middle of its work.
+	// A program that crashes in the middle of its work leaves this.
 	store, err := task.OpenSQLite(path)
 	if err != nil {
 		log.Fatal(err)
@@ -163,7 +163,7 @@ func ExampleNew_recovery() {
 	}
 	store.Close()
 
-	// The next one to start finds it.
+	// The next program to start finds it.
 	store, err = task.OpenSQLite(path)
 	if err != nil {
 		log.Fatal(err)
@@ -185,7 +185,7 @@ func ExampleNew_recovery() {
 	// scrub tank: FAILED at 40%: Task failed due to system restart
 }
 
-// What a restart has interrupted goes on from the place that it had stored.
+// An interrupted operation continues from its stored place after a restart.
 func ExampleWithResume() {
 	dir, err := os.MkdirTemp("", "")
 	if err != nil {
@@ -194,7 +194,7 @@ func ExampleWithResume() {
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "tasks.db")
 
-	// This is what a program leaves that crashes after it has checked 600 blocks.
+	// A program that crashes after it has checked 600 blocks leaves this.
 	store, err := task.OpenSQLite(path)
 	if err != nil {
 		log.Fatal(err)
@@ -205,7 +205,7 @@ func ExampleWithResume() {
 	}
 	store.Close()
 
-	// The next one to start goes on.
+	// The next program to start continues.
 	store, err = task.OpenSQLite(path)
 	if err != nil {
 		log.Fatal(err)
@@ -214,7 +214,7 @@ func ExampleWithResume() {
 	scrub := func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		var block int
 		if err := op.DecodeMetadata(&block); err != nil {
-			return nil, nil // as FAILED as without WithResume
+			return nil, nil // FAILED, as without WithResume
 		}
 		return func(ctx context.Context, update func(int)) (any, error) {
 			for ; block < 1000; block += 100 {
@@ -293,7 +293,7 @@ func ExampleWithUnique() {
 	// true true
 }
 
-// What an operation does is shown in words, and who has cancelled it.
+// An operation shows a message about its current work, and who cancelled it.
 func ExampleManager_CancelCause() {
 	manager := task.NewManager(nil)
 	defer manager.Close()

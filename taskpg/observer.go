@@ -29,12 +29,12 @@ type sighting struct {
 // caller reports when the reads and commits of the observer's own store began and
 // ended.
 //
-// The observer presumes an owner dead if two conditions hold. One read showed a beat,
-// and another read that began at least a lease after the end of the first one showed
-// the same beat. And in between, neither the reads nor the commits of the observer's
-// own store had a gap of more than half a lease: otherwise the database, the network
-// or the observer itself may have been away, and no owner is to blame. The lease is
-// the longer of the owner's and the observer's.
+// The observer presumes an owner dead if one read showed a beat, and another read,
+// which began at least a lease after the end of the first, showed the same beat. In
+// between, neither the reads nor the commits of the observer's own store may have had a
+// gap of more than half a lease: otherwise the database, the network or the observer
+// itself may have been away, and no owner is to blame. The lease is the longer of the
+// owner's and the observer's.
 type observer struct {
 	lease     time.Duration
 	read      instant // the end of the last read

@@ -27,8 +27,8 @@ import (
 
 const secret = "hunter2"
 
-// wantAdvice opens a database, which must fail with one line that has a text and
-// no password in it.
+// wantAdvice opens a database, which must fail with an error of one line that
+// contains a text and no password.
 func wantAdvice(t *testing.T, dsn, want string) {
 	t.Helper()
 	s, err := Open(t.Context(), dsn)
@@ -61,7 +61,7 @@ func TestAdvicePassword(t *testing.T) {
 		[]byte("local all guest scram-sha-256\nlocal all postgres trust\n"), 0o600))
 	pgtest.Exec(t, dsn, `SELECT pg_reload_conf()`)
 	guest := strings.Replace(dsn, "user=postgres", "user=guest password="+secret, 1)
-	testkit.Must(t, testkit.Until(func() bool { // the server reads the file again some time later
+	testkit.Must(t, testkit.Until(func() bool { // the server takes a while to reload the file
 		c, err := pgx.Connect(t.Context(), guest)
 		if err == nil {
 			c.Close(t.Context())
@@ -72,7 +72,7 @@ func TestAdvicePassword(t *testing.T) {
 	wantAdvice(t, strings.Replace(dsn, "user=postgres", "user=stranger password="+secret, 1), "pg_hba.conf")
 }
 
-// TestAdviceFull takes all of a server's connections.
+// TestAdviceFull opens a store while all of a server's connections are in use.
 func TestAdviceFull(t *testing.T) {
 	server := pgtest.New(t, "max_connections=5", "superuser_reserved_connections=1", "max_wal_senders=0")
 	dsn := server.Database("tasks")
@@ -94,7 +94,7 @@ func TestAdviceStandby(t *testing.T) {
 	wantAdvice(t, standby.DSN("tasks")+" password="+secret, "target_session_attrs=read-write")
 }
 
-// TestAdviceOtherTable has a table called tasks that is an application's.
+// TestAdviceOtherTable opens a database in which an application has its own table tasks.
 func TestAdviceOtherTable(t *testing.T) {
 	dsn := pgtest.Database(t)
 	pgtest.Exec(t, dsn, `CREATE TABLE tasks (id text PRIMARY KEY, title text)`)
@@ -123,8 +123,8 @@ func TestTLS(t *testing.T) {
 	wantAdvice(t, secure("localhost", root), "a name that the certificate has")
 }
 
-// newCertificate makes a certificate for 127.0.0.1 that is its own authority, and
-// returns a file that has it, too.
+// newCertificate returns a new self-signed certificate for 127.0.0.1, and the path
+// of a file that contains it.
 func newCertificate(t *testing.T) (tls.Certificate, string) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	testkit.Must(t, err)
@@ -137,8 +137,8 @@ func newCertificate(t *testing.T) (tls.Certificate, string) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, file
 }
 
-// serveTLS passes connections on to the server's socket, and returns its own port.
-// A server has no TLS on a socket, so the proxy ends it.
+// serveTLS forwards TLS connections to the server's Unix socket, and returns its own
+// port. The server doesn't support TLS on such a socket, so the proxy terminates it.
 func serveTLS(t *testing.T, certificate tls.Certificate, socket string) int {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	testkit.Must(t, err)

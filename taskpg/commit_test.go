@@ -14,8 +14,8 @@ import (
 	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
-// TestUnknownOutcome breaks the connection at either side of a commit. The store
-// finds out what became of it.
+// TestUnknownOutcome breaks the connection before or after a commit. The store must
+// determine whether the commit succeeded.
 func TestUnknownOutcome(t *testing.T) {
 	for _, c := range []struct {
 		name, mode string
@@ -33,10 +33,10 @@ func TestUnknownOutcome(t *testing.T) {
 				dsn = pgtest.Pooler(t, dsn, c.mode)
 			}
 			proxy := pgtest.NewProxy(t, dsn)
-			s := open(t, proxy.DSN(), WithLease(10*time.Second)) // so that it writes nothing else
+			s := open(t, proxy.DSN(), WithLease(10*time.Second)) // long enough that it writes nothing else
 			op := newOp(s, task.StateRunning)
 			if !rule.FromServer {
-				rule.Text = op.ID // in the same piece as COMMIT
+				rule.Text = op.ID // sent together with COMMIT
 			}
 			met := proxy.Once(rule)
 			testkit.Must(t, s.Save(op))
@@ -69,8 +69,8 @@ func TestUnknownOutcome(t *testing.T) {
 	}
 }
 
-// TestRecoverUnknownOutcome does the same to a Recover, which yields each operation
-// once.
+// TestRecoverUnknownOutcome breaks the connection in the same way during Recover,
+// which must yield each operation once.
 func TestRecoverUnknownOutcome(t *testing.T) {
 	dsn := pgtest.Database(t)
 	proxy := pgtest.NewProxy(t, dsn)
@@ -83,7 +83,7 @@ func TestRecoverUnknownOutcome(t *testing.T) {
 	<-met
 }
 
-// TestBadMember writes a batch of which one row is refused by a trigger.
+// TestBadMember writes a batch with a row that a trigger rejects.
 func TestBadMember(t *testing.T) {
 	dsn := pgtest.Database(t)
 	s := open(t, dsn)
@@ -107,7 +107,7 @@ func TestBadMember(t *testing.T) {
 	}
 }
 
-// TestLarge writes more than one transaction takes.
+// TestLarge writes more than fits in one transaction.
 func TestLarge(t *testing.T) {
 	s := open(t, pgtest.Database(t), WithLease(30*time.Second))
 	var saves []*task.Operation
@@ -128,8 +128,8 @@ func TestLarge(t *testing.T) {
 	}
 }
 
-// TestHungCommit has COMMIT wait for a standby that is not there. Save returns an
-// error within 10 seconds, and nothing cancels the wait.
+// TestHungCommit makes COMMIT wait for a missing standby. Save must return an error
+// within 10 seconds, and nothing may cancel the wait.
 func TestHungCommit(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it takes 10 seconds")

@@ -12,10 +12,10 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// When a connection breaks, pgx asks the server by another one to cancel what
-// the first one does: with synchronous standbys that ends the wait for them. To
-// make such a connection it dials the RemoteAddr of the first one. That of a
-// writing conn is an address that cannot be dialled.
+// When a connection breaks, pgx opens another one and asks the server to cancel the
+// first one's statement: with synchronous standbys, that ends the wait for them. pgx
+// dials the RemoteAddr of the first connection. A writing conn therefore returns an
+// address that can't be dialled.
 
 // noCancel is the network of that address.
 const noCancel = "taskpg: not to be cancelled"
@@ -38,7 +38,7 @@ type noAddr struct{}
 func (noAddr) Network() string { return noCancel }
 func (noAddr) String() string  { return noCancel }
 
-// watchDials makes a configuration dial conns.
+// watchDials makes config wrap each connection that it dials in a conn.
 func watchDials(config *pgconn.Config) {
 	dial := config.DialFunc
 	config.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -54,7 +54,7 @@ func watchDials(config *pgconn.Config) {
 }
 
 // withConn calls f with a connection, which it closes at the deadline: pgx then
-// returns an error of the network, and nobody knows what became of a commit.
+// returns a network error, and the outcome of a commit is unknown.
 func withConn(ctx context.Context, pool *pgxpool.Pool, deadline time.Time, f func(*pgxpool.Conn) error) error {
 	acquireCtx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -66,12 +66,12 @@ func withConn(ctx context.Context, pool *pgxpool.Pool, deadline time.Time, f fun
 	socket := c.Conn().PgConn().Conn()
 	watched := socket
 	if t, ok := socket.(*tls.Conn); ok {
-		watched = t.NetConn() // closing the other would wait to send a goodbye
+		watched = t.NetConn() // closing the tls.Conn would wait to send an alert
 	}
 	if w, ok := watched.(*conn); ok {
 		w.writing.Store(true)
 		defer func() {
-			if !c.Conn().IsClosed() { // else it is not to be cancelled later, either
+			if !c.Conn().IsClosed() { // pgx may still try to cancel on a closed one
 				w.writing.Store(false)
 			}
 		}()
@@ -81,7 +81,7 @@ func withConn(ctx context.Context, pool *pgxpool.Pool, deadline time.Time, f fun
 	return f(c)
 }
 
-// notSent is an error before anything was sent.
+// notSent is an error that occurred before anything was sent.
 type notSent struct{ error }
 
 func (e notSent) Unwrap() error { return e.error }

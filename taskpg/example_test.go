@@ -8,7 +8,7 @@ import (
 	"github.com/mynt-nas/task/taskpg"
 )
 
-// A program that shares its history with others on other machines.
+// A program that shares its history with programs on other machines.
 func Example() {
 	ctx := context.Background()
 	store, err := taskpg.Open(ctx, "postgres://tasks@db.example.com/tasks?target_session_attrs=read-write")

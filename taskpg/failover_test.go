@@ -15,8 +15,8 @@ import (
 	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
-// TestFailover promotes a synchronous standby after the primary was killed. Nothing
-// that was confirmed is lost, and nobody living is declared gone.
+// TestFailover kills the primary and promotes a synchronous standby. No confirmed
+// write may be lost, and no live owner declared gone.
 func TestFailover(t *testing.T) {
 	primary := pgtest.New(t, "max_connections=50")
 	primary.Database("tasks")
@@ -54,16 +54,17 @@ func TestFailover(t *testing.T) {
 	testkit.Must(t, b.Close())
 }
 
-// A load submits operations to a manager until it is told to stop. The result of each
-// is its name.
+// A load submits operations until it is stopped. The result of each operation is its
+// name.
 type load struct {
-	mu   sync.Mutex        // guards what follows
-	ops  []*task.Operation // that Submit has returned
-	ends []*task.Operation // that Wait has returned as DONE
-	runs map[string]int    // of each function, by name
+	mu   sync.Mutex        // guards the fields below
+	ops  []*task.Operation // returned by Submit
+	ends []*task.Operation // returned by Wait as DONE
+	runs map[string]int    // calls of each function, by operation name
 }
 
-// submit submits one operation after the other. Errors may be, while no server is there.
+// submit submits one operation after the other. It ignores errors, which are expected
+// while no server is running.
 func (l *load) submit(m *task.Manager, who int, stop <-chan struct{}) {
 	for n := 0; ; n++ {
 		select {
@@ -98,8 +99,8 @@ func (l *load) ended() int {
 	return len(l.ends)
 }
 
-// losses returns how many operations a store does not have, and how many that were
-// DONE are unfinished there. It reports what is neither lost nor right.
+// losses returns how many submitted operations are missing in a store, and how many
+// that were DONE are unfinished there. Any other deviation is an error.
 func (l *load) losses(t *testing.T, s *Store) (rows, ends int) {
 	done := make(map[string]bool)
 	for _, op := range l.ends {
@@ -131,9 +132,9 @@ func (l *load) losses(t *testing.T, s *Store) (rows, ends int) {
 	return rows, ends
 }
 
-// TestAsyncFailover promotes an asynchronous standby that is behind, after the primary
-// was killed under load. What had not been replicated is lost: it is not found, or
-// unfinished. Nothing is wrong, and nothing runs twice.
+// TestAsyncFailover kills the primary under load and promotes an asynchronous standby
+// that lags behind. Operations that were not replicated are missing or unfinished. No
+// result may be wrong, and no function may run twice.
 func TestAsyncFailover(t *testing.T) {
 	primary := pgtest.New(t, "max_connections=50")
 	primary.Database("tasks")
@@ -176,7 +177,7 @@ func TestAsyncFailover(t *testing.T) {
 	if rows == 0 {
 		t.Error("nothing was lost: the standby was not behind")
 	}
-	recovered(t, reader) // what is unfinished gets its final state
+	recovered(t, reader) // gives unfinished operations their final state
 	if n := pgtest.Value[int](t, dsn, `SELECT count(*) FROM tasks WHERE state IN ('PENDING', 'RUNNING')`); n > 0 {
 		t.Errorf("%d operations have no final state", n)
 	}

@@ -24,7 +24,7 @@ var _ interface {
 	task.Notifier
 } = (*Store)(nil)
 
-// TestManagers has one manager cancel, wait for and watch what another one runs.
+// TestManagers makes one manager cancel, wait for and watch operations of another one.
 func TestManagers(t *testing.T) {
 	dsn := pgtest.Database(t)
 	a, b := open(t, dsn, WithLease(30*time.Second)), open(t, dsn, WithLease(30*time.Second))
@@ -49,7 +49,7 @@ func TestManagers(t *testing.T) {
 			}
 			close(seen)
 		}()
-		time.Sleep(300 * time.Millisecond) // in which everybody looks for cancel requests already
+		time.Sleep(300 * time.Millisecond) // until both managers look for cancel requests
 		start := time.Now()
 		testkit.Must(t, here.Cancel(op.ID))
 		got := testkit.Wait(t, here, op.ID)
@@ -60,12 +60,12 @@ func TestManagers(t *testing.T) {
 		testkit.Must(t, <-seen)
 	}
 	t.Logf("cancelled and told within %v at the worst", worst)
-	if worst > 5*time.Second { // far from the poll of a third of a lease
+	if worst > 5*time.Second { // much less than the polling interval, a third of a lease
 		t.Errorf("it took %v", worst)
 	}
 }
 
-// TestManagerDies has a manager wait for what a killed process runs.
+// TestManagerDies makes a manager wait for an operation of a killed process.
 func TestManagerDies(t *testing.T) {
 	dsn := pgtest.Database(t)
 	m := testkit.NewManager(t, open(t, dsn))
@@ -85,8 +85,8 @@ func TestManagerDies(t *testing.T) {
 	}
 }
 
-// TestIdleManagers have nothing to wait for, and recover what a killed process has
-// left.
+// TestIdleManagers shows that managers with nothing to wait for recover the operations
+// of a killed process.
 func TestIdleManagers(t *testing.T) {
 	dsn := pgtest.Database(t)
 	for range 2 {
@@ -103,7 +103,8 @@ func TestIdleManagers(t *testing.T) {
 	until(t, "forgotten", func() bool { return pgtest.Value[int](t, dsn, `SELECT count(*) FROM task_owners`) == 2 })
 }
 
-// TestIdleManagerResumes has an idle manager run what a killed process has left.
+// TestIdleManagerResumes shows that an idle manager resumes an operation of a killed
+// process.
 func TestIdleManagerResumes(t *testing.T) {
 	dsn := pgtest.Database(t)
 	s := open(t, dsn)
@@ -117,8 +118,8 @@ func TestIdleManagerResumes(t *testing.T) {
 	})
 }
 
-// TestManagerLost cuts a manager off until it is declared gone. Its function hears of
-// that, and it goes on.
+// TestManagerLost cuts a manager off until its store is declared gone. The function's
+// context must end with ErrLost, and the manager must continue to work.
 func TestManagerLost(t *testing.T) {
 	dsn := pgtest.Database(t)
 	proxy := pgtest.NewProxy(t, dsn)
@@ -148,8 +149,8 @@ func TestManagerLost(t *testing.T) {
 	}
 }
 
-// BenchmarkSubmit measures operations from Submit to their stored end, by many
-// goroutines.
+// BenchmarkSubmit measures operations from Submit to their stored final state, with
+// many goroutines.
 func BenchmarkSubmit(b *testing.B) {
 	for _, n := range []int{2, 64} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {

@@ -16,28 +16,28 @@ import (
 )
 
 const (
-	// sendInterval is how often a store notifies the others at most.
+	// sendInterval is the least time between two notifications by a store.
 	sendInterval = 50 * time.Millisecond
 
-	// hintInterval is how often Changes yields at most.
+	// hintInterval is the least time between two hints that Changes yields.
 	hintInterval = 100 * time.Millisecond
 
-	// blindInterval is how often Changes yields where no notifications arrive.
+	// blindInterval is the polling interval of Changes if no notifications arrive.
 	blindInterval = time.Second
 )
 
-// hints tell stores of each other's writes. A notification is a hint without
-// content, sent after the commit, in a transaction of its own: those that notify
-// commit one after the other in the whole server. One that is lost costs time:
-// Changes yields at least in every third of a lease.
+// hints inform stores of each other's writes. A notification says nothing but that
+// something may have changed. It is sent after the commit, in a transaction of its
+// own, because the server commits notifying transactions one at a time. A lost
+// notification only causes a delay: Changes yields at least in every third of a lease.
 type hints struct {
-	channel string // its name has the number of the table
+	channel string // contains the OID of the table
 
 	mu      sync.Mutex    // guards changed
-	changed chan struct{} // closed, and replaced, when something may have changed
+	changed chan struct{} // closed and replaced when something may have changed
 
-	dirty  chan struct{} // holds an element when others are to be notified
-	others atomic.Bool   // whether there are any, as far as is known
+	dirty  chan struct{} // holds a token when other stores must be notified
+	others atomic.Bool   // whether other stores exist, as far as is known
 	hears  atomic.Bool   // whether notifications arrive
 }
 
@@ -52,7 +52,7 @@ func (h *hints) wait() <-chan struct{} {
 	return h.changed
 }
 
-// tell gives a hint to those who use this store.
+// tell gives a hint to the users of this store.
 func (h *hints) tell() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -60,7 +60,7 @@ func (h *hints) tell() {
 	h.changed = make(chan struct{})
 }
 
-// written gives a hint to those who use this store, and to the others.
+// written gives a hint to the users of this store and of the other stores.
 func (h *hints) written() {
 	h.tell()
 	select {
@@ -69,9 +69,10 @@ func (h *hints) written() {
 	}
 }
 
-// Changes implements [task.Notifier]. Where no notifications arrive, as behind a
-// pooler in transaction mode, it yields every second. It ends with [task.ErrLost] when
-// the store was declared gone, or was so a moment before.
+// Changes implements [task.Notifier]. If no notifications arrive, as behind a pooler
+// in transaction mode, it yields every second. It ends with [task.ErrLost] once the
+// store learns that it was declared gone, or if it learned so less than a second
+// before the call.
 func (s *Store) Changes(ctx context.Context) iter.Seq[error] {
 	return func(yield func(error) bool) {
 		for began := time.Now(); ; {
@@ -103,8 +104,8 @@ func (s *Store) Changes(ctx context.Context) iter.Seq[error] {
 	}
 }
 
-// announce notifies other stores after this one has written, until it is closed. It
-// begins with its being there.
+// announce notifies other stores when it starts and after each write of this store,
+// until the store is closed.
 func (s *Store) announce() {
 	for first := true; ; first = false {
 		if !first {
@@ -115,7 +116,7 @@ func (s *Store) announce() {
 			}
 		}
 		if first || s.hints.others.Load() {
-			s.notify() // whose loss costs time only
+			s.notify() // best effort: others would find out later anyway
 		}
 		select {
 		case <-s.ctx.Done():
@@ -125,7 +126,7 @@ func (s *Store) announce() {
 	}
 }
 
-// notify sends a notification, in a transaction that waits for no disk.
+// notify sends a notification, in a transaction that doesn't wait for the disk.
 func (s *Store) notify() error {
 	ctx, cancel := s.limited()
 	defer cancel()
@@ -137,8 +138,8 @@ func (s *Store) notify() error {
 	return s.pool.SendBatch(ctx, b).Close()
 }
 
-// listen waits for notifications, until the store is closed. It has a connection
-// of its own, which is in no transaction.
+// listen waits for notifications until the store is closed. It has its own connection,
+// outside any transaction.
 func (s *Store) listen() {
 	for s.ctx.Err() == nil {
 		err := s.listenOnce()
@@ -158,13 +159,13 @@ func (s *Store) listen() {
 // in transaction mode.
 var errDeaf = errors.New("no notifications arrive")
 
-// limited returns a context that is not done when the store is closed: pgx would ask
-// the server to cancel the query, which poolers do not all survive.
+// limited returns a context with the time limit of an attempt. Close does not cancel
+// it: pgx would ask the server to cancel the query, which not all poolers survive.
 func (s *Store) limited() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), s.attemptLimit())
 }
 
-// listenOnce listens on one connection, for as long as that lives.
+// listenOnce listens on one connection until it fails or proves deaf.
 func (s *Store) listenOnce() error {
 	ctx, cancel := s.limited()
 	defer cancel()
@@ -194,11 +195,11 @@ func (s *Store) listenOnce() error {
 		case err != nil:
 			return err
 		case n != nil:
-			if n.Payload != s.Owner() { // own writes are told at once
+			if n.Payload != s.Owner() { // own writes have called tell already
 				s.hints.others.Store(true)
 				s.hints.tell()
 			}
-			if !heard { // what was missed before
+			if !heard { // something may have been missed before
 				heard = true
 				s.hints.hears.Store(true)
 				s.hints.tell()
@@ -216,7 +217,7 @@ func (s *Store) listenOnce() error {
 	}
 }
 
-// next returns the next notification, or nil if there is none for so long.
+// next returns the next notification, or nil if none arrives within the limit.
 func (s *Store) next(c *pgx.Conn, limit time.Duration) (*pgconn.Notification, error) {
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
 	defer cancel()
@@ -249,7 +250,7 @@ func (s *Store) RequestCancel(id, cause string) error {
 			})
 	}
 	err := s.transact(time.Now().Add(callLimit), transaction{queue: queue})
-	if errors.Is(err, errFenced) { // which does not matter to an operation of others
+	if errors.Is(err, errFenced) { // retry as a new owner: the operation may be another store's
 		err = s.transact(time.Now().Add(callLimit), transaction{queue: queue})
 	}
 	if err != nil {

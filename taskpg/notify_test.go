@@ -12,7 +12,7 @@ import (
 	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
-// changes starts to receive hints.
+// changes starts receiving hints, and returns a channel with their times.
 func changes(t *testing.T, s *Store) <-chan time.Time {
 	t.Helper()
 	hints := make(chan time.Time, 10_000)
@@ -31,7 +31,7 @@ func changes(t *testing.T, s *Store) <-chan time.Time {
 	return hints
 }
 
-// drain waits until there is no hint for a while.
+// drain waits until no hint arrives for 300 ms.
 func drain(hints <-chan time.Time) {
 	for quiet := time.After(300 * time.Millisecond); ; {
 		select {
@@ -55,7 +55,7 @@ func within(t *testing.T, what string, hints <-chan time.Time, limit time.Durati
 }
 
 func TestChanges(t *testing.T) {
-	const lease = 10 * time.Minute // so that nothing else gives a hint
+	const lease = 10 * time.Minute // long enough that nothing else gives a hint
 	dsn := pgtest.Database(t)
 	proxy := pgtest.NewProxy(t, dsn)
 	a := open(t, dsn, WithLease(lease))
@@ -90,7 +90,7 @@ func TestChanges(t *testing.T) {
 	within(t, "Update", hints, 5*time.Second)
 }
 
-// TestChangesBlind has no notifications.
+// TestChangesBlind tests Changes without notifications.
 func TestChangesBlind(t *testing.T) {
 	dsn := pgtest.Pooler(t, pgtest.Database(t), "transaction")
 	s := open(t, dsn, WithLease(time.Minute))

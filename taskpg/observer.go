@@ -2,10 +2,10 @@ package taskpg
 
 import "time"
 
-// An instant is a reading of both clocks. Only differences have a meaning.
+// An instant is a reading of both clocks. Only differences are meaningful.
 type instant struct {
-	mono time.Duration // stands still while the system sleeps
-	wall time.Duration // does not, but may be set
+	mono time.Duration // stops while the system sleeps
+	wall time.Duration // doesn't stop, but may be set
 }
 
 // systemClock returns a function that reads the clocks.
@@ -17,7 +17,7 @@ func systemClock() func() instant {
 	}
 }
 
-// A sighting is what a read shows of an owner.
+// A sighting is an owner's row as one read shows it.
 type sighting struct {
 	id    string
 	beat  int64
@@ -25,29 +25,31 @@ type sighting struct {
 	gone  bool
 }
 
-// An observer decides which owners are dead. It has no clock and no database: it
-// is told when reads and commits of its own store began and ended.
+// An observer decides which owners are dead. It has no clock and no database: its
+// caller reports when the reads and commits of the observer's own store began and
+// ended.
 //
-// An owner is presumed dead when its beat was the same at the end of one read and
-// at the beginning of another a lease later, and in between neither reads nor
-// commits of the observer's own had a gap of more than half a lease: else the
-// database, the network or the observer itself may have been away, and nobody can
-// be blamed. The lease is the longer one of the owner's and the observer's.
+// The observer presumes an owner dead if one read showed a beat, and another read,
+// which began at least a lease after the end of the first, showed the same beat. In
+// between, neither the reads nor the commits of the observer's own store may have had a
+// gap of more than half a lease: otherwise the database, the network or the observer
+// itself may have been away, and no owner is to blame. The lease is the longer of the
+// owner's and the observer's.
 type observer struct {
 	lease     time.Duration
 	read      instant // the end of the last read
 	committed instant // the beginning of the last commit
-	started   bool    // whether there was a read since the last gap
+	started   bool    // whether there was a read after the last gap
 	since     map[string]unchanged
 }
 
-// unchanged is the beat of an owner, and the end of the read that showed it first.
+// unchanged is the beat of an owner, and the end of the first read that showed it.
 type unchanged struct {
 	beat int64
 	at   instant
 }
 
-// commit tells of a commit of the observer's own store.
+// commit records a commit of the observer's own store.
 func (o *observer) commit(began instant) {
 	if o.gap(o.committed, began) {
 		o.started = false
@@ -55,16 +57,15 @@ func (o *observer) commit(began instant) {
 	o.committed = began
 }
 
-// gap reports whether more than half a lease has passed, by either clock, or the
-// clocks disagree by as much.
+// gap reports whether more than half a lease has passed by the monotonic clock, or
+// the clocks disagree by as much.
 func (o *observer) gap(from, to instant) bool {
 	mono, wall := to.mono-from.mono, to.wall-from.wall
 	return mono > o.lease/2 || (wall-mono).Abs() > o.lease/2
 }
 
-// observe takes in a read of all owners, which shows those of other stores. It
-// returns those that are presumed dead, and how long it takes until the next one
-// may be, if nothing changes.
+// observe processes a read of the owners of all other stores. It returns the owners
+// that are presumed dead, and the time until the next one may be if nothing changes.
 func (o *observer) observe(began, ended instant, owners []sighting) (dead []sighting, next time.Duration) {
 	if !o.started || o.gap(o.read, ended) || o.gap(o.committed, ended) {
 		o.since = nil

@@ -12,9 +12,9 @@ import (
 	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
-// A world is what a model of two stores and a database does: an owner that
-// commits, an observer that reads, their clocks, and outages. Its time is true
-// time, which nobody in it knows.
+// A world is a model of two stores and a database: an owner that commits, an
+// observer that reads, their clocks, and outages. now is the true time, which
+// neither store knows.
 type world struct {
 	rand *rand.Rand
 	now  time.Duration
@@ -25,9 +25,9 @@ type world struct {
 	gone     bool
 	pending  bool // whether a transaction of the owner holds its row
 	observer observer
-	asleep   time.Duration // for how long the observer's monotonic clock has stood still
-	set      time.Duration // by how much its wall clock was set
-	away     bool          // whether nobody reaches the database
+	asleep   time.Duration // how long the observer's monotonic clock has been stopped
+	set      time.Duration // how far its wall clock was set
+	away     bool          // whether the database is unreachable
 	log      []string
 }
 
@@ -37,10 +37,10 @@ func (w *world) logf(format string, args ...any) {
 
 func (w *world) clock() instant { return instant{w.now - w.asleep, w.now + w.set} }
 
-// pass lets time pass, up to a part of a lease.
+// pass advances the time by a random duration below most.
 func (w *world) pass(most time.Duration) { w.now += time.Duration(w.rand.Int64N(int64(most))) }
 
-// ownerSteps is one transaction of the owner.
+// ownerSteps begins or commits a transaction of the owner.
 func (w *world) ownerSteps() {
 	switch {
 	case w.away || w.gone:
@@ -55,7 +55,8 @@ func (w *world) ownerSteps() {
 	}
 }
 
-// observerSteps is one read, and what follows. It returns the violation of a rule.
+// observerSteps makes one read, and declares the owner gone if it is presumed dead. It
+// returns an error if that violates a rule.
 func (w *world) observerSteps(ownerLives bool) error {
 	if w.away {
 		return nil
@@ -70,7 +71,7 @@ func (w *world) observerSteps(ownerLives bool) error {
 	}
 	dead, _ := w.observer.observe(began, w.clock(), []sighting{read})
 	w.logf("observer reads %d, dead %v", read.beat, len(dead) > 0)
-	if len(dead) == 0 || w.pending || w.beat != dead[0].beat { // the row is locked, or has changed
+	if len(dead) == 0 || w.pending || w.beat != dead[0].beat { // the row is locked or has changed
 		return nil
 	}
 	w.gone = true
@@ -80,9 +81,9 @@ func (w *world) observerSteps(ownerLives bool) error {
 	return nil
 }
 
-// TestObserverModel takes an owner, an observer and the world between them through
-// random steps: nobody is declared gone who has committed within a lease, and
-// everybody dead is, within 1 1/3 leases if nothing else goes wrong.
+// TestObserverModel takes an owner, an observer and their world through random steps.
+// An owner that has committed within a lease must not be declared gone. A dead owner
+// must be, within 1 1/3 leases if nothing else goes wrong.
 func TestObserverModel(t *testing.T) {
 	for seed := range uint64(3000) {
 		r := rand.New(rand.NewPCG(seed, 0))
@@ -117,7 +118,7 @@ func TestObserverModel(t *testing.T) {
 		if w.gone {
 			continue
 		}
-		// The owner is dead. From the first good read on it takes a lease.
+		// The owner is dead. It takes a lease from the first successful read.
 		fail(w.observerSteps(false))
 		longest := max(w.lease, w.observer.lease)
 		for died := w.now; !w.gone; {
@@ -131,7 +132,7 @@ func TestObserverModel(t *testing.T) {
 	}
 }
 
-// TestObserverRestarts lists what makes the count start anew.
+// TestObserverRestarts tests what makes the observer start a lease anew.
 func TestObserverRestarts(t *testing.T) {
 	const lease = time.Minute
 	for name, c := range map[string]struct {
@@ -168,9 +169,9 @@ func TestObserverRestarts(t *testing.T) {
 	}
 }
 
-// TestClocksApart has stores whose wall clocks are an hour apart, and one whose clock
-// is set again and again, beside a process that is killed: that is declared gone, and
-// nobody else is.
+// TestClocksApart runs two stores whose wall clocks are two hours apart, and two whose
+// clocks are set again and again, beside a process that is killed. Only the killed
+// process may be declared gone.
 func TestClocksApart(t *testing.T) {
 	dsn := pgtest.Database(t)
 	real := systemClock()
@@ -186,10 +187,10 @@ func TestClocksApart(t *testing.T) {
 	stores := []*Store{
 		open(t, dsn, apart(func(time.Duration) time.Duration { return time.Hour })),
 		open(t, dsn, apart(func(time.Duration) time.Duration { return -time.Hour })),
-		open(t, dsn, apart(func(mono time.Duration) time.Duration { // set each 1/3 of a lease
+		open(t, dsn, apart(func(mono time.Duration) time.Duration { // set every 1/3 of a lease
 			return time.Duration(int(mono/(lease/3))%2) * time.Hour
 		})),
-		open(t, dsn, apart(func(mono time.Duration) time.Duration { // set each 2 leases
+		open(t, dsn, apart(func(mono time.Duration) time.Duration { // set every 2 leases
 			return time.Duration(int(mono/(2*lease))%2) * -time.Hour
 		})),
 	}
@@ -199,7 +200,7 @@ func TestClocksApart(t *testing.T) {
 	}
 	for range 2 {
 		p, r := startStore(t, dsn)
-		time.Sleep(2 * lease) // in which a living process might be taken for dead
+		time.Sleep(2 * lease) // time to declare a live process gone by mistake
 		if gone(t, dsn, r.Owner) {
 			t.Error("a living process is declared gone")
 		}
@@ -211,7 +212,7 @@ func TestClocksApart(t *testing.T) {
 	}
 	for i, s := range stores {
 		owner := owners[i]
-		save(t, s, task.StateRunning) // as another owner, if this one was declared gone
+		save(t, s, task.StateRunning) // the Owner changes here if the store was declared gone
 		if s.Owner() != owner {
 			t.Errorf("store %d is declared gone", i)
 		}

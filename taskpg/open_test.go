@@ -20,8 +20,8 @@ import (
 	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
-// TestOpenErrors shows that each error of Open is one line that says what to do,
-// and has no password in it.
+// TestOpenErrors shows that each error of Open is one line, says what to do, and
+// contains no password.
 func TestOpenErrors(t *testing.T) {
 	const secret = "hunter2"
 	server := pgtest.New(t, "max_connections=10")
@@ -75,7 +75,7 @@ func TestSuits(t *testing.T) {
 	}
 }
 
-// TestOpenTooOldServer has a server of PostgreSQL's protocol say that it is version 12.
+// TestOpenTooOldServer opens a store on a fake server that reports version 12.
 func TestOpenTooOldServer(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -104,8 +104,8 @@ func TestOpenTooOldServer(t *testing.T) {
 	}
 }
 
-// serveOldVersion answers the queries on c for its process ID and version as version
-// 12.22 does.
+// serveOldVersion answers the queries for process ID and version on c as a server of
+// version 12.22 does.
 func serveOldVersion(c net.Conn) {
 	defer c.Close()
 	b := pgproto3.NewBackend(c, c)
@@ -129,12 +129,12 @@ func serveOldVersion(c net.Conn) {
 		switch m := m.(type) {
 		case *pgproto3.Parse:
 			query = m.Query
-		case *pgproto3.Sync: // Bind, Describe and Execute came before it
+		case *pgproto3.Sync: // after Bind, Describe and Execute
 			columns := []pgproto3.FieldDescription{column("version", pgtype.Int4OID, 4), column("encoding", pgtype.TextOID, -1)}
 			row := [][]byte{[]byte("120022"), []byte("UTF8")}
 			if strings.Contains(query, "pg_backend_pid") {
 				columns = []pgproto3.FieldDescription{column("pid", pgtype.Int4OID, 4), column("version", pgtype.Int4OID, 4)}
-				row = [][]byte{[]byte("0"), []byte("120022")} // the one in the greeting
+				row = [][]byte{[]byte("0"), []byte("120022")} // the process ID of the greeting
 			}
 			b.Send(&pgproto3.ParseComplete{})
 			b.Send(&pgproto3.BindComplete{})
@@ -142,13 +142,14 @@ func serveOldVersion(c net.Conn) {
 			b.Send(&pgproto3.DataRow{Values: row})
 			b.Send(&pgproto3.CommandComplete{CommandTag: []byte("SELECT 1")})
 			b.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
-		case *pgproto3.Terminate, *pgproto3.Query: // a transaction, which nobody should begin
+		case *pgproto3.Terminate, *pgproto3.Query: // a transaction, which Open must not begin
 			return
 		}
 	}
 }
 
-// TestSchemaByOthers has an administrator make the tables.
+// TestSchemaByOthers opens a store as a user without CREATE, after an administrator has
+// run Schema.
 func TestSchemaByOthers(t *testing.T) {
 	dsn := pgtest.Database(t)
 	name := "guest_" + pgtest.Value[string](t, dsn, `SELECT current_database()`)
@@ -163,7 +164,7 @@ func TestSchemaByOthers(t *testing.T) {
 	}
 }
 
-// TestOlderSchema opens tables that lack what was added to SPEC.md's columns.
+// TestOlderSchema opens tables that have only the columns of SPEC.md.
 func TestOlderSchema(t *testing.T) {
 	dsn := pgtest.Database(t)
 	pgtest.Exec(t, dsn, `CREATE TABLE tasks (id text COLLATE "C" PRIMARY KEY, name text NOT NULL, state text NOT NULL, progress integer DEFAULT 0,
@@ -184,7 +185,7 @@ func TestOlderSchema(t *testing.T) {
 	}
 }
 
-// TestOpenAtOnce opens many stores in an empty database at the same time.
+// TestOpenAtOnce opens many stores on an empty database at the same time.
 func TestOpenAtOnce(t *testing.T) {
 	dsn := pgtest.Database(t)
 	errs := make(chan error)
@@ -205,7 +206,7 @@ func TestOpenAtOnce(t *testing.T) {
 	}
 }
 
-// TestOpenPool uses an application's pool, with its own way to execute queries.
+// TestOpenPool uses an application's pool, in each of pgx's query execution modes.
 func TestOpenPool(t *testing.T) {
 	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
 		t.Run(mode, func(t *testing.T) {
@@ -234,8 +235,8 @@ func TestOpenPool(t *testing.T) {
 	}
 }
 
-// TestPrepares shows that a store prepares statements where it reaches the server
-// itself, and none behind a pooler unless it is told to.
+// TestPrepares shows that a store prepares statements if it reaches the server
+// directly, and behind a pooler only if the connection string says so.
 func TestPrepares(t *testing.T) {
 	for _, c := range []struct {
 		name, pooler, setting string
@@ -256,7 +257,7 @@ func TestPrepares(t *testing.T) {
 			op := save(t, s, task.StateRunning)
 			testkit.Must(t, s.Update(finished(op)))
 			wantState(t, s, op.ID, task.StateDone)
-			var names []string // of this connection's, except for the query's own
+			var names []string // of this connection, without the query's own
 			testkit.Must(t, s.pool.AcquireFunc(t.Context(), func(conn *pgxpool.Conn) error {
 				rows, err := conn.Query(t.Context(), `SELECT name FROM pg_prepared_statements WHERE statement LIKE '%task%'`)
 				if err == nil {

@@ -13,13 +13,13 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// renew writes the owner's row in each third of a lease in which nothing else is
-// written, until the store is closed.
+// renew updates the owner's row in each third of a lease without another write,
+// until the store is closed.
 func (s *Store) renew() {
 	for {
 		wait := time.Duration((0.8+0.2*rand.Float64())*float64(s.lease/3)) - s.idle()
 		if wait <= 0 {
-			s.transact(time.Now().Add(s.lease/3), transaction{}) // tries again until then
+			s.transact(time.Now().Add(s.lease/3), transaction{}) // retries until then
 			wait = s.lease / 100
 		}
 		select {
@@ -30,8 +30,8 @@ func (s *Store) renew() {
 	}
 }
 
-// observe watches the other owners, until the store is closed. It reads them in
-// each sixth of a lease, and when the lease of one is over.
+// observe watches the other owners until the store is closed. It reads their rows in
+// each sixth of a lease, and when an owner's lease expires.
 func (s *Store) observe() {
 	o := &observer{lease: s.lease}
 	for wait := time.Duration(0); ; {
@@ -66,24 +66,25 @@ func (s *Store) observe() {
 	}
 }
 
-// leaves reports whether an owner has left something to recover. What this store has
-// lost a moment ago is for others to recover: a function may still run here.
+// leaves reports whether an owner may have left operations to recover. It excludes
+// an owner that this store lost less than a lease ago: the functions may still run
+// here, so other stores recover the operations.
 func (s *Store) leaves(o sighting) bool {
 	return o.gone && !(s.hasLost(o.id) && s.fencedAfter(time.Now().Add(-s.lease)))
 }
 
-// Deaths returns a channel that holds a token when a process has died and left
-// something to recover: see [task.Recoverer].
+// Deaths returns a channel that holds a token when a dead process has left operations
+// to recover: see [task.Recoverer].
 func (s *Store) Deaths() <-chan struct{} { return s.deaths }
 
-// idle returns for how long the store has written nothing.
+// idle returns the time since the last committed transaction began.
 func (s *Store) idle() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return time.Since(s.wrote)
 }
 
-// owners reads the rows of the owners that are not this store's.
+// owners reads the rows of all owners except this store's.
 func (s *Store) owners() ([]sighting, error) {
 	ctx, cancel := s.limited()
 	defer cancel()
@@ -99,15 +100,15 @@ func (s *Store) owners() ([]sighting, error) {
 	})
 }
 
-// declareGone declares an owner gone unless its beat has changed. What it has left
-// is then recovered by the managers that hear of it: see Deaths.
+// declareGone declares an owner gone unless its beat has changed. The managers on the
+// open stores then recover its operations: see Deaths.
 func (s *Store) declareGone(owner sighting) error {
 	return s.transact(time.Now().Add(s.lease/3), transaction{victim: owner.id, queue: func(b *pgx.Batch, _ string, _ bool) {
 		b.Queue(s.sql.Replace(`UPDATE {}task_owners SET gone = true WHERE id = $1::text AND beat = $2::bigint`), owner.id, owner.beat)
 	}})
 }
 
-// recoverChunk is how many operations one transaction of Recover changes.
+// recoverChunk limits the operations that one transaction of Recover changes.
 const recoverChunk = 1000
 
 // Recover implements [task.Recoverer]. An operation is an orphan if its owner was
@@ -128,7 +129,8 @@ func (s *Store) Recover(reason string, resume func(*task.Operation) bool) iter.S
 }
 
 // dead returns the owners that are gone. It steps through the index from one owner
-// of unfinished operations to the next, however many each has.
+// of unfinished operations to the next, so its cost doesn't depend on how many
+// operations each has.
 func (s *Store) dead() ([]string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
 	defer cancel()
@@ -143,11 +145,11 @@ func (s *Store) dead() ([]string, error) {
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
-// recoverFrom recovers what a dead owner has left, and reports whether to go on.
-// Rows that others recover at the moment, or that are locked by what the dead owner
-// has half sent, are tried again, for up to a lease.
+// recoverFrom recovers the operations of a dead owner, and reports whether to
+// continue. It retries rows that another store is recovering, or that a half-sent
+// transaction of the dead owner locks, until a lease passes without progress.
 func (s *Store) recoverFrom(owner, reason string, resume func(*task.Operation) bool, yield func(*task.Operation, error) bool) bool {
-	asked := make(map[string]bool) // by the IDs of those that resume was called with
+	asked := make(map[string]bool) // the answer of resume, by operation ID
 	last := int64(0)
 	for patience := time.Now().Add(s.lease); ; {
 		orphans, next, err := s.orphans(owner, last)
@@ -155,7 +157,7 @@ func (s *Store) recoverFrom(owner, reason string, resume func(*task.Operation) b
 			break
 		}
 		if err == nil && len(orphans) == 0 {
-			last = 0 // to look for what is left
+			last = 0 // start over, for the rows that were skipped
 			err = s.unlock(owner)
 			if time.Now().After(patience) {
 				break
@@ -189,8 +191,8 @@ func (s *Store) recoverFrom(owner, reason string, resume func(*task.Operation) b
 	return true
 }
 
-// ask calls resume with a copy of each orphan, once, and returns the IDs of those
-// to resume.
+// ask calls resume once with a copy of each orphan, and returns the stored IDs of the
+// operations to resume.
 func ask(orphans []*task.Operation, asked map[string]bool, resume func(*task.Operation) bool) (ids []string) {
 	for _, op := range orphans {
 		if resume == nil || op.Cancelling {
@@ -207,8 +209,8 @@ func ask(orphans []*task.Operation, asked map[string]bool, resume func(*task.Ope
 	return ids
 }
 
-// orphans returns the next unfinished operations of an owner, and the place of the
-// last one.
+// orphans returns the next unfinished operations of an owner, and the seq of the last
+// one.
 func (s *Store) orphans(owner string, after int64) (ops []*task.Operation, last int64, err error) {
 	const from = ` FROM {}tasks WHERE owner = $1::text AND ` + unfinished + ` AND seq > $2::bigint ORDER BY seq LIMIT $3::bigint`
 	ops, err = s.query(context.Background(), `SELECT `+columns+from, owner, after, recoverChunk)
@@ -218,16 +220,15 @@ func (s *Store) orphans(owner string, after int64) (ops []*task.Operation, last 
 	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
 	defer cancel()
 	err = s.pool.QueryRow(ctx, s.sql.Replace(`SELECT seq FROM {}tasks WHERE id = $1::text`), escape(ops[len(ops)-1].ID)).Scan(&last)
-	if errors.Is(err, pgx.ErrNoRows) { // it was recovered and pruned meanwhile: the others may be, too
+	if errors.Is(err, pgx.ErrNoRows) { // recovered and pruned meanwhile, like the others perhaps
 		return s.orphans(owner, after)
 	}
 	return ops, last, err
 }
 
-// unlock ends transactions of which the server has received half, and that have
-// locked operations of a dead owner for a lease: the process that sends them may be
-// stopped for hours. It needs no privilege for the transactions of its own user;
-// those of others stay.
+// unlock terminates half-sent transactions that have locked operations of a dead
+// owner for a lease: the sending process may be stopped for hours. It ends only
+// transactions of its own user, which needs no privilege.
 func (s *Store) unlock(owner string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
 	defer cancel()
@@ -238,9 +239,9 @@ func (s *Store) unlock(owner string) error {
 	return err
 }
 
-// recoverThese marks operations of a dead owner as failed, or takes those over that
-// are to be resumed, and returns them: without those that somebody else recovers
-// at this moment.
+// recoverThese marks operations of a dead owner as failed, or takes them over if they
+// are to be resumed. It returns the operations that it changed: those that another
+// store is recovering are missing.
 func (s *Store) recoverThese(owner, reason string, orphans []*task.Operation, resumed []string) (ops []*task.Operation, err error) {
 	ids := make([]string, len(orphans))
 	for i, op := range orphans {
@@ -265,7 +266,7 @@ func (s *Store) recoverThese(owner, reason string, orphans []*task.Operation, re
 		}
 		b.Queue(s.sql.Replace(fail), owner, ids, token, now, text(reason), resumed).Query(collect)
 	}
-	for range 2 { // the second time as another owner, if this one is gone, too
+	for range 2 { // if this owner is gone, too, retry as a new one
 		if err = s.transact(time.Now().Add(callLimit), transaction{queue: queue}); !errors.Is(err, errFenced) {
 			break
 		}
@@ -281,9 +282,9 @@ func (s *Store) recoverThese(owner, reason string, orphans []*task.Operation, re
 	return ops, nil
 }
 
-// The statements that recover. An operation to resume whose cancellation was asked
-// for meanwhile fails. The term for the owner keeps the server from reading all that
-// the owner has left, for each chunk, through an index.
+// The recovery statements. An operation to resume fails if its cancellation has been
+// requested meanwhile. The owner is compared as an expression: otherwise the server
+// might read all operations of the owner through an index, for each chunk.
 const (
 	ofDead = `WHERE id IN (SELECT id FROM {}tasks WHERE owner || '' = $1::text AND ` + stillUnfinished + ` AND id = ANY ($2::text[])
 		ORDER BY id FOR UPDATE SKIP LOCKED)`

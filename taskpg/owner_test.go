@@ -19,7 +19,7 @@ import (
 
 const lease = time.Second // of most stores in tests
 
-// open opens a store with a lease of a second, and closes it at the end.
+// open opens a store with a lease of a second, and closes it when the test ends.
 func open(t testing.TB, dsn string, opts ...Option) *Store {
 	t.Helper()
 	s, err := Open(t.Context(), dsn, append([]Option{WithLease(lease)}, opts...)...)
@@ -36,7 +36,7 @@ func save(t testing.TB, s *Store, state task.State) *task.Operation {
 	return op
 }
 
-// finished returns the operation as it is when it is DONE.
+// finished returns a copy of the operation in state DONE.
 func finished(op *task.Operation) *task.Operation {
 	done := *op
 	done.State, done.Progress, done.UpdatedAt = task.StateDone, 100, op.UpdatedAt.Add(time.Second)
@@ -51,13 +51,13 @@ func until(t testing.TB, what string, cond func() bool) {
 	}
 }
 
-// gone returns which owners are gone, by their IDs.
+// gone reports whether the owner with that ID is gone, or has no row any more.
 func gone(t testing.TB, dsn, id string) bool {
 	t.Helper()
 	return pgtest.Value[bool](t, dsn, `SELECT coalesce(bool_and(gone), true) FROM task_owners WHERE id = $1`, id)
 }
 
-// recovered recovers what it can and returns the IDs.
+// recovered calls Recover and returns the IDs of the recovered operations.
 func recovered(t testing.TB, s *Store) (ids []string) {
 	t.Helper()
 	for op, err := range s.Recover(testkit.RestartText, nil) {
@@ -82,7 +82,7 @@ func wantState(t testing.TB, s *Store, id string, want task.State) {
 	}
 }
 
-// startStore starts a child process with a store and an operation of it.
+// startStore starts a child process that opens a store and saves an operation.
 func startStore(t *testing.T, dsn string) (*testkit.Process, Reply) {
 	t.Helper()
 	p := testkit.StartProcess(t, "store")
@@ -102,7 +102,7 @@ func TestKilled(t *testing.T) {
 	died := time.Now()
 	until(t, "declared gone", func() bool { return gone(t, dsn, r.Owner) })
 	t.Logf("declared gone after %v", time.Since(died))
-	if took := time.Since(died); took < lease/2 { // its last beat was up to a third before
+	if took := time.Since(died); took < lease/2 { // its last beat was up to a third of a lease earlier
 		t.Errorf("declared gone after %v", took)
 	}
 	if got := recovered(t, s); !slices.Equal(got, []string{r.ID}) {
@@ -140,13 +140,14 @@ func TestStopped(t *testing.T) {
 		t.Errorf("recovered %v from a living owner", got)
 	}
 	next.ID, next.Owner = was.ID, was.Owner
-	p.Call("Finish", was, &late) // and the same again
+	p.Call("Finish", was, &late) // the earlier write once more
 	if !late.Lost {
 		t.Errorf("a later write: %+v, want that it is lost", late)
 	}
 }
 
-// TestCloseHandsOver shows that nobody waits for the lease of a closed store.
+// TestCloseHandsOver shows that the operations of a closed store can be recovered at
+// once, before its lease ends.
 func TestCloseHandsOver(t *testing.T) {
 	dsn := pgtest.Database(t)
 	s, other := open(t, dsn), open(t, dsn, WithLease(time.Hour))
@@ -160,7 +161,7 @@ func TestCloseHandsOver(t *testing.T) {
 	}
 }
 
-// TestNetwork cuts a store off, or stalls its connections, while another one
+// TestNetwork cuts a store off, or stalls its connections, while another store
 // observes it.
 func TestNetwork(t *testing.T) {
 	const lease = 2 * time.Second
@@ -173,7 +174,7 @@ func TestNetwork(t *testing.T) {
 				if c.leases == 10 && testing.Short() {
 					t.Skip("it takes 20 seconds")
 				}
-				if c.dies { // else it has to be in time
+				if c.dies { // the others depend on timely commits
 					t.Parallel()
 				}
 				dsn := pgtest.Database(t)
@@ -211,7 +212,7 @@ func TestNetwork(t *testing.T) {
 	}
 }
 
-// TestServerAway stops and starts the server under many owners, and nobody dies.
+// TestServerAway restarts the server under many owners. None may be declared gone.
 func TestServerAway(t *testing.T) {
 	for _, c := range []struct {
 		name, signal string
@@ -243,7 +244,7 @@ func TestServerAway(t *testing.T) {
 }
 
 // TestHalfSent stops a connection in the middle of a transaction that has locked
-// rows. Its owner is declared gone, and its operations are recovered.
+// rows. The owner must be declared gone and its operations recovered.
 func TestHalfSent(t *testing.T) {
 	dsn := pgtest.Database(t)
 	proxy := pgtest.NewProxy(t, dsn)
@@ -252,7 +253,7 @@ func TestHalfSent(t *testing.T) {
 	op, second := save(t, s, task.StateRunning), save(t, s, task.StateRunning)
 	large := *op
 	large.Metadata = strings.Repeat("long ", 1<<18)
-	met := proxy.Once(pgtest.Rule{Text: second.ID, Hold: true}) // first in the statement that locks both rows
+	met := proxy.Once(pgtest.Rule{Text: second.ID, Hold: true}) // it occurs first in the statement that locks both rows
 	failed := make(chan error, 1)
 	go func() { failed <- s.WriteBatch(nil, []*task.Operation{&large, finished(second)})[0] }()
 	<-met
@@ -279,8 +280,8 @@ func TestHalfSent(t *testing.T) {
 
 var manyOrphans = flag.Int("orphans", 20_000, "how many operations the dead owner of TestManyOrphans leaves")
 
-// TestManyOrphans has two stores recover what a dead owner has left: more operations
-// than one transaction changes, each of them once.
+// TestManyOrphans makes two stores recover the operations of a dead owner, more than
+// one transaction changes. Each must be recovered once.
 func TestManyOrphans(t *testing.T) {
 	dsn := pgtest.Database(t)
 	a, b := open(t, dsn), open(t, dsn)
@@ -305,7 +306,7 @@ func TestManyOrphans(t *testing.T) {
 	}
 }
 
-// TestResume takes operations over, except those whose cancellation was asked for.
+// TestResume takes operations over, except those with a cancel request.
 func TestResume(t *testing.T) {
 	dsn := pgtest.Database(t)
 	s, other := open(t, dsn), open(t, dsn)

@@ -11,8 +11,8 @@ import (
 	"github.com/mynt-nas/task/taskpg/internal/pgtest"
 )
 
-// TestPlans has a table grow while a store writes. However its statements were
-// planned before, they find rows by ID, and read no others.
+// TestPlans lets a table grow while a store writes. Even with plans made earlier, the
+// statements must find rows by ID and read no other rows.
 func TestPlans(t *testing.T) {
 	const others = 20_000
 	for _, setting := range []string{"", " default_query_exec_mode=exec"} {
@@ -22,7 +22,7 @@ func TestPlans(t *testing.T) {
 			pgtest.Exec(t, dsn, `ALTER TABLE tasks SET (autovacuum_enabled = false)`)
 			batches := 0
 			write := func() {
-				for range 10 { // the server keeps a plan after a few executions
+				for range 10 { // after a few executions, the server keeps a plan
 					batches++
 					a, b := save(t, s, task.StateRunning), save(t, s, task.StateRunning)
 					for _, err := range s.WriteBatch(nil, []*task.Operation{finished(a), finished(b)}) {
@@ -36,7 +36,7 @@ func TestPlans(t *testing.T) {
 			write()
 			pgtest.Exec(t, dsn, `INSERT INTO tasks (id, name, state, owner) SELECT 'id-' || i, 'other', 'PENDING', '' FROM generate_series(1, `+strconv.Itoa(others)+`) i`)
 			write()
-			testkit.Must(t, s.Close()) // its connections tell the server their statistics
+			testkit.Must(t, s.Close()) // closed connections report their statistics
 			until(t, "statistics", func() bool {
 				return pgtest.Value[int](t, dsn, `SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'tasks'`) >= 3*batches
 			})

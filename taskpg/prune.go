@@ -9,11 +9,11 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// pruneChunk is how many rows Prune deletes at most at a time.
+// pruneChunk limits the rows that one transaction of Prune deletes.
 const pruneChunk = 1000
 
-// Prune implements [task.Pruner]. The file does not get smaller, but what is
-// deleted makes room in it once the server has vacuumed the table.
+// Prune implements [task.Pruner]. The table's file does not shrink, but its space is
+// reused once the server has vacuumed the table.
 func (s *Store) Prune(before time.Time) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
 		limit := bound(before)
@@ -30,12 +30,12 @@ func (s *Store) Prune(before time.Time) iter.Seq2[int, error] {
 					})
 			}})
 			if errors.Is(err, errFenced) {
-				continue // as another owner
+				continue // as a new owner
 			}
 			if n == 0 && err == nil || !yield(n, err) || err != nil {
 				return
 			}
-			time.Sleep(time.Since(start)) // in which others may write
+			time.Sleep(time.Since(start)) // lets others write
 		}
 	}
 }

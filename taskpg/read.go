@@ -19,12 +19,13 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// columns are what an operation is read from.
+// columns are the columns that scan reads.
 const columns = `id, name, state, coalesce(progress, 0), metadata, 0, result, 0, coalesce(error, ''), coalesce(message, ''),
 	created_at, updated_at, started_at, owner, cancel_requested_at IS NOT NULL`
 
-// columnsFor returns columns with the length in bytes in place of metadata and
-// results that are longer than the filter allows, and without results if it says so.
+// columnsFor returns columns, adapted to the filter: metadata and results that are
+// longer than it allows are replaced by their length in bytes, and results are left
+// out if it says so.
 func columnsFor(f task.Filter) string {
 	wanted := columns
 	for _, name := range []string{"metadata", "result"} {
@@ -32,7 +33,7 @@ func columnsFor(f task.Filter) string {
 		switch {
 		case name == "result" && f.WithoutResults:
 			wanted = strings.Replace(wanted, name+`, 0`, `NULL, 0`, 1)
-		case name == "metadata" && len(f.Metadata) > 0: // it is looked at
+		case name == "metadata" && len(f.Metadata) > 0: // inMetadata needs it
 		case f.MaxValue > 0:
 			wanted = strings.Replace(wanted, name+`, 0`,
 				fmt.Sprintf(`CASE WHEN %s <= %d THEN %s END, %s`, length, f.MaxValue, name, length), 1)
@@ -41,8 +42,8 @@ func columnsFor(f task.Filter) string {
 	return wanted
 }
 
-// scan reads an operation from a row. A value that is no JSON is taken for none:
-// it must not hide the rest of the history.
+// scan reads an operation from a row. It reads invalid JSON as nil, so that it
+// doesn't hide the rest of the history.
 func scan(row pgx.CollectableRow) (*task.Operation, error) {
 	op := new(task.Operation)
 	var state string
@@ -83,8 +84,8 @@ func timeOf(t pgtype.Timestamptz) time.Time {
 	return t.Time.UTC()
 }
 
-// query returns the operations that a query selects. It tries again if a
-// connection of the pool turns out to be broken.
+// query returns the operations that a query selects. It retries if a connection of
+// the pool turns out to be broken.
 func (s *Store) query(ctx context.Context, query string, args ...any) (ops []*task.Operation, err error) {
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
@@ -103,7 +104,7 @@ func (s *Store) query(ctx context.Context, query string, args ...any) (ops []*ta
 
 // Get implements [task.Persistence].
 func (s *Store) Get(id string) (*task.Operation, error) {
-	if !utf8.ValidString(id) { // nothing is stored under it
+	if !utf8.ValidString(id) { // no stored ID is invalid UTF-8
 		return nil, task.ErrNotFound
 	}
 	ops, err := s.query(context.Background(), `SELECT `+columns+` FROM {}tasks WHERE id = $1::text`, escape(id))
@@ -121,8 +122,9 @@ func (s *Store) List(limit, offset int) ([]*task.Operation, error) {
 	return s.query(context.Background(), `SELECT `+columns+` FROM {}tasks ORDER BY seq DESC LIMIT $1::bigint OFFSET $2::bigint`, limit, offset)
 }
 
-// ListFiltered implements [task.FilteredLister]. Metadata is no jsonb, which can't
-// have U+0000: the query finds those that may match, of which few do not.
+// ListFiltered implements [task.FilteredLister]. Metadata is not stored as jsonb, which
+// can't contain U+0000. So the query selects operations whose metadata may match, and
+// inMetadata drops the few that don't.
 func (s *Store) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operation, error) {
 	ctx := cmp.Or(f.Context, context.Background())
 	last := limit + min(offset, math.MaxInt-limit)
@@ -154,7 +156,7 @@ func (s *Store) ListFiltered(f task.Filter, limit, offset int) ([]*task.Operatio
 }
 
 // inMetadata reports whether an operation has the filter's metadata, or counts as
-// if it had. Unless the filter allows all of it, its metadata is then bounded.
+// having it. It replaces metadata that is longer than the filter allows by its length.
 func inMetadata(f task.Filter, op *task.Operation) bool {
 	raw, _ := op.Metadata.(json.RawMessage)
 	if f.MaxValue > 0 && len(raw) > f.MaxValue {
@@ -175,7 +177,7 @@ func inMetadata(f task.Filter, op *task.Operation) bool {
 	return true
 }
 
-// condition returns what the filter says, except for its states and metadata.
+// condition returns the filter's condition without its states and metadata.
 func (s *Store) condition(ctx context.Context, f task.Filter) (*condition, error) {
 	c := new(condition)
 	if f.Before != "" && f.ByFinish {
@@ -194,7 +196,7 @@ func (s *Store) condition(ctx context.Context, f task.Filter) (*condition, error
 	if f.Name != "" {
 		c.add(`name = ?::text`, escape(f.Name))
 	}
-	if f.Containing != "" { // of this collation, lower changes ASCII only
+	if f.Containing != "" { // with this collation, lower changes ASCII only
 		c.add(`strpos(lower(name COLLATE "C"), lower(?::text COLLATE "C")) > 0`, escape(f.Containing))
 	}
 	if f.ByFinish {
@@ -212,8 +214,8 @@ func (s *Store) condition(ctx context.Context, f task.Filter) (*condition, error
 	return c, nil
 }
 
-// bound returns a time for a comparison with those that are stored, which are in
-// microseconds.
+// bound returns a time, rounded up to microseconds, for a comparison with stored
+// times, which are in microseconds.
 func bound(t time.Time) string {
 	if rounded := t.Truncate(time.Microsecond); rounded.Before(t) {
 		t = rounded.Add(time.Microsecond)
@@ -227,19 +229,19 @@ func bound(t time.Time) string {
 	return "-infinity"
 }
 
-// A condition is one on rows, with its arguments.
+// A condition is a condition on rows: terms joined by AND, with their arguments.
 type condition struct {
 	terms []string
 	args  []any
 }
 
-// arg adds an argument and returns its name.
+// arg adds an argument and returns its placeholder.
 func (c *condition) arg(v any) string {
 	c.args = append(c.args, v)
 	return fmt.Sprintf("$%d", len(c.args))
 }
 
-// add adds a term with an argument, which stands for the question mark.
+// add adds a term in which the question mark stands for an argument.
 func (c *condition) add(term string, v any) {
 	c.terms = append(c.terms, strings.Replace(term, "?", c.arg(v), 1))
 }
@@ -250,21 +252,21 @@ func (c *condition) and(term string) string {
 
 const unfinished = `state IN ('PENDING', 'RUNNING')`
 
-// inStates returns c with the condition that an operation is in one of the
-// filter's states and has its metadata, or counts as such. Only the last rows
-// count: so those states that have an index of their own are each looked for by it.
+// inStates returns c with the condition that an operation is in one of the filter's
+// states and has its metadata, or counts as if. Only the last rows matter, so the
+// states with an index of their own are each searched through that index.
 func (c *condition) inStates(f task.Filter, last int) string {
 	metadata := c.metadata(f)
 	if len(f.States)+len(f.Metadata) == 0 {
 		return c.and(`TRUE`)
 	}
-	if f.ByFinish { // so the rest is final
+	if f.ByFinish { // only finished operations remain
 		if len(f.States) > 0 {
 			c.add(`state = ANY (?::text[])`, texts(f.States))
 		}
 		return c.and(metadata)
 	}
-	now := func(condition string) string { // for those that are stored as unfinished
+	now := func(condition string) string { // for operations stored as unfinished
 		return fmt.Sprintf(`(id = ANY (%s::text[]) OR id <> ALL (%s::text[]) AND %s AND %s)`,
 			c.arg(escapeAll(f.Include)), c.arg(escapeAll(without(f.Exclude, f.Include))), condition, metadata)
 	}
@@ -285,7 +287,7 @@ func (c *condition) inStates(f task.Filter, last int) string {
 	if len(all) == 1 {
 		return all[0]
 	}
-	if len(f.Metadata) > 0 { // of which more than the last rows may have to be read
+	if len(f.Metadata) > 0 { // more than the last rows may have to be read
 		return `(` + strings.Join(all, ` OR `) + `)`
 	}
 	limit := c.arg(last) + `::bigint`
@@ -295,7 +297,7 @@ func (c *condition) inStates(f task.Filter, last int) string {
 	return `seq IN (` + strings.Join(all, ` UNION ALL `) + `)`
 }
 
-// byIndex sorts states by the index that has their operations.
+// byIndex groups states by the index that contains their operations.
 func byIndex(states []task.State) (live, failed, other []task.State) {
 	for _, state := range states {
 		switch state {
@@ -310,8 +312,8 @@ func byIndex(states []task.State) (live, failed, other []task.State) {
 	return live, failed, other
 }
 
-// metadata returns a condition that holds for all operations that have the filter's
-// metadata: their JSON has the same texts, or an escape sequence.
+// metadata returns a condition that holds for all operations with the filter's
+// metadata: their JSON contains its keys and values, or an escape sequence.
 func (c *condition) metadata(f task.Filter) string {
 	terms := []string{`TRUE`}
 	for key, value := range f.Metadata {
@@ -329,7 +331,7 @@ func texts(states []task.State) []string {
 	return all
 }
 
-// without returns the sorted IDs that are not among others, which are sorted.
+// without returns the IDs that are not among others, which must be sorted.
 func without(ids, others []string) []string {
 	return slices.DeleteFunc(slices.Clone(ids), func(id string) bool {
 		_, found := slices.BinarySearch(others, id)
@@ -345,15 +347,15 @@ func escapeAll(ids []string) []string {
 	return all
 }
 
-// timed matches a UUIDv7, of which later ones are greater.
+// timed matches a UUIDv7. Later ones are greater.
 const timed = `^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`
 
 var timedID = regexp.MustCompile(timed)
 
-// place returns the seq below which are the rows saved before an operation. One
-// with a timed ID that is not stored is taken to be behind its nearest neighbours
-// with a smaller ID, and behind any others that its next neighbour with a greater
-// one does not precede.
+// place returns the seq below which all rows were saved before an operation. If a
+// timed ID is not stored, place assumes that its operation was saved after the nearest
+// neighbours with smaller IDs, and after all rows that precede the next neighbour with
+// a greater ID.
 func (s *Store) place(ctx context.Context, id string) (seq int64, err error) {
 	query := `SELECT seq FROM {}tasks WHERE id = $1::text`
 	if timedID.MatchString(id) {

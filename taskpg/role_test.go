@@ -11,10 +11,10 @@ import (
 	"github.com/mynt-nas/task"
 )
 
-// A role is a store in a child process.
+// A role serves a store in a child process.
 type role struct{ s *Store }
 
-// A Reply is an answer of a role.
+// A Reply is the answer to a call of a role.
 type Reply struct {
 	Owner string
 	ID    string
@@ -40,7 +40,7 @@ func (r *role) Open(dsn string, to *Reply) (err error) {
 	return r.answer(to, r.s.Save(op))
 }
 
-// Finish updates an operation to be DONE.
+// Finish updates an operation to DONE.
 func (r *role) Finish(was Reply, to *Reply) error {
 	op := &task.Operation{ID: was.ID, Owner: was.Owner, State: task.StateDone, Progress: 100, UpdatedAt: time.Now()}
 	return r.answer(to, r.s.Update(op))
@@ -53,7 +53,7 @@ func (r *role) Save(_ int, to *Reply) error {
 	return r.answer(to, r.s.Save(op))
 }
 
-// newOp returns an operation as a manager on the store would save it.
+// newOp returns an operation such as a manager on the store would save.
 func newOp(s *Store, state task.State) *task.Operation {
 	now := time.Now().UTC().Truncate(time.Microsecond)
 	return &task.Operation{ID: uuid.Must(uuid.NewV7()).String(), Name: "test", State: state, CreatedAt: now, UpdatedAt: now, Owner: s.Owner()}

@@ -14,15 +14,15 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Schema makes the tables and indexes that the store needs, and adds the columns
-// that tables of an earlier version lack. [Open] runs these statements if
-// something is missing. If its user may not, run them as another user:
+// Schema creates the tables and indexes that the store needs, and adds the columns
+// that tables of an earlier version lack. [Open] runs these statements if something
+// is missing. If the store's user may not run them, run them as another user, and then
 //
 //	GRANT SELECT, INSERT, UPDATE, DELETE ON tasks, task_owners TO the_user;
 //
-// The tables go into the first schema of the search_path. A row of tasks is
-// updated in place for as long as none of its indexed columns change: that is
-// what finished_at is for, which is set once.
+// The tables go into the first schema of the search_path. PostgreSQL updates a row of
+// tasks in place while none of its indexed columns change. The finish time therefore
+// has a column of its own, finished_at, which is set once.
 const Schema = `
 CREATE TABLE IF NOT EXISTS task_owners (
 	id text COLLATE "C" PRIMARY KEY,
@@ -62,14 +62,14 @@ CREATE INDEX IF NOT EXISTS tasks_cancelling ON tasks (owner)
 	WHERE cancel_requested_at IS NOT NULL AND state IN ('PENDING', 'RUNNING');
 `
 
-// indexes are the names of those that Schema makes.
+// indexes are the names of the indexes that Schema creates.
 var indexes = []string{"tasks_seq", "tasks_unfinished", "tasks_finished", "tasks_not_done", "tasks_cancelling"}
 
 const minVersion = 13
 
-// migrate looks at the server, and makes what the database lacks.
+// migrate checks the server, and creates what the database lacks.
 func (s *Store) migrate(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*callLimit) // an index of an old table takes its time
+	ctx, cancel := context.WithTimeout(ctx, 3*callLimit) // indexing an existing table takes time
 	defer cancel()
 	var version int
 	var encoding string
@@ -103,8 +103,8 @@ func (s *Store) migrate(ctx context.Context) error {
 	})
 }
 
-// suits returns an error if the store can't work with such a database. The version
-// is a server_version_num.
+// suits returns an error if the store can't work with a database of that version, a
+// server_version_num, and encoding.
 func suits(version int, encoding string) error {
 	switch {
 	case version < minVersion*10000:
@@ -141,7 +141,7 @@ func (s *Store) complete(ctx context.Context) (bool, error) {
 	return n == len(names), err
 }
 
-// code returns the SQLSTATE of an error of the server, or "".
+// code returns the SQLSTATE of a server error, or "".
 func code(err error) string {
 	var e *pgconn.PgError
 	if errors.As(err, &e) {
@@ -150,7 +150,7 @@ func code(err error) string {
 	return ""
 }
 
-// advice is what to do about an error at opening.
+// advice says what to do about an error of Open, by SQLSTATE.
 var advice = map[string]string{
 	"28000": "the server does not let this user in: look at pg_hba.conf, and at sslmode in the connection string",
 	"28P01": "wrong user or password",
@@ -164,7 +164,7 @@ var advice = map[string]string{
 		"or put a pooler in front",
 }
 
-// advise returns what to do about an error at opening, or "".
+// advise returns what to do about an error of Open, or "".
 func advise(err error) string {
 	switch {
 	case code(err) != "":
@@ -180,7 +180,7 @@ func advise(err error) string {
 	return ""
 }
 
-// explain adds to an error what to do about it, and makes it one line.
+// explain puts the advice for an error in front of it, and joins its lines.
 func explain(err error) error {
 	if what := advise(err); what != "" {
 		return oneLine{fmt.Errorf("%s: %w", what, err)}
@@ -188,7 +188,7 @@ func explain(err error) error {
 	return oneLine{err}
 }
 
-// A oneLine is an error whose text has one line.
+// A oneLine is an error with its text on one line.
 type oneLine struct{ error }
 
 func (e oneLine) Error() string { return strings.Join(strings.Fields(e.error.Error()), " ") }

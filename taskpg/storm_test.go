@@ -21,10 +21,10 @@ import (
 
 var stormKills = flag.Int("storm.kills", 0, "TestStorm kills as many processes (default: it takes about 10 s)")
 
-// stormDSN names the environment variable that has the DSN for a storm's workers.
+// stormDSN names the environment variable with the DSN for a storm's workers.
 const stormDSN = "TASKPG_STORM_DSN"
 
-// stormLease is so long that a busy machine does not keep a process from its beat.
+// stormLease is long enough for processes to beat in time on a busy machine.
 const stormLease = 2 * time.Second
 
 var stormBackend = engine.Backend{Outages: true, Late: true, Rows: stormRows,
@@ -32,7 +32,7 @@ var stormBackend = engine.Backend{Outages: true, Late: true, Rows: stormRows,
 		return Open(context.Background(), os.Getenv(stormDSN), WithLease(stormLease), WithSchema(stormSchema(dir)))
 	}}
 
-// stormSchema names the schema that stands for a directory of a storm.
+// stormSchema returns the name of the schema for a directory of a storm.
 func stormSchema(dir string) string { return "storm" + filepath.Base(dir) }
 
 func stormRows(dir string, row func(scan func(dest ...any) error) error) (problem string, err error) {
@@ -60,7 +60,7 @@ func stormRows(dir string, row func(scan func(dest ...any) error) error) (proble
 	return "", rows.Err()
 }
 
-// TestStorm kills processes that use one database, and its server, again and again.
+// TestStorm repeatedly kills processes that use one database, and its server.
 func TestStorm(t *testing.T) {
 	for name, resume := range map[string]bool{"failing": false, "resuming": true} {
 		t.Run(name, func(t *testing.T) { testStorm(t, resume) })

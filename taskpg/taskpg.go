@@ -8,38 +8,39 @@
 //	defer store.Close()
 //	tasks, err := task.New(store)
 //
-// A function still runs in the process that has submitted it. The store tells
-// the others what it does, and fails it when its process is gone.
+// A function still runs in the process that submitted it. The store shows the
+// operation's state to the other processes, and marks it as failed when its process
+// is gone.
 //
-// # Who lives
+// # Leases
 //
-// An open store is an owner: a row in the table task_owners with a beat, a number
-// that each of its transactions increments, and one transaction in each third of
-// a lease if it has nothing else to write. Another store declares an owner gone
-// once that number has not changed for a lease, measured by its own monotonic
-// clock; nobody's clocks are compared. What is promised:
+// An open store is an owner: a row in the table task_owners. The row has a beat, a
+// number that each transaction of the store increments. A store that has nothing to
+// write commits a transaction in each third of a lease. Another store declares an
+// owner gone once its beat has not changed for a lease, measured by the other store's
+// monotonic clock. Clocks of different machines are never compared. The guarantees are:
 //
-//   - An owner that commits at least once in a lease is never declared gone.
-//   - Once an owner is declared gone, nothing that it writes is accepted. Its
-//     unfinished operations get exactly one final state, from whoever recovers
-//     them.
+//   - An owner that commits at least once per lease is never declared gone.
+//   - Once an owner has been declared gone, the database accepts none of its writes.
+//     Its unfinished operations get exactly one final state, from the store that
+//     recovers them.
 //   - A store that was declared gone learns so at its next transaction: writes of
-//     the operations that it has lost fail with [task.ErrLost]. The store goes on as a
-//     new owner.
+//     the operations that it has lost fail with [task.ErrLost], and the store continues
+//     as a new owner.
 //
-// What is impossible: to tell a dead machine from one that cannot be reached, and
-// to stop what a function of a lost operation does outside the database.
+// A dead machine cannot be told from one that cannot be reached. Nothing can stop what
+// the function of a lost operation does outside the database.
 //
-// While the database is away nobody is declared gone. After that everybody has a
-// whole lease to be heard.
+// While the database is unreachable, no owner is declared gone. Afterwards, every owner
+// has a whole lease to commit again.
 //
 // # Durability
 //
-// What the store confirms is committed as the database commits: with
+// A confirmed write is as durable as a commit of the database: with
 // synchronous_commit=on it survives a crash of the server, and with a synchronous
 // standby the loss of the server. If a connection breaks during a commit, the
-// store tries again and finds out whether the commit had succeeded. Every call
-// ends after 10 seconds.
+// store retries and determines whether the commit had succeeded. Every call ends
+// after 10 seconds.
 package taskpg
 
 import (
@@ -57,24 +58,23 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// callLimit is how long a call may take.
+// callLimit limits the duration of a call.
 const callLimit = 10 * time.Second
 
 // An Option is a setting of [Open] and [OpenPool].
 type Option func(*Store)
 
-// WithLease sets for how long others must not have heard of this store before
-// they declare it gone: 30 seconds by default, at least 1 second. Stores with
-// different leases may share a database: whoever observes waits for the longer
-// one of two.
+// WithLease sets how long this store may go without a commit before others declare
+// it gone: 30 seconds by default, at least 1 second. Stores with different leases may
+// share a database: an observer waits for the longer of its own lease and the owner's.
 func WithLease(d time.Duration) Option { return func(s *Store) { s.lease = d } }
 
-// WithNode sets the name that begins the Owner of this store's operations, before
-// a slash: the host name by default. Names need not be unique.
+// WithNode sets the part before the slash in the Owner of this store's operations,
+// the host name by default. Names need not be unique.
 func WithNode(name string) Option { return func(s *Store) { s.node = name } }
 
-// WithSchema sets the schema that has the tables. By default that is the first
-// one of the connection's search_path.
+// WithSchema sets the schema of the tables, by default the first one of the
+// connection's search_path.
 func WithSchema(name string) Option { return func(s *Store) { s.schema = name } }
 
 // A Store is a [task.Persistence] in a PostgreSQL database. Any number of
@@ -82,11 +82,11 @@ func WithSchema(name string) Option { return func(s *Store) { s.schema = name } 
 type Store struct {
 	// Immutable.
 	pool    *pgxpool.Pool
-	ownPool bool // to be closed
+	ownPool bool // whether Close closes pool
 	schema  string
 	node    string
 	lease   time.Duration
-	sql     *strings.Replacer // puts the schema in front of table names
+	sql     *strings.Replacer // qualifies table names with the schema
 	clock   func() instant
 	stop    context.CancelFunc
 	ctx     context.Context // ends with Close
@@ -94,30 +94,31 @@ type Store struct {
 	hints   *hints
 	deaths  chan struct{} // see Deaths
 
-	// turn is held during an attempt to write, and guards beat and registered. The
-	// beat orders the transactions of an owner anyway.
+	// turn is held during an attempt to write, and guards beat and registered.
+	// The beat serializes an owner's transactions anyway.
 	turn       chan struct{}
-	beat       int64 // as last committed, as far as is known
-	registered bool  // whether the owner's row is there, as far as is known
+	beat       int64 // last committed, as far as is known
+	registered bool  // whether the owner's row exists, as far as is known
 
-	mu     sync.Mutex      // guards what follows
-	owner  string          // the ID of the present incarnation
-	lost   map[string]bool // the IDs of those before
-	fenced time.Time       // when the last one of them was found to be gone
-	wrote  time.Time       // when the last transaction that was committed began
+	mu     sync.Mutex      // guards the fields below
+	owner  string          // the present owner ID
+	lost   map[string]bool // earlier owner IDs, all declared gone
+	fenced time.Time       // when the store last learned that it was declared gone
+	wrote  time.Time       // when the last committed transaction began
 	closed bool
 }
 
 // Open opens the database of a connection string, in any form that
-// [pgxpool.ParseConfig] takes, and makes its tables unless they are there. If the
-// user may not make them, have [Schema] run by one who may.
+// [pgxpool.ParseConfig] accepts, and creates missing tables. If the user may not
+// create them, run [Schema] as a user who may.
 //
-// Unless the connection string sets default_query_exec_mode, the store prepares
-// its statements, once on each connection, if Open reaches the server directly, and
-// prepares none behind a pooler, which may give each transaction another connection.
+// If Open reaches the server directly, the store prepares its statements, once on
+// each connection. Behind a pooler, which may use another server connection for each
+// transaction, it prepares none. To choose yourself, set default_query_exec_mode in
+// the connection string.
 func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	config, err := pgxpool.ParseConfig(dsn)
-	if err != nil { // its text may contain the password
+	if err != nil { // err may contain the password
 		return nil, errors.New("taskpg: open: the connection string is invalid: " +
 			"it should look like postgres://USER@HOST:5432/DATABASE or host=HOST user=USER dbname=DATABASE")
 	}
@@ -143,9 +144,9 @@ func Open(ctx context.Context, dsn string, opts ...Option) (*Store, error) {
 	return s, nil
 }
 
-// prepares makes connections prepare statements, or not. Where the process that
-// greets a new connection is the one that serves it, there is no pooler between,
-// and a prepared statement is where it was prepared.
+// prepares decides whether connections prepare statements. If the process that
+// greets a new connection also serves it, there is no pooler in between, and
+// prepared statements stay available on the connection.
 func prepares(ctx context.Context, config *pgx.ConnConfig) error {
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
@@ -163,23 +164,23 @@ func prepares(ctx context.Context, config *pgx.ConnConfig) error {
 	}
 	if pid == int64(c.PgConn().PID()) && version >= minVersion*10000 {
 		config.DefaultQueryExecMode = pgx.QueryExecModeCacheStatement
-		// Reads are planned each time: the plan for a small table, or for one value,
-		// would be kept while the table grows, or for another value.
+		// Plan each read anew. Otherwise the server might keep a plan for a small
+		// table while the table grows, or use a plan for one value with another.
 		config.RuntimeParams["plan_cache_mode"] = "force_custom_plan"
 	}
 	return nil
 }
 
-// OpenPool is Open for an application's own pool, which Close leaves open. The
-// store takes one connection out of the pool to listen on; writes use one at a
-// time, and so do beats and reads. If the pool prepares statements, as pgx does by
-// default, set plan_cache_mode=force_custom_plan, as Open does: the server may keep
-// the plan of a read for a small table while that grows.
+// OpenPool is like [Open], but uses an application's own pool, which Close leaves
+// open. The store takes one connection out of the pool to listen on. Writes use one
+// connection at a time, and so do beats and reads. If the pool prepares statements, as
+// pgx does by default, set plan_cache_mode=force_custom_plan, as Open does: otherwise
+// the server may keep a read's plan for a small table while the table grows.
 //
-// When a write takes too long, the store closes the connection. pgx then asks the
-// server to cancel what that does. With synchronous standbys this ends the wait
-// for them, so that others see what may yet be lost; [Open] makes connections that
-// do not ask.
+// When a write takes too long, the store closes its connection. pgx then asks the
+// server to cancel the statement. With synchronous standbys, this ends the wait for
+// them, and other sessions see a commit that may yet be lost. Connections made by Open
+// don't ask for that.
 func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, error) {
 	host, _ := os.Hostname()
 	s := &Store{pool: pool, node: cmp.Or(host, "unknown"), lease: 30 * time.Second, clock: systemClock(),
@@ -215,7 +216,7 @@ func OpenPool(ctx context.Context, pool *pgxpool.Pool, opts ...Option) (*Store, 
 	return s, nil
 }
 
-// check looks at the options.
+// check validates the options.
 func (s *Store) check() error {
 	switch {
 	case s.lease < time.Second:
@@ -228,16 +229,16 @@ func (s *Store) check() error {
 	return nil
 }
 
-// Owner returns the Owner of the operations that are submitted now: the node's
-// name, a slash and a UUID. It changes when the store was declared gone.
+// Owner returns the Owner of newly submitted operations: the node's name, a slash
+// and a UUID. It changes when the store learns that it was declared gone.
 func (s *Store) Owner() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.owner
 }
 
-// Close ends the store. Close the manager first: what it has not finished by then
-// is left for others to recover, which they may do at once.
+// Close closes the store. Close the manager first: its unfinished operations are left
+// to other stores, which may recover them at once.
 func (s *Store) Close() error {
 	if s == nil {
 		return nil
@@ -253,7 +254,7 @@ func (s *Store) Close() error {
 	s.loops.Wait()
 	err := s.leave()
 	if err == nil && s.hints.others.Load() {
-		s.notify() // whose loss costs time only
+		s.notify() // best effort: others would find out later anyway
 	}
 	if s.ownPool {
 		s.pool.Close()

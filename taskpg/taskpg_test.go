@@ -14,7 +14,7 @@ import (
 func TestPersistence(t *testing.T) {
 	for _, mode := range []string{"straight", "session", "transaction"} {
 		t.Run(mode, func(t *testing.T) {
-			// Each directory is a schema of a database.
+			// Each directory of a store maps to a schema of one database.
 			dsn := pgtest.Database(t)
 			if mode != "straight" {
 				dsn = pgtest.Pooler(t, dsn, mode)

@@ -16,27 +16,28 @@ import (
 	"github.com/jackc/puddle/v2"
 )
 
-// A transaction is what is written in one. All of it is sent at once.
+// A transaction describes the statements of one transaction, which are sent as one
+// batch.
 type transaction struct {
 	// victim is another owner whose row is locked, too, or "".
 	victim string
 
-	// queue adds statements, as an owner. It is called for each attempt. On all but
-	// the first, what an earlier one has written may be there.
+	// queue adds the statements, with owner as the writing store's Owner. It is called
+	// for each attempt. If again is true, an earlier attempt may have been committed.
 	queue func(b *pgx.Batch, owner string, again bool)
 }
 
 // errFenced means that the owner was declared gone.
 var errFenced = errors.New("the owner of these operations was declared gone")
 
-// errBeat means that the owner's row was not as the transaction expected.
+// errBeat means that the owner's row was not in the state that the transaction
+// expected.
 type errBeat struct{ error }
 
 func (e errBeat) Unwrap() error { return e.error }
 
-// transact commits a transaction, and tries again until the deadline if that may
-// help. The error is errFenced, and the store has another owner, if this one was
-// declared gone.
+// transact commits a transaction, and retries until the deadline if that may help. If
+// the owner was declared gone, it returns errFenced, and the store has a new owner.
 func (s *Store) transact(deadline time.Time, t transaction) error {
 	owner := s.Owner()
 	for again, backoff := false, 5*time.Millisecond; ; {
@@ -61,7 +62,7 @@ func (s *Store) transact(deadline time.Time, t transaction) error {
 	}
 }
 
-// attempt is one attempt of transact.
+// attempt makes one attempt of transact.
 func (s *Store) attempt(deadline time.Time, t transaction, owner string, again bool) error {
 	deadline = earlier(deadline, time.Now().Add(s.attemptLimit()))
 	select {
@@ -94,8 +95,8 @@ func (s *Store) attempt(deadline time.Time, t transaction, owner string, again b
 	return err
 }
 
-// attemptLimit is how long an attempt may take: there is time for a second one in
-// a call, and for a third one in a lease.
+// attemptLimit limits the duration of an attempt, so that a call has time for two
+// attempts, and a lease for three.
 func (s *Store) attemptLimit() time.Duration { return min(callLimit/2, s.lease/3) }
 
 func earlier(a, b time.Time) time.Time {
@@ -105,15 +106,14 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
-// send sends the transaction and reads the replies. If a statement has failed,
-// the connection is good again when it returns.
+// send sends the transaction and reads the replies. If a statement has failed, send
+// leaves the connection usable, or closed.
 //
-// The last statement before COMMIT moves the owner's beat from what it was to the
-// next one, and fails if it was something else: so whatever the network delays
-// and delivers later, nothing of it is committed after a later attempt was, or
-// after the owner was declared gone. It is the last one because the server ends no
-// transaction of which it has received half: if this process is stopped while it
-// sends, its owner's row is not locked.
+// The last statement before COMMIT increments the owner's beat, and fails if the beat
+// is not the expected one. So a transaction that the network delivers late can't be
+// committed after a later attempt was, or after the owner was declared gone. It is
+// the last statement because the server does not end a half-received transaction: if
+// this process is stopped while it sends, the transaction doesn't lock the owner's row.
 func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) error {
 	b := new(pgx.Batch)
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE`)
@@ -135,22 +135,22 @@ func (s *Store) send(c *pgxpool.Conn, t transaction, owner string, again bool) e
 	err := c.SendBatch(context.Background(), b).Close()
 	if err != nil && !c.Conn().IsClosed() && c.Conn().PgConn().TxStatus() != 'I' {
 		_, rollback := c.Exec(context.Background(), `ROLLBACK`)
-		if rollback != nil { // the connection is closed; nothing was committed
+		if rollback != nil { // the connection is closed: nothing was committed
 			return err
 		}
 	}
 	return err
 }
 
-// settings are those of a transaction: its limits, and how its statements are
-// planned. They find rows by ID. A plan that reads a whole table or index instead,
-// because it was made while the table was small, would be kept while that grows.
+// settings sets the time limits of a transaction and the planning of its statements.
+// They must find rows by ID: a plan made while the table was small might read a whole
+// table or index, and the server would keep it while the table grows.
 const settings = `SELECT set_config('statement_timeout', $1::text, true),
 	set_config('idle_in_transaction_session_timeout', $1::text, true),
 	set_config('plan_cache_mode', 'force_generic_plan', true), set_config('enable_seqscan', 'off', true),
 	set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`
 
-// queueBeat adds the statement that renews the owner, or makes its row.
+// queueBeat adds the statement that increments the owner's beat, or inserts its row.
 func (s *Store) queueBeat(b *pgx.Batch, owner string) {
 	var q *pgx.QueuedQuery
 	if s.registered {
@@ -171,7 +171,7 @@ func (s *Store) queueBeat(b *pgx.Batch, owner string) {
 	})
 }
 
-// look finds out why the owner's row is not as expected.
+// look determines why the owner's row is not as expected.
 func (s *Store) look(c *pgxpool.Conn, owner string, unexpected errBeat) error {
 	var beat int64
 	var gone bool
@@ -192,7 +192,7 @@ func (s *Store) look(c *pgxpool.Conn, owner string, unexpected errBeat) error {
 	return err
 }
 
-// fencedAfter reports whether the store was declared gone after a time.
+// fencedAfter reports whether the store learned after t that it was declared gone.
 func (s *Store) fencedAfter(t time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -201,14 +201,14 @@ func (s *Store) fencedAfter(t time.Time) bool {
 
 func (s *Store) newOwner() string { return s.node + "/" + uuid.NewString() }
 
-// unknown reports whether a transaction that has failed may have been committed.
+// unknown reports whether a transaction may have been committed despite its error.
 func unknown(err error) bool {
 	var before notSent
 	var e *pgconn.PgError
 	return !errors.As(err, &before) && (!errors.As(err, &e) || e.Severity != "ERROR" && e.SeverityUnlocalized != "ERROR")
 }
 
-// temporary reports whether another attempt may succeed where one has failed.
+// temporary reports whether another attempt may succeed after this error.
 func temporary(err error) bool {
 	if errors.Is(err, puddle.ErrClosedPool) {
 		return false
@@ -218,15 +218,14 @@ func temporary(err error) bool {
 	}
 	return slices.Contains([]string{
 		"40001", "40P01", // serialization failure, deadlock
-		"55P03", "57014", "25P03", // a lock, a statement, a transaction has taken too long
-		"57P01", "57P02", "57P03", // the server stops or starts
+		"55P03", "57014", "25P03", // timeout of a lock, a statement, an idle transaction
+		"57P01", "57P02", "57P03", // the server is stopping or starting
 		"53300",          // too many connections
-		"25006", "08P01", // a standby until it is promoted; a pooler without server
+		"25006", "08P01", // a standby that may be promoted; a pooler without a server
 	}, code(err))
 }
 
-// refused reports whether the server will not take connections the next time,
-// either.
+// refused reports whether the server would refuse the next connection, too.
 func refused(err error) bool {
 	switch c := code(err); {
 	case c == "28000" || c == "28P01" || c == "3D000":
@@ -235,9 +234,9 @@ func refused(err error) bool {
 	return false
 }
 
-// leave declares the store's own owner gone, so that nobody has to wait for its
-// lease to end, and removes it if it leaves nothing. Any transaction that is still
-// under way then fails.
+// leave declares the store's own owner gone, so that other stores need not wait for
+// its lease to end, and removes its row if it has no unfinished operations. Any
+// transaction still in progress then fails.
 func (s *Store) leave() error {
 	owner := s.Owner()
 	for deadline := time.Now().Add(callLimit); ; time.Sleep(s.lease / 40) {
@@ -254,6 +253,6 @@ func (s *Store) leave() error {
 	}
 }
 
-// forget removes an owner that is gone and has nothing unfinished.
+// forget removes the row of an owner that is gone and has no unfinished operations.
 const forget = `DELETE FROM {}task_owners WHERE id = $1::text AND gone
 	AND NOT EXISTS (SELECT FROM {}tasks WHERE owner = $1::text AND state IN ('PENDING', 'RUNNING'))`

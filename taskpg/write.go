@@ -16,7 +16,7 @@ import (
 // A write is an operation to insert or to update.
 type write struct {
 	*task.Operation
-	id               string // as stored
+	id               string // escaped, as stored
 	metadata, result string
 	update           bool
 	err              error
@@ -52,15 +52,16 @@ func (s *Store) Save(op *task.Operation) error {
 	return s.WriteBatch([]*task.Operation{op}, nil)[0]
 }
 
-// Update implements [task.Persistence]. It changes an operation that has this
-// store's Owner only while that is so; any other operation, whoever has it.
+// Update implements [task.Persistence]. If op has this store's Owner, it changes the
+// row only while the row has that Owner, too. Otherwise it changes the row whatever
+// its Owner is.
 func (s *Store) Update(op *task.Operation) error {
 	return s.WriteBatch(nil, []*task.Operation{op})[0]
 }
 
 // WriteBatch implements [task.BatchWriter]. It writes up to 1,000 operations, or
-// 32 MiB, in one transaction. If a statement fails because of the data, each half
-// is written in a transaction of its own, and so on.
+// about 32 MiB, in one transaction. If a statement fails because of the data, it
+// writes each half in a transaction of its own, and so on.
 func (s *Store) WriteBatch(saves, updates []*task.Operation) []error {
 	all := make([]*write, 0, len(saves)+len(updates))
 	for _, op := range saves {
@@ -84,11 +85,11 @@ func (s *Store) WriteBatch(saves, updates []*task.Operation) []error {
 	return errs
 }
 
-// unique returns the writes to send: one insert and one update of an operation at
-// most, as a statement can't write a row twice. The results of the others follow
-// from those, when resolve is called: an insert fails if there is an earlier one,
-// and of two updates only the later one is sent, unless the earlier finishes the
-// operation.
+// unique returns the writes to send: at most one insert and one update per operation,
+// because a statement can't write a row twice. resolve then derives the results of the
+// other writes: a second insert fails with [task.ErrExists] or the error of the first,
+// and an update that a later one replaces has the result of the later one. An update
+// after one that finishes the operation fails at once.
 func unique(all []*write) (send []*write, resolve func()) {
 	first, last := make(map[string]*write), make(map[string]*write)
 	follow := make(map[*write]*write)
@@ -114,7 +115,7 @@ func unique(all []*write) (send []*write, resolve func()) {
 		}
 	}
 	return send, func() {
-		for i := len(all) - 1; i >= 0; i-- { // what follows an update comes later
+		for i := len(all) - 1; i >= 0; i-- { // backwards: an update gets the result of a later one
 			if w := all[i]; follow[w] != nil {
 				if w.err = follow[w].err; !w.update && w.err == nil {
 					w.err = task.ErrExists
@@ -124,7 +125,7 @@ func unique(all []*write) (send []*write, resolve func()) {
 	}
 }
 
-// chunk returns how many of the first writes go into a transaction.
+// chunk returns how many of the first writes go into one transaction.
 func chunk(all []*write) int {
 	n, size := 0, 0
 	for n < len(all) && n < 1000 && size < 32<<20 {
@@ -134,7 +135,7 @@ func chunk(all []*write) int {
 	return n
 }
 
-// store writes some operations, and sets their errors.
+// store writes operations and sets their errors.
 func (s *Store) store(deadline time.Time, all []*write) {
 	all = slices.DeleteFunc(slices.Clone(all), func(w *write) bool {
 		if s.hasLost(w.Owner) {
@@ -162,24 +163,24 @@ func (s *Store) store(deadline time.Time, all []*write) {
 	}
 }
 
-// hasLost reports whether an owner was this store's and was declared gone.
+// hasLost reports whether an owner was an earlier one of this store, declared gone.
 func (s *Store) hasLost(owner string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.lost[owner]
 }
 
-// ofData reports whether an error may be that of one row.
+// ofData reports whether the data of a single row may have caused an error.
 func ofData(err error) bool {
 	c := code(err)
 	return len(c) == 5 && slices.Contains([]string{"21", "22", "23", "44", "54", "P0"}, c[:2])
 }
 
-// storeOnce writes operations in one transaction. The rows have its token, by
-// which an attempt recognizes what an earlier one has written.
+// storeOnce writes operations in one transaction. It marks the rows with a token, by
+// which a later attempt recognizes rows that an earlier one has written.
 func (s *Store) storeOnce(deadline time.Time, all []*write) error {
 	token := uuid.NewString()
-	var done map[bool]map[string]bool // by update and ID
+	var done map[bool]map[string]bool // the rows written, by write.update and stored ID
 	err := s.transact(deadline, transaction{queue: func(b *pgx.Batch, owner string, again bool) {
 		done = map[bool]map[string]bool{false: {}, true: {}}
 		var ids []string
@@ -215,7 +216,7 @@ func (s *Store) storeOnce(deadline time.Time, all []*write) error {
 	return nil
 }
 
-// collect returns a function that adds the IDs that a query returns to sets.
+// collect returns a function that adds the IDs of a query's result to sets.
 func collect(sets ...map[string]bool) func(pgx.Rows) error {
 	return func(rows pgx.Rows) error {
 		for rows.Next() {
@@ -244,9 +245,9 @@ const (
 	created_at, updated_at, started_at, cancel_requested_at, finished_at, owner, $15::uuid
 	FROM ` + unnest + ` ORDER BY n ON CONFLICT (id) DO NOTHING RETURNING id`
 
-	// stillUnfinished is a condition on rows that are looked for by ID. It hides the
-	// index tasks_unfinished from the server, which may have a million other rows, or
-	// what has finished and is not vacuumed yet.
+	// stillUnfinished is a condition for statements that find rows by ID. It keeps the
+	// server from using the index tasks_unfinished, which may contain a million other
+	// rows, or finished rows that are not vacuumed yet.
 	stillUnfinished = `state || '' IN ('PENDING', 'RUNNING')`
 
 	lock = `SELECT FROM {}tasks WHERE id = ANY ($1::text[]) AND ` + stillUnfinished + ` ORDER BY id FOR UPDATE`
@@ -260,7 +261,7 @@ const (
 	confirm = `SELECT id FROM {}tasks WHERE id = ANY ($1::text[]) AND attempt = $2::uuid`
 )
 
-// cells are the columns of rows.
+// cells are the values of several rows, by column.
 type cells struct {
 	id, name, state                             []string
 	progress                                    []int32
@@ -274,8 +275,8 @@ func (c *cells) args() []any {
 		c.created, c.updated, c.started, c.cancel, c.finished, c.owner}
 }
 
-// columnsOf returns the columns of the inserts, or of the updates, which are by an
-// owner. An update of an operation with another Owner is for any owner.
+// columnsOf returns the columns of the inserts, or of the updates, that owner writes.
+// An update of an operation with another Owner matches a row of any owner.
 func columnsOf(all []*write, update bool, owner string) *cells {
 	c := new(cells)
 	for _, w := range all {
@@ -316,7 +317,8 @@ func text(s string) *string {
 	return &s
 }
 
-// timeCell returns nil for no time, and for one that JSON has no form for.
+// timeCell returns a time as it is stored: nil for the zero time, and for one that
+// JSON can't represent.
 func timeCell(t time.Time) *string {
 	if t.IsZero() || t.UTC().Year() < 1 || t.UTC().Year() > 9999 {
 		return nil
@@ -332,8 +334,8 @@ func latest(a, b time.Time) time.Time {
 	return a
 }
 
-// A text of PostgreSQL can't have U+0000. It is stored as U+FFFF and a 0, and
-// U+FFFF, which no text should have, as itself and a 1.
+// A text in PostgreSQL can't contain U+0000. It is stored as U+FFFF followed by 0.
+// U+FFFF itself, which no text should contain, is stored as U+FFFF followed by 1.
 const mark = "\uFFFF"
 
 var (
@@ -341,7 +343,7 @@ var (
 	unescaper = strings.NewReplacer(mark+"0", "\x00", mark+"1", mark)
 )
 
-// escape returns a text as it is stored. Invalid UTF-8 is replaced.
+// escape returns a text as it is stored. It replaces invalid UTF-8 by U+FFFD.
 func escape(s string) string {
 	s = strings.ToValidUTF8(s, "\uFFFD")
 	if strings.IndexByte(s, 0) < 0 && !strings.Contains(s, mark) {
@@ -357,5 +359,5 @@ func unescape(s string) string {
 	return unescaper.Replace(s)
 }
 
-// wrap names the operation in an error.
+// wrap adds the operation's ID to an error.
 func wrap(id string, err error) error { return fmt.Errorf("%s: %w", id, err) }

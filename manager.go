@@ -22,7 +22,7 @@ import (
 //	Submit     creates a task, puts it into the backlog and waits
 //	next       hands the backlog to the writer (writer.go), which stores it
 //	written    takes the results: Submit returns, the task joins the queue
-//	startNext  takes the tasks that may run out of the queue
+//	startNext  removes the tasks that may run from the queue
 //	run        calls the function (task.go) and puts its outcome into the backlog
 //	next       hands the outcome to the writer
 //	written    settles the task: Wait returns, and the task leaves memory
@@ -55,8 +55,8 @@ type Manager struct {
 	looking  chan struct{} // full during a look
 	nextFull time.Time     // when a look may read all unfinished operations again; guarded by looking
 
-	// functions counts the goroutines that run functions, retry recovery and
-	// prune. Add only while holding mu, and not after closing is set.
+	// functions counts the goroutines that run functions, recover and prune. Add
+	// while New runs, or while holding mu and before closing is set.
 	functions sync.WaitGroup
 
 	// mu guards what follows, and the tasks. While holding it, call no method of
@@ -1018,7 +1018,7 @@ func (m *Manager) updateProgress(id string, progress int) error {
 
 // Shutdown stops accepting operations and waits for those submitted: Submit returns
 // [ErrClosed] from now on, and once every operation has finished, Shutdown closes
-// the manager and returns nil. If ctx is done first, it returns ctx's error and the
+// the manager and returns the error of Close. If ctx is done first, it returns ctx's error and the
 // operations go on; call Close to end them. If ctx is done before the call, Shutdown
 // closes the manager only if nothing is left to finish.
 func (m *Manager) Shutdown(ctx context.Context) error { return m.shutdown(ctx, false) }

@@ -77,7 +77,8 @@ func (op *Operation) saved(row *Operation) bool {
 }
 
 // DecodeResult decodes the result into the value that v points to, as
-// [json.Unmarshal] does. A missing result is decoded as null.
+// [json.Unmarshal] does, and returns its error. A missing result is decoded as null; an
+// [Omitted] is an error.
 func (op *Operation) DecodeResult(v any) error {
 	return convert(op.Result, v)
 }

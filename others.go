@@ -19,7 +19,7 @@ const (
 	lookPatience = 5 * time.Second
 
 	// maxSeen is how many IDs mark the place in the history up to which all rows
-	// have been seen. The place counts as lost after ten times as many rows.
+	// have been seen.
 	maxSeen = 1000
 
 	// maxLight is the length, in bytes, up to which looks read the values of each row.
@@ -41,9 +41,10 @@ type foreign struct {
 // guards it.
 //
 // One look runs at a time. It reads the newest rows, then the unfinished ones.
-// Operations that watchers of all have seen are removed from foreign only by looks, so
-// that these watchers get their states in order and their end once. An operation that
-// is added to foreign during a look waits for the next one.
+// While the manager is open, operations that watchers of all have seen are removed from
+// foreign only by looks, and by release if they are resumed here, so that these watchers
+// get their states in order and their end once. An operation that is added to foreign
+// during a look waits for the next one.
 type others struct {
 	foreign map[string]*foreign // by ID; with watchers of all, every one found
 	all     int                 // number of watchers of all operations
@@ -158,7 +159,7 @@ func (m *Manager) readNewest(look int) error {
 	seen, since := m.seen, m.seenAt.Add(-time.Minute)
 	m.mu.Unlock()
 	now := wall()
-	rows, lost, err := m.rowsBefore(seen, since)
+	rows, lost, err := m.rowsSince(seen, since)
 	if err != nil {
 		return err
 	}
@@ -184,10 +185,10 @@ func (m *Manager) readNewest(look int) error {
 	return err
 }
 
-// rowsBefore returns the rows that are newer than the first one in seen, newest
-// first, or the newest maxSeen rows if seen is nil. The place is lost if none of seen
-// is stored any longer.
-func (m *Manager) rowsBefore(seen []string, since time.Time) (rows []*Operation, lost bool, err error) {
+// rowsSince returns the rows that come before the first one in seen, newest first, or
+// the newest maxSeen rows if seen is nil. The place is lost if none of seen is stored any
+// longer, or if after ten times maxSeen rows one is older than since.
+func (m *Manager) rowsSince(seen []string, since time.Time) (rows []*Operation, lost bool, err error) {
 	known := make(map[string]bool, len(seen))
 	for _, id := range seen {
 		known[id] = true

@@ -82,7 +82,8 @@ func NewSQLiteStore(db *sql.DB) (*SQLiteStore, error) {
 }
 
 // AttachSQLite opens the database of another program, which may be running, for a tool
-// beside it. The store changes only what its caller asks for: it creates no file, does
+// beside it. The store changes only what its caller asks for: it creates neither the
+// database nor an owner file (SQLite may create PATH-wal and PATH-shm while it is open), does
 // not change the table's columns or the database's settings, recovers nothing, and has
 // no owner file. A manager on it can do everything but Submit. Submit and Save return
 // an error that wraps [errors.ErrUnsupported]. AttachSQLite returns an error if the
@@ -142,7 +143,7 @@ func newStore(path string, open func(modeOf string) (*sqlitefile.DB, error)) (*S
 	return s, nil
 }
 
-// The table of SPEC.md, with this package's columns at the end. A query uses an index
+// The table of testdata/SPEC.md, with this package's columns at the end. A query uses an index
 // only if it repeats the index's expression and condition. The first index is for
 // ByState; it stays small, because most operations end DONE. The second is for
 // recovery; it contains only unfinished rows, sorted by owner, so that recovery skips

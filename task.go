@@ -88,7 +88,7 @@ func (s State) live() bool {
 //
 // A Func should return soon after ctx is done; [context.Cause] then returns an error
 // that wraps [ErrCancelled], [ErrClosed] or [ErrLost]. It reports progress in percent
-// by calling update, from any goroutine and as often as it likes: a call takes a few
+// by calling update, from any goroutine and as often as it likes: a call takes some ten
 // nanoseconds, never waits for the database and never fails. Values are clamped to
 // 0..100, and calls after the function has returned do nothing.
 //
@@ -321,7 +321,7 @@ func ByState(states ...State) ListOption {
 
 // MaxValue makes List replace metadata and results of more than that many bytes of
 // JSON by an [Omitted]; [Manager.Get] returns them. SQLite does not read them, so that
-// a list needs little memory. 0 means no limit.
+// a list needs little memory. 0 or less means no limit.
 func MaxValue(bytes int) ListOption {
 	return func(f *Filter) { f.MaxValue = max(bytes, 0) }
 }
@@ -470,7 +470,7 @@ func (t *task) hidden() bool { return t.given && t.stored == "" }
 const (
 	progressBits = 1<<7 - 1
 	wordReported = 1 << 7 // the manager knows that there is a report to take over
-	wordReturned = 1 << 8 // the function has returned, or will never be called
+	wordReturned = 1 << 8 // the function has returned or will never be called, or the operation is lost
 )
 
 // report implements a Func's update. It returns true if the manager must be told: for
@@ -532,7 +532,8 @@ type outcome struct {
 }
 
 // finish fixes the final state and reports true. If it is fixed already, finish does
-// nothing and reports false. Every terminal transition happens here.
+// nothing and reports false. Every terminal transition happens here;
+// lose gives operations up without one.
 func (t *task) finish(end outcome) bool {
 	if t.final != nil {
 		return false

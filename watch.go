@@ -102,6 +102,9 @@ func (r Raw) Wait(ctx context.Context, id string) (*Operation, error) {
 // state. The sequence continues.
 func (r Raw) Subscribe(ctx context.Context, ids ...string) (present []*Operation, changes iter.Seq2[*Operation, error], err error) {
 	m := r.m
+	if ids != nil && len(ids) == 0 {
+		return nil, func(func(*Operation, error) bool) {}, nil
+	}
 	if len(ids) == 0 && !isOpen(m.id) {
 		return nil, nil, fmt.Errorf("task: subscribe: %w", ErrClosed)
 	}
@@ -242,9 +245,7 @@ func (m *Manager) join(w *watcher, ids []string, lives []*life) {
 	}
 	w.reader = m.events.Read(ids...)
 	m.mu.Unlock()
-	if w.open == nil {
-		slices.SortStableFunc(w.present, func(a, b event) int { return a.op.CreatedAt.Compare(b.op.CreatedAt) })
-	}
+	slices.SortStableFunc(w.present, func(a, b event) int { return a.op.CreatedAt.Compare(b.op.CreatedAt) })
 }
 
 // run yields present states, then events, with operations as snapshot returns them.

@@ -156,9 +156,38 @@ func TestWatchNone(t *testing.T) {
 	for op, err := range m.Watch(t.Context(), []string{}...) {
 		t.Errorf("%v, %v", op, err)
 	}
+	present, changes, err := m.Raw().Subscribe(t.Context(), []string{}...)
+	if len(present) > 0 || err != nil {
+		t.Errorf("Subscribe: %v, %v", present, err)
+	}
+	for op, err := range changes {
+		t.Errorf("%v, %v", op, err)
+	}
 	for op := range m.Watch(t.Context(), []string(nil)...) {
 		must(t, op.Cancel()) // all
 		break
+	}
+}
+
+// TestWatchOrder: present states come in order of submission, also those of named
+// operations.
+func TestWatchOrder(t *testing.T) {
+	m := newManager(t, nil)
+	want := []string{"c", "b", "a"}
+	for _, id := range want {
+		submit(t, m, untilCancelled, task.WithID(id))
+		time.Sleep(time.Millisecond) // their CreatedAt differ
+	}
+	for _, ids := range [][]string{nil, {"a", "b", "c"}} {
+		present, _, err := m.Raw().Subscribe(t.Context(), ids...)
+		must(t, err)
+		var got []string
+		for _, op := range present {
+			got = append(got, op.ID)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("present states of %q: %q, want %q", ids, got, want)
+		}
 	}
 }
 

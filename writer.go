@@ -16,15 +16,17 @@ import (
 //     the order of its states: first row, changes, final state.
 //  2. First rows and final states that arrive during a write go together into
 //     the next one. No timer delays them.
-//  3. Nothing is shown before it is stored: Submit returns and the function
-//     starts after the first row is stored; Wait returns and the operation
-//     leaves memory after the final state is stored.
+//  3. No new operation and no final state is shown before it is stored: Submit
+//     returns and the function starts after the first row is stored; Wait returns
+//     and the operation leaves memory after the final state is stored.
 //  4. Changes (RUNNING, progress, message, metadata) are conflated: only the
 //     latest is stored. They are part of a write of first rows and final states,
 //     but not of the very next one, because the operation's end often makes them
 //     unnecessary; or they get a write of their own once the oldest has waited
 //     for changeDelay. Changes that Checkpoint waits for are not delayed.
-//  5. Failed writes are retried until they succeed.
+//  5. A failed insert fails its Submit. Other failed writes are retried until they
+//     succeed, the row turns out to be gone or finished, the owner is lost, or Close
+//     gives up.
 const (
 	maxBatch    = 1024                   // final states in one write
 	maxBytes    = 16 << 20               // of their values, unless a single one has more
@@ -375,13 +377,13 @@ func retryable(err error) bool {
 	return err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrLost)
 }
 
-// note logs when writes start and stop failing. A failed insert with an ID that the
-// caller gave does not count: the ID may exist.
+// note logs when writes start and stop failing. Two kinds of inserts don't count: with an
+// ID that the caller gave, because the ID may exist, and in a store without Save.
 func (w *writer) note(b batch, more bool) {
 	var failed error
 	for i, records := range [][]record{b.inserts, b.updates, b.unknown} {
 		for _, r := range records {
-			if retryable(r.err) && (i > 0 || !r.t.given) {
+			if retryable(r.err) && (i > 0 || !r.t.given && !errors.Is(r.err, errors.ErrUnsupported)) {
 				failed = cmp.Or(failed, r.err)
 			}
 		}

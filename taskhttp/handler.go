@@ -17,13 +17,19 @@
 // The list is ordered by submission, newest first. With order=finish it contains only
 // finished operations, ordered by finish time, newest first. The parameters state, name,
 // containing (a part of the name), metadata.KEY=VALUE, finished_after and finished_before
-// filter the list and can be combined. A response without next_cursor is the last page.
+// filter the list and can be combined; state may be repeated, or hold several states
+// separated by commas. limit is 1 to 500, 50 by default. For the next page, pass next_cursor
+// as cursor, with the other parameters unchanged. A response without next_cursor is the last
+// page.
+//
+// Wait takes timeout, a Go duration of up to 10m, 30s by default. When that has passed, it
+// responds with the present state and status 200.
 //
 // Cancel does not wait for the operation to end. It responds with the present state and
 // status 202, or 200 if the operation had already finished. A PENDING operation will not
 // start, but becomes CANCELLED only when that state is stored; wait returns after that. The
 // error of a cancelled operation contains the client's address and the reason from the
-// query parameter "reason".
+// query parameter "reason", at most 1,000 bytes.
 //
 // The stream /events begins with a "snapshot" event, which holds the live operations, and
 // continues with an "operation" event for each change. A client that reconnects with
@@ -47,8 +53,8 @@
 // Lists and events omit metadata and results longer than 16 KiB as JSON, and set
 // metadata_omitted and result_omitted. They truncate names, messages and errors to that
 // length. GET /{id} returns the full values. A page may end before its limit, at 8 MiB:
-// continue while there is a next_cursor. A client that receives nothing for 25 seconds is
-// disconnected.
+// continue while there is a next_cursor. A client that accepts no data of a response for 25
+// seconds is disconnected.
 //
 //	curl -N localhost:8080/api/tasks/events
 //

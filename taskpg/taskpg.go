@@ -39,8 +39,9 @@
 // A confirmed write is as durable as a commit of the database: with
 // synchronous_commit=on it survives a crash of the server, and with a synchronous
 // standby the loss of the server. If a connection breaks during a commit, the
-// store retries and determines whether the commit had succeeded. Every call ends
-// after 10 seconds.
+// store retries and determines whether the commit had succeeded. A read or a write ends
+// after at most 10 seconds; Recover and Prune run many transactions, each with that limit,
+// and Open may take 30 seconds more to change the schema.
 package taskpg
 
 import (
@@ -65,16 +66,17 @@ const callLimit = 10 * time.Second
 type Option func(*Store)
 
 // WithLease sets how long this store may go without a commit before others declare
-// it gone: 30 seconds by default, at least 1 second. Stores with different leases may
+// it gone: 30 seconds by default. Open returns an error for less than 1 second. Stores with different leases may
 // share a database: an observer waits for the longer of its own lease and the owner's.
 func WithLease(d time.Duration) Option { return func(s *Store) { s.lease = d } }
 
 // WithNode sets the part before the slash in the Owner of this store's operations,
-// the host name by default. Names need not be unique.
+// the host name by default: 1 to 200 bytes of UTF-8 without spaces and control characters,
+// or Open returns an error. Names need not be unique.
 func WithNode(name string) Option { return func(s *Store) { s.node = name } }
 
-// WithSchema sets the schema of the tables, by default the first one of the
-// connection's search_path.
+// WithSchema sets the schema of the tables, a name of at most 63 bytes of UTF-8. The
+// default, also for "", is the first schema of the connection's search_path.
 func WithSchema(name string) Option { return func(s *Store) { s.schema = name } }
 
 // A Store is a [task.Persistence] in a PostgreSQL database. Any number of

@@ -30,7 +30,7 @@ task, which may be running meanwhile.
   list            lists operations, the newest first
     -state S,...          in one of these states
     -name NAME            with exactly this name
-    -containing TEXT      with this text in their name, in any case
+    -containing TEXT      with this text in their name; ASCII letters match in either case
     -metadata KEY=VALUE   with this string in their metadata; may be repeated
     -since AGE|TIME       unfinished, or finished since then
     -finished             only finished ones, the one that finished last first

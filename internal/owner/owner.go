@@ -20,7 +20,7 @@ import (
 var errLocked = errors.New("locked by another owner")
 
 // An Owner is one opener of a database. Its methods may be called
-// concurrently, but none after Release.
+// concurrently, but none except Release after Release.
 type Owner struct {
 	ID string // a UUID
 

@@ -51,7 +51,7 @@ func TestAttachSQLite(t *testing.T) {
 	if store.Owner() != "" {
 		t.Errorf("Owner() = %q", store.Owner())
 	}
-	beside := testkit.NewManager(t, store)
+	beside, log := testkit.NewLogged(t, store)
 	if got, ok := beside.Get(op.ID); !ok || got.Metadata != "tank" || got.State != task.StateRunning || got.Owner != own.Owner() {
 		t.Errorf("Get: %+v, %v", got, ok)
 	}
@@ -72,6 +72,9 @@ func TestAttachSQLite(t *testing.T) {
 	}
 	endBeside(t, beside, op.ID, release)
 	testkit.Must(t, errors.Join(beside.Close(), store.Close(), store.Close()))
+	if text := log.String(); text != "" {
+		t.Errorf("logged: %s", text)
+	}
 	if n := testkit.OwnerFiles(t, path); n != 1 {
 		t.Errorf("%d owner files, want that of the first store", n)
 	}

@@ -387,8 +387,8 @@ func TestStreamsEnded(t *testing.T) {
 	})
 }
 
-// receive reads a response to its end. It calls opened once the server is serving the
-// request.
+// receive reads a response to its end. It calls opened once the first event has come, or, for
+// a wait, once the server is serving the request.
 func (s *site) receive(path string, opened func()) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -397,18 +397,22 @@ func (s *site) receive(path string, opened func()) string {
 		time.AfterFunc(200*time.Millisecond, opened)
 		opened = func() {}
 	}
+	opened = sync.OnceFunc(opened)
+	defer opened()
 	r, _ := http.NewRequestWithContext(ctx, "GET", s.url+path, nil)
 	answer, err := s.client.Do(r)
-	opened()
 	if err != nil {
 		return err.Error()
 	}
 	defer answer.Body.Close()
-	body, err := io.ReadAll(answer.Body)
+	body := bufio.NewReader(answer.Body)
+	body.Peek(1)
+	opened()
+	text, err := io.ReadAll(body)
 	if err != nil {
-		return err.Error()
+		return string(text) + err.Error()
 	}
-	return string(body)
+	return string(text)
 }
 
 // TestStreamsBlocked shuts a server down while a client does not read its response: the

@@ -308,7 +308,7 @@ func (m *Manager) inserted(t *task) (*Operation, error) {
 	op, err := m.get(t.id)
 	switch {
 	case err != nil && exists:
-		return nil, fmt.Errorf("the store refuses %s, as if that existed: %w", t.id, err)
+		return nil, fmt.Errorf("the store says that %s exists, but does not return it: %w", t.id, err)
 	case err != nil, !exists && t.op.saved(op):
 		return nil, t.insertErr
 	}

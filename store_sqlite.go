@@ -402,7 +402,7 @@ func (s *SQLiteStore) Update(op *Operation) error {
 
 // errAttached is the error of Save after AttachSQLite: without an owner file, others would
 // take the operation for an orphan.
-var errAttached = fmt.Errorf("the store only looks on, see AttachSQLite: %w", errors.ErrUnsupported)
+var errAttached = fmt.Errorf("an attached store saves no operations, see AttachSQLite: %w", errors.ErrUnsupported)
 
 // WriteBatch implements [BatchWriter]. It writes all rows in one transaction, with many
 // rows per statement. If a statement fails, or writes fewer rows than given (an ID may

@@ -121,7 +121,7 @@ var (
 	// ErrExists is returned by Submit, together with the existing operation, as
 	// [WithID] and [WithUnique] say, and by a Persistence that is to save an ID that
 	// it already has.
-	ErrExists = errors.New("operation exists already")
+	ErrExists = errors.New("operation already exists")
 
 	// ErrLost says that others have taken the store for dead, because it was out of
 	// reach, and have recovered its operations. Submit, Checkpoint, SetMessage and

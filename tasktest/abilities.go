@@ -385,7 +385,7 @@ var filterChecks = []check{
 	},
 	{
 		name: "filtered",
-		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID that is no UUIDv7 is an error that wraps task.ErrNotFound.",
+		rule: "ListFiltered does what List does, with the operations that match the filter, Include and Exclude included; Before an unknown ID that is not a UUIDv7 is an error that wraps task.ErrNotFound.",
 		has:  canFilter,
 		test: filters,
 	},

@@ -165,7 +165,7 @@ func publish(topic string, message any) {}
 
 func createPool() (string, error) { return "", nil }
 
-func _(ctx context.Context, db task.Persistence, appDB *sql.DB, manager *task.Manager, fn task.Func, id, taskID string, op *task.Operation) error {
+func _(ctx context.Context, db task.Persistence, store *task.SQLiteStore, appDB *sql.DB, manager *task.Manager, fn task.Func, id, taskID string, op *task.Operation) error {
 	{
 %s
 	}

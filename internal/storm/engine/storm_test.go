@@ -84,7 +84,7 @@ func TestViolations(t *testing.T) {
 		tamper func(*testing.T, *checker) // other tampering
 		want   string                     // regexp of the violations: any of several checks may find it first
 	}{
-		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row|not found"},
+		{name: "confirmed before stored", store: "early", want: "was acknowledged, but there is no row|not found|Task failed due to system restart"},
 		{name: "final state not stored", store: "lossy", want: "shown as finished"},
 		{name: "no recovery", store: "no recovery", want: "an unfinished operation belongs to a dead process|owner files, but at most"},
 		{name: "recovery of live operations", store: "recovers all", want: "Task failed due to system restart"},

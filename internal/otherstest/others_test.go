@@ -591,3 +591,33 @@ func TestWaitEnds(t *testing.T) {
 		t.Error("Wait hangs")
 	}
 }
+
+// TestManyManagers: the looks of several managers on one store leave connections for
+// everything else.
+func TestManyManagers(t *testing.T) {
+	testos.Parallel(t)
+	db := testkit.OpenSQLite(t, testkit.Path(t))
+	var managers []*task.Manager
+	var ops []*task.Operation
+	for range 8 {
+		m := testkit.NewManager(t, db)
+		managers = append(managers, m)
+		ops = append(ops, testkit.Submit(t, m, testkit.UntilCancelled))
+	}
+	time.Sleep(300 * time.Millisecond) // until all look
+	start := time.Now()
+	for i, m := range managers {
+		if got, err := m.List(10, 0); err != nil || len(got) != len(ops) {
+			t.Errorf("List: %d operations, %v", len(got), err)
+		}
+		testkit.Must(t, m.Cancel(ops[(i+1)%len(ops)].ID))
+	}
+	for i, m := range managers {
+		if op := testkit.Wait(t, m, ops[i].ID); op.State != task.StateCancelled {
+			t.Errorf("%+v", op)
+		}
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}

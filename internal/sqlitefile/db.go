@@ -29,9 +29,11 @@ type DB struct {
 	info os.FileInfo // of the file when it was opened
 	owns bool        // Close closes the pools
 
-	mu     sync.Mutex         // guards what follows, and every use of the connections
-	kept   map[*sql.Conn]bool // the connections of Changes
-	closed bool               // Close was called
+	mu       sync.Mutex // guards the fields below, and every use of kept
+	watchers int        // calls of Changes
+	kept     *sql.Conn  // for version, or nil
+	keeps    int64      // how often version has begun to keep a connection
+	closed   bool       // Close was called
 }
 
 // DefaultTimeout is the Timeout of a new DB. Tests that wait for it shorten it before they
@@ -158,9 +160,7 @@ func (d *DB) Close() error {
 	}
 	d.mu.Lock()
 	d.closed = true
-	for c := range d.kept {
-		c.Close() // Changes notices that
-	}
+	d.drop() // which Changes notices
 	d.mu.Unlock()
 	return errors.Join(d.reads.Close(), d.DB.Close()) // they may be the same pool
 }
@@ -301,26 +301,16 @@ func Strings(c *sql.Conn, query string, args ...any) (all []string, err error) {
 
 // Changes yields nil at once, and then checks at the interval every, and yields nil if any
 // commit has changed the database since it last yielded. It ends when ctx is done, or with
-// an error. It keeps a connection, unless the pool may open only one: then it yields every
-// time.
+// an error. All callers together keep one connection. While the pool has no other free one,
+// they keep none, and each yields every time.
 func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
 	return func(yield func(error) bool) {
-		if d.reads.Stats().MaxOpenConnections == 1 {
-			for yield(nil) && pause(ctx, every) {
-			}
-			return
-		}
-		c, err := d.reads.Conn(ctx)
-		if err != nil {
-			if ctx.Err() == nil {
-				yield(err)
-			}
-			return
-		}
-		defer d.drop(c)
-		for last := int64(-1); ; {
-			version, err := d.version(c)
-			if changed := err != nil || version != last; changed && !yield(err) || err != nil || !pause(ctx, every) {
+		d.watch(1)
+		defer d.watch(-1)
+		for last := int64(0); ; {
+			version, err := d.version(ctx)
+			changed := err != nil || version == 0 || version != last
+			if ctx.Err() != nil || changed && !yield(err) || err != nil || !pause(ctx, every) {
 				return
 			}
 			last = version
@@ -328,28 +318,56 @@ func (d *DB) Changes(ctx context.Context, every time.Duration) iter.Seq[error] {
 	}
 }
 
-// version returns a number that changes with each commit on another connection than c. It
-// keeps c until drop. A sql.Conn must not be closed while it is in use: database/sql would
-// dereference nil.
-func (d *DB) version(c *sql.Conn) (n int64, err error) {
+// watch adds n to the number of callers of Changes.
+func (d *DB) watch(n int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.watchers += n; d.watchers == 0 {
+		d.drop()
+	}
+}
+
+// version returns a number that changes with each commit on another connection than the
+// one that it keeps for this, or 0 if the pool has no connection to spare.
+func (d *DB) version(ctx context.Context) (int64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
 		return 0, sql.ErrConnDone
 	}
-	if d.kept == nil {
-		d.kept = make(map[*sql.Conn]bool)
+	s := d.reads.Stats()
+	spare := s.MaxOpenConnections - s.InUse
+	switch {
+	case d.kept != nil && s.MaxOpenConnections > 0 && spare < 1:
+		d.drop()
+	case d.kept == nil && (s.MaxOpenConnections == 0 || spare > 1):
+		// Others may take the free connections meanwhile: then it keeps none.
+		soon, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		var err error
+		if d.kept, err = d.reads.Conn(soon); err != nil && soon.Err() == nil {
+			return 0, err
+		}
+		d.keeps++ // SQLite's numbers of two connections are not comparable
 	}
-	d.kept[c] = true
-	err = c.QueryRowContext(context.Background(), "PRAGMA data_version").Scan(&n)
-	return n, err
+	if d.kept == nil {
+		return 0, nil
+	}
+	var n int64
+	err := d.kept.QueryRowContext(context.Background(), "PRAGMA data_version").Scan(&n)
+	if err != nil {
+		d.drop()
+	}
+	return d.keeps<<32 | n, err
 }
 
-func (d *DB) drop(c *sql.Conn) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	delete(d.kept, c)
-	c.Close()
+// drop gives back the connection that version keeps. The caller holds d.mu: a sql.Conn must
+// not be closed while it is in use, or database/sql dereferences nil.
+func (d *DB) drop() {
+	if d.kept != nil {
+		d.kept.Close()
+		d.kept = nil
+	}
 }
 
 // pause waits for d, or until ctx is done, and reports whether d has passed.

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -647,5 +648,73 @@ func TestCloseDuringChanges(t *testing.T) {
 			t.Error(err)
 		}
 		all.Wait() // Changes ends
+	}
+}
+
+// Any number of callers of Changes keep one connection, and none that others need. They
+// see every commit with and without it.
+func TestChangesKeepOne(t *testing.T) {
+	for max, want := range map[int]int{1: 0, 2: 1, 4: 1, 0: 1} {
+		t.Run(fmt.Sprint(max, " connections"), func(t *testing.T) {
+			app, err := sql.Open("sqlite3", filepath.Join(t.TempDir(), "x.db")+"?_journal_mode=WAL")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer app.Close()
+			app.SetMaxOpenConns(max)
+			d, err := Use(app)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Migrate(table); err != nil {
+				t.Fatal(err)
+			}
+			var all sync.WaitGroup
+			defer all.Wait()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var seen [5]atomic.Int64
+			for i := range seen {
+				all.Go(func() {
+					for err := range d.Changes(ctx, time.Millisecond) {
+						if err != nil {
+							t.Error(err)
+						}
+						seen[i].Add(1)
+					}
+				})
+			}
+			eventually := func(what string, f func() bool) {
+				t.Helper()
+				for deadline := time.Now().Add(20 * time.Second); !f(); time.Sleep(time.Millisecond) {
+					if time.Now().After(deadline) {
+						t.Fatalf("%s: never", what)
+					}
+				}
+			}
+			write := func() {
+				t.Helper()
+				var before [len(seen)]int64
+				for i := range seen {
+					before[i] = seen[i].Load()
+				}
+				if err := d.Write(d.Deadline(), insert); err != nil {
+					t.Error(err)
+				}
+				for i := range seen {
+					eventually("a commit is seen", func() bool { return seen[i].Load() > before[i] })
+				}
+			}
+			eventually("connections are kept", func() bool { return app.Stats().InUse == want })
+			write()
+			for range max - 1 { // the application leaves one
+				c, err := app.Conn(ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+			}
+			write()
+		})
 	}
 }

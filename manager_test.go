@@ -70,6 +70,22 @@ var cyclic = func() J {
 
 type J = map[string]any
 
+// A nestedPanic panics with a value that panics in turn when it is printed, which package
+// fmt does not catch.
+type nestedPanic struct{}
+
+func (nestedPanic) Error() string { panic(panicError{}) }
+
+// badErrorJSON can't be encoded, for a reason that can't be printed.
+type badErrorJSON struct{}
+
+func (badErrorJSON) MarshalJSON() ([]byte, error) { return nil, errors.Join(nestedPanic{}) }
+
+// nestedJSON panics with a value that can't be printed.
+type nestedJSON struct{}
+
+func (nestedJSON) MarshalJSON() ([]byte, error) { panic(nestedPanic{}) }
+
 // outcomes lists the ways in which a function can end.
 var outcomes = map[string]struct {
 	fn       task.Func
@@ -101,6 +117,7 @@ var outcomes = map[string]struct {
 	"panic nil":       {func(context.Context, func(int)) (any, error) { panic(nil) }, task.StateFailed, 0, nil, "panic: …"},
 	"panic error":     {func(context.Context, func(int)) (any, error) { panic(errBoom) }, task.StateFailed, 0, nil, "panic: boom"},
 	"panic in error":  {func(context.Context, func(int)) (any, error) { return 1, panicError{} }, task.StateFailed, 0, nil, "panic: no text today"},
+	"panic nested":    {func(context.Context, func(int)) (any, error) { panic(nestedPanic{}) }, task.StateFailed, 0, nil, "panic: a task_test.nestedPanic that can't be printed"},
 	"panic panicking": {func(context.Context, func(int)) (any, error) { panic(panicError{}) }, task.StateFailed, 0, nil, "panic: …"},
 	"Goexit":          {func(context.Context, func(int)) (any, error) { runtime.Goexit(); return nil, nil }, task.StateFailed, 0, nil, "the function called runtime.Goexit"},
 
@@ -109,6 +126,8 @@ var outcomes = map[string]struct {
 	"cycle":           {func(context.Context, func(int)) (any, error) { return cyclic, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"too deep":        {func(context.Context, func(int)) (any, error) { return testkit.Deep(20_000), nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"JSON panics":     {func(context.Context, func(int)) (any, error) { return testkit.PanicJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON error":      {func(context.Context, func(int)) (any, error) { return badErrorJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
+	"JSON nested":     {func(context.Context, func(int)) (any, error) { return nestedJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"JSON Goexit":     {func(context.Context, func(int)) (any, error) { return goexitJSON{}, nil }, task.StateDone, 100, nil, "result not kept: …"},
 	"error, channel":  {func(context.Context, func(int)) (any, error) { return make(chan int), errBoom }, task.StateFailed, 0, nil, "boom (result not kept: json: unsupported type: chan int)"},
 	"not JSON at all": {func(context.Context, func(int)) (any, error) { return json.RawMessage("{"), nil }, task.StateDone, 100, nil, "result not kept: …"},

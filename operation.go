@@ -123,7 +123,7 @@ func marshal(v any) (value any, err error) {
 	}
 	defer func() {
 		if r := recover(); r != nil {
-			value, err = nil, fmt.Errorf("encoding %T as JSON: panic: %v", v, r)
+			value, err = nil, fmt.Errorf("encoding %T as JSON: panic: %s", v, printed(r))
 		}
 	}()
 	raw, err := json.Marshal(v)

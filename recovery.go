@@ -102,7 +102,7 @@ func (m *Manager) callResume(op *Operation, t *task) (err error) {
 		defer close(done)
 		defer func() {
 			if r := recover(); r != nil {
-				err = fmt.Errorf("the function of WithResume, or an option, panicked: %v\n%s", r, debug.Stack())
+				err = fmt.Errorf("the function of WithResume, or an option, panicked: %s\n%s", printed(r), debug.Stack())
 			}
 		}()
 		var opts []SubmitOption

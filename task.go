@@ -559,9 +559,9 @@ func (t *task) run(ctx context.Context, update func(int), log *slog.Logger, end 
 	*end = outcome{state: StateFailed, err: "the function called runtime.Goexit"}
 	defer func() {
 		if r := recover(); r != nil {
-			*end = outcome{state: StateFailed, err: fmt.Sprint("panic: ", r)}
-			log.Error("task: function panicked", "id", t.id, "name", t.name,
-				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+			text := printed(r)
+			*end = outcome{state: StateFailed, err: "panic: " + text}
+			log.Error("task: function panicked", "id", t.id, "name", t.name, "panic", text, "stack", string(debug.Stack()))
 		}
 	}()
 	ctx, region := trace.NewTask(ctx, t.name)
@@ -618,9 +618,20 @@ func (o *outcome) setResult(value any) error {
 	result, err := encode(value)
 	o.result, o.err = result, text
 	if err != nil {
-		o.err = joinText(text, "result not kept: "+err.Error())
+		o.err = joinText(text, "result not kept: "+printed(err))
 	}
 	return err
+}
+
+// printed returns a value of user code as text. Its Error or String method may panic in ways
+// that package fmt passes on.
+func printed(v any) (text string) {
+	defer func() {
+		if recover() != nil {
+			text = fmt.Sprintf("a %T that can't be printed", v)
+		}
+	}()
+	return fmt.Sprint(v)
 }
 
 func joinText(a, b string) string {

@@ -108,7 +108,7 @@ func (r Raw) Subscribe(ctx context.Context, ids ...string) (present []*Operation
 	if len(ids) == 0 && !isOpen(m.id) {
 		return nil, nil, fmt.Errorf("task: subscribe: %w", ErrClosed)
 	}
-	w := m.subscribe(ctx, slices.Clone(ids))
+	w := m.subscribe(ctx, ids)
 	if w.err != nil {
 		w.stop()
 		w.leave()
@@ -189,8 +189,7 @@ type watcher struct {
 // subscribe returns a watcher of all events from now on. Cancel ctx, or call run.
 func (m *Manager) subscribe(ctx context.Context, ids []string) *watcher {
 	w := new(watcher)
-	slices.Sort(ids)
-	ids = slices.Compact(ids)
+	ids = slices.Compact(slices.Sorted(slices.Values(ids))) // the caller may range again
 	var lives []*life
 	var leaves []func()
 	if len(ids) == 0 {
@@ -314,10 +313,15 @@ func (w *watcher) next(ctx context.Context) (event, error) {
 }
 
 // pause leaves time for functions and Submit. A few watchers don't slow them down, but
-// a thousand do; each of those gets about 640 events a second.
+// a thousand do; each of those gets about 640 events a second. Watchers of named operations
+// get few events, and pause less.
 func (w *watcher) pause(ctx context.Context) {
 	const few = 10
+	limit := 200 * time.Millisecond
+	if w.open != nil {
+		limit = 20 * time.Millisecond
+	}
 	if n := w.events.Readers(); n > few {
-		sleep(ctx, time.Duration(n*n)*100*time.Nanosecond)
+		sleep(ctx, min(time.Duration(n*n)*100*time.Nanosecond, limit))
 	}
 }

@@ -304,7 +304,7 @@ func TestWatchTwice(t *testing.T) {
 	path := testkit.Path(t)
 	m, other := newManager(t, openSQLite(t, path)), newManager(t, openSQLite(t, path))
 	own, foreign := submit(t, m, untilCancelled), submit(t, other, untilCancelled)
-	ids := []string{own.ID, foreign.ID}
+	ids := []string{own.ID, foreign.ID, own.ID}
 	events := m.Watch(t.Context(), ids...)
 	ids[0] = "another"
 	own.Cancel()
@@ -322,6 +322,38 @@ func TestWatchTwice(t *testing.T) {
 			t.Errorf("seen %q, want %q", seen, want)
 		}
 	}
+}
+
+// TestWatchEachNamed: thousands of subscribers that each name an operation of their own get
+// its final state, soon after all operations have ended at once.
+func TestWatchEachNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, nil)
+		free := make(chan struct{})
+		var all sync.WaitGroup
+		for range 3000 {
+			op := submit(t, m, func(context.Context, func(int)) (any, error) { <-free; return nil, nil })
+			events := m.Watch(t.Context(), op.ID)
+			all.Go(func() {
+				var last *task.Operation
+				for got, err := range events {
+					if err != nil {
+						t.Error(err)
+					}
+					last = got
+				}
+				if last == nil || last.State != task.StateDone {
+					t.Errorf("ended with %+v", last)
+				}
+			})
+		}
+		start := time.Now()
+		close(free)
+		all.Wait()
+		if took := time.Since(start); took > 300*time.Millisecond {
+			t.Errorf("it took %v", took)
+		}
+	})
 }
 
 // TestWatchAllDeleted: a subscriber of all operations gets no error when other code

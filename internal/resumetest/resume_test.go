@@ -130,9 +130,10 @@ func TestResume(t *testing.T) {
 func TestResumeRefused(t *testing.T) {
 	testos.Parallel(t)
 	for name, f := range map[string]func() (task.Func, []task.SubmitOption){
-		"nil":    func() (task.Func, []task.SubmitOption) { return nil, []task.SubmitOption{task.WithLock("")} },
-		"panic":  func() (task.Func, []task.SubmitOption) { panic("oh") },
-		"Goexit": func() (task.Func, []task.SubmitOption) { runtime.Goexit(); return testkit.Nothing, nil },
+		"nil":                         func() (task.Func, []task.SubmitOption) { return nil, []task.SubmitOption{task.WithLock("")} },
+		"panic":                       func() (task.Func, []task.SubmitOption) { panic("oh") },
+		"panic that can't be printed": func() (task.Func, []task.SubmitOption) { panic(unprintable{}) },
+		"Goexit":                      func() (task.Func, []task.SubmitOption) { runtime.Goexit(); return testkit.Nothing, nil },
 		"option": func() (task.Func, []task.SubmitOption) {
 			return testkit.Nothing, []task.SubmitOption{task.WithLock("")}
 		},
@@ -805,3 +806,8 @@ func TestResumeUnique(t *testing.T) {
 		}
 	})
 }
+
+// An unprintable panics when it is printed, with a value that does so, too.
+type unprintable struct{}
+
+func (u unprintable) Error() string { panic(u) }

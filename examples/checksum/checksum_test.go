@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -110,6 +111,23 @@ func TestKilled(t *testing.T) {
 		t.Errorf("%d files read after %d kills, want %d", n, kills, files)
 	}
 	t.Logf("%d kills: %s", kills, out)
+}
+
+// TestKilledAtTheEnd: an operation that was interrupted when nothing was left to do is
+// finished, and no other one is submitted.
+func TestKilledAtTheEnd(t *testing.T) {
+	dir, want := makeTree(t)
+	db := testkit.Path(t)
+	for range 10 {
+		testkit.Must(t, checksum(db, dir))
+		testkit.Exec(t, db, `UPDATE tasks SET state = 'RUNNING', result = NULL`)
+	}
+	testkit.Must(t, checksum(db, dir))
+	ops, err := testkit.OpenSQLite(t, db).List(10, 0)
+	testkit.Must(t, err)
+	if len(ops) != 1 || ops[0].State != task.StateDone || fmt.Sprintf("%s", ops[0].Result) != strconv.Quote(want) {
+		t.Errorf("the history has %d operations, the last one %+v", len(ops), ops[0])
+	}
 }
 
 // done reports whether the operation is DONE: the program may have been killed just before

@@ -47,11 +47,16 @@ func checksum(db, dir string) error {
 	if err != nil {
 		return err
 	}
+	// Before New, which resumes it: after that, it may finish at any time.
+	id, err := unfinished(store, "checksum "+dir)
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
 	m, err := task.New(store, task.WithResume(resume))
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
-	err = wait(m, dir)
+	err = wait(m, dir, id)
 	// Operations for other directories may have been resumed: wait for them, too.
 	return errors.Join(err, m.Shutdown(context.Background()), store.Close())
 }
@@ -65,18 +70,19 @@ func resume(op *task.Operation) (task.Func, []task.SubmitOption) {
 	return s.run, nil
 }
 
-func wait(m *task.Manager, dir string) error {
-	op, err := unfinished(m, "checksum "+dir)
-	if err != nil {
-		return err
-	}
-	if op == nil {
+// wait waits for the operation with that ID, or for a new one if it is empty, and prints
+// the result.
+func wait(m *task.Manager, dir, id string) error {
+	if id == "" {
 		s := sum{Dir: dir}
-		if op, err = m.Submit("checksum "+dir, s.run, task.WithMetadata(s)); err != nil {
+		op, err := m.Submit("checksum "+dir, s.run, task.WithMetadata(s))
+		if err != nil {
 			return err
 		}
+		id = op.ID
 	}
-	if op, err = m.Wait(context.Background(), op.ID); err != nil {
+	op, err := m.Wait(context.Background(), id)
+	if err != nil {
 		return err
 	}
 	if op.State != task.StateDone {
@@ -90,14 +96,15 @@ func wait(m *task.Manager, dir string) error {
 	return nil
 }
 
-// unfinished returns the unfinished operation with the given name, which this process has
-// resumed or another process runs. It returns nil if there is none.
-func unfinished(m *task.Manager, name string) (*task.Operation, error) {
-	ops, err := m.List(1, 0, task.ByName(name), task.ByState(task.StatePending, task.StateRunning))
+// unfinished returns the ID of the unfinished operation with the given name, which was
+// interrupted or is run by another process, or "" if there is none.
+func unfinished(store *task.SQLiteStore, name string) (id string, err error) {
+	states := []task.State{task.StatePending, task.StateRunning}
+	ops, err := store.ListFiltered(task.Filter{Name: name, States: states}, 1, 0)
 	if err != nil || len(ops) == 0 {
-		return nil, err
+		return "", err
 	}
-	return ops[0], nil
+	return ops[0].ID, nil
 }
 
 // A hasher is the type returned by crypto/sha256. Its state can be stored.

@@ -187,30 +187,13 @@ func ExampleNew_recovery() {
 
 // An interrupted operation continues from its stored place after a restart.
 func ExampleWithResume() {
-	dir, err := os.MkdirTemp("", "")
+	// This stands for the database of a program that has crashed after checking 600 blocks.
+	store := task.NewMemoryStore()
+	err := store.Save(&task.Operation{ID: uuid.NewString(), Name: "scrub tank", State: task.StateRunning, Metadata: 600})
 	if err != nil {
 		log.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
-	path := filepath.Join(dir, "tasks.db")
 
-	// A program that crashes after it has checked 600 blocks leaves this.
-	store, err := task.OpenSQLite(path)
-	if err != nil {
-		log.Fatal(err)
-	}
-	err = store.Save(&task.Operation{ID: uuid.NewString(), Name: "scrub tank", State: task.StateRunning, Metadata: 600})
-	if err != nil {
-		log.Fatal(err)
-	}
-	store.Close()
-
-	// The next program to start continues.
-	store, err = task.OpenSQLite(path)
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer store.Close()
 	scrub := func(op *task.Operation) (task.Func, []task.SubmitOption) {
 		var block int
 		if err := op.DecodeMetadata(&block); err != nil {

@@ -221,6 +221,7 @@ func TestSubmitRefuses(t *testing.T) {
 		"nil function":      {"x", nil, nil, "function is nil"},
 		"metadata channel":  {"x", nothing, task.WithMetadata(make(chan int)), "metadata: json: unsupported type"},
 		"metadata panics":   {"x", nothing, task.WithMetadata(testkit.PanicJSON{}), "no JSON today"},
+		"metadata's error":  {"x", nothing, task.WithMetadata(badErrorJSON{}), "panic"},
 		"metadata infinite": {"x", nothing, task.WithMetadata(math.Inf(1)), "metadata"},
 	}
 	eachStore(t, func(t *testing.T, m *task.Manager, db task.Persistence) {

@@ -116,7 +116,7 @@ func encode(v any) (any, error) {
 }
 
 // marshal returns v as a json.RawMessage, or nil if its JSON is null. It returns an
-// error for a value that can't make the round trip, and if MarshalJSON panics.
+// error for a value that can't make the round trip, and if MarshalJSON or its error panics.
 func marshal(v any) (value any, err error) {
 	if v == nil {
 		return nil, nil
@@ -129,6 +129,7 @@ func marshal(v any) (value any, err error) {
 	raw, err := json.Marshal(v)
 	switch {
 	case err != nil:
+		_ = err.Error() // user code: if it panics, then here
 		return nil, err
 	case !json.Valid(raw): // Marshal writes deeper nesting than Unmarshal reads
 		return nil, fmt.Errorf("encoding %T as JSON: nested too deeply", v)

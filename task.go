@@ -618,7 +618,7 @@ func (o *outcome) setResult(value any) error {
 	result, err := encode(value)
 	o.result, o.err = result, text
 	if err != nil {
-		o.err = joinText(text, "result not kept: "+printed(err))
+		o.err = joinText(text, "result not kept: "+err.Error())
 	}
 	return err
 }

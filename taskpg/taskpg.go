@@ -71,11 +71,11 @@ type Option func(*Store)
 func WithLease(d time.Duration) Option { return func(s *Store) { s.lease = d } }
 
 // WithNode sets the part before the slash in the Owner of this store's operations,
-// the host name by default: 1 to 200 bytes of UTF-8 without spaces and control characters,
-// or Open returns an error. Names need not be unique.
+// the host name by default. It must be 1 to 200 bytes of UTF-8 without spaces and other
+// characters up to U+0020, or Open returns an error. Names need not be unique.
 func WithNode(name string) Option { return func(s *Store) { s.node = name } }
 
-// WithSchema sets the schema of the tables, a name of at most 63 bytes of UTF-8. The
+// WithSchema sets the schema of the tables, a name of at most 63 bytes of UTF-8 without U+0000. The
 // default, also for "", is the first schema of the connection's search_path.
 func WithSchema(name string) Option { return func(s *Store) { s.schema = name } }
 

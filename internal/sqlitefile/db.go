@@ -160,7 +160,7 @@ func (d *DB) Close() error {
 	}
 	d.mu.Lock()
 	d.closed = true
-	d.drop() // which Changes notices
+	d.drop() // Changes then ends
 	d.mu.Unlock()
 	return errors.Join(d.reads.Close(), d.DB.Close()) // they may be the same pool
 }
